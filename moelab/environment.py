@@ -1,4 +1,4 @@
-"""Read the environment variables of moelab: all of them stand here, and nothing else in moelab reads one by its name.
+"""Read the environment variables of moelab: all of them stand here, and nothing but the kernels reads one by its name.
 
 `VARIABLES` is the table that docs/environment.md shows. "user" variables are for people; "moelab" ones are set by one
 process of moelab for another (the command for the kernel of a notebook, the launcher for its ranks).

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a process killed half-way, never sees half of one."""
+"""Write files and directories so that a reader, or a process killed half-way, never sees half of one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -112,7 +113,7 @@ def sweep(folder: Path, *, older_s: float = 3600.0) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """Fill a directory that appears at `path`, complete, when the block ends, and not at all if it raises.
 
-    A directory already at `path` is replaced.
+    A directory already at `path` is replaced; between the two there is none for a moment.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -123,9 +124,11 @@ def new_directory(path: Path) -> Iterator[Path]:
                 with open(file, "rb") as f:
                     os.fsync(f.fileno())
         os.chmod(temporary, 0o755)
-        if path.exists():
-            shutil.rmtree(path)
+        old = temporary.with_name(temporary.name[:-8] + secrets.token_hex(4))
+        if path.exists():  # moved away in one step: a process killed while it removes files would leave half of them
+            os.rename(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -207,7 +207,8 @@ class Lab:
     def _announce(runs: Sequence[Run]) -> None:
         """Tell the command that executes this notebook, if any, which runs to watch."""
         if file := environment.PLAN.get():
-            write_json(Path(file), [str(run.path) for run in runs])
+            # Where runs are only read, the store may lack some.
+            write_json(Path(file), [str(run.path) for run in runs if (run.path / "spec.json").exists()])
 
     def generate(
         self,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moelab import files
 from moelab.files import new_directory, read_json, sweep, write_text
 
 
@@ -42,6 +43,18 @@ with files.new_directory(Path(sys.argv[1], "other")) as new:
     sweep(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == kept
     sweep(Path("/nowhere"))
+
+
+def test_a_directory_is_replaced_in_one_step(tmp_path, monkeypatch):
+    """What is removed file by file has a name that is swept, should the process be killed."""
+    removed = []
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, **_: removed.append(Path(path)))
+    for text in ("old", "new"):
+        with new_directory(tmp_path / "a") as new:
+            (new / "b").write_text(text)
+    assert (tmp_path / "a" / "b").read_text() == "new"
+    assert all(files._TEMPORARY.fullmatch(path.name) for path in removed)
+    assert [(path / "b").read_text() for path in removed if path.exists()] == ["old"]
 
 
 @pytest.mark.parametrize("content", [b"\xf6", b'{"a": ', b"[" * 100_000], ids=["latin-1", "torn", "deep"])

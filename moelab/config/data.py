@@ -17,7 +17,7 @@ class DataConfig:
             ``made`` (5 MB by a fixed rule), ``folder:PATH`` or ``hf:NAME[:CONFIG]``.
         tokenizer: ``bpe-N``, trained on the corpus's training split with N entries, or ``gpt2``.
         context: tokens per sequence, T.
-        text_field: the text column of an ``hf:`` data set.
+        text_field: the text column of an ``hf:`` data set, or the field of a line in a folder's .jsonl files.
         max_documents: bound on the documents read from an ``hf:`` data set; 0 means no bound.
         max_bytes: bound on the bytes of text read; 0 means no bound.
         part: of the training text. Each domain is cut into an even number of blocks of about 8,192 tokens; the blocks

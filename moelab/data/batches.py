@@ -90,10 +90,6 @@ class TrainBatches:
             starts[here] = (offset + order * self.context) % self._train.size
         return starts
 
-    def epoch(self, step: int) -> float:
-        """Return how many passes over the training data are completed before the step."""
-        return step * self.batch_size / self.windows
-
 
 def epoch_keys(seed: int, epoch: int) -> np.ndarray:
     """Random [8] uint64 of a seed and an epoch, the same on every machine and with every library version."""

@@ -9,8 +9,9 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
     folder:/path       .txt, .md and .jsonl files (`user_text.py`), recursively; the first subfolder is the domain
     hf:NAME[:CONFIG]   a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
 
-A document is wholly training or wholly validation, chosen by its own name or text and never by its
-position, so that reading more of a corpus moves no document across the line.
+A document is wholly training or wholly validation, chosen by its name or text and never by its position; only a text
+that is a folder's domain alone is cut. The user's own texts go by a bound on their hash, so that reading more of them
+moves none across the line (but for a domain's lowest, where none is below the bound). The packaged texts are pinned.
 """
 
 import functools

@@ -23,16 +23,15 @@ from moelab.config import DataConfig
 from moelab.data.corpus import open_corpus
 from moelab.data.documents import Corpus, Document
 from moelab.data.tokens import TokenData, fingerprint
-from moelab.files import sha256_of
+from moelab.files import sha256_of, sweep
 
 if TYPE_CHECKING:
     from moelab.data.tokenizer import Tokenizer
 
 FORMAT = 1  # part of a folder's name: a change of what is written makes new folders instead of misreading old ones
-TOKENIZER_BYTES = 200_000_000  # a tokenizer learns from at most this much training text
+TOKENIZER_CHARACTERS = 200_000_000  # of training text, after which a tokenizer has learned enough
 PIECE = 1 << 20  # characters encoded at a time; longer documents are cut at line ends
 BATCH = 8 << 20  # characters handed to all cores at once
-STALE_SECONDS = 86_400  # a half-built folder this old belongs to a killed process
 
 
 def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | None = None) -> TokenData:
@@ -54,7 +53,7 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
     say = progress or (lambda line: None)
     corpus = open_corpus(config, cache)
     folder = cache / _folder_name(config, corpus)
-    data = _open(folder)
+    data = _open(folder, warn=False)
     if data is None:
         from filelock import FileLock
 
@@ -74,7 +73,7 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
 
 def is_prepared(config: DataConfig, cache: Path) -> bool:
     """Return whether `prepare` would find the tokens of `config`'s corpus in `cache`; reads no text and no network."""
-    return _open(cache / _folder_name(config, open_corpus(config, cache))) is not None
+    return _open(cache / _folder_name(config, open_corpus(config, cache)), warn=False) is not None
 
 
 def encode_validation(
@@ -144,13 +143,13 @@ def _slug(name: str) -> str:
 
 def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str], None]) -> None:
     started = time.monotonic()
-    _sweep(folder)
+    sweep(folder.parent, older_s=7 * 86_400)  # what killed builds left; a build of a large corpus may take days
     scratch = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
     try:
         if _open(folder, warn=False) is not None:
             return  # on a network file system it is seen only after the folder around it has changed
         documents = corpus.documents
-        if corpus.slow and config.tokenizer != "gpt2":  # learning and encoding are two readings, the source's is one
+        if corpus.slow and config.tokenizer != "gpt2":  # learning and encoding are two readings
             say(f"{corpus.name}: reading")
             documents = _spooled(corpus, scratch / "spool.jsonl")
         say(f"{corpus.name}: learning {config.tokenizer}" if config.tokenizer != "gpt2" else "loading gpt2")
@@ -179,8 +178,8 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
         if _open(folder, warn=False) is not None:
             return  # another machine was faster; its data is the same, and jobs may have mapped it
         if folder.exists():  # a broken one: renamed away, since processes may still have it open
-            folder.rename(scratch.with_name(scratch.name + "-broken"))
-            shutil.rmtree(scratch.with_name(scratch.name + "-broken"), ignore_errors=True)
+            folder.rename(broken := scratch.with_name(scratch.name + "-replaced"))  # a name that `sweep` knows
+            shutil.rmtree(broken, ignore_errors=True)
         try:
             scratch.rename(folder)
         except OSError:
@@ -189,13 +188,6 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
         say(f"{corpus.name}: {meta['train']['tokens']:,} training tokens in {meta['seconds']:.1f} s")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed builds left behind."""
-    for leftover in folder.parent.glob(f".building-{folder.name}-*"):
-        if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _spooled(corpus: Corpus, path: Path) -> Callable[[], Iterator[Document]]:
@@ -223,7 +215,9 @@ def _make_tokenizer(config: DataConfig, documents: Callable[[], Iterator[Documen
 def _training_texts(documents: Iterable[Document]) -> Iterator[str]:
     read = 0
     for document in documents:
-        if document.split == "train" and read < TOKENIZER_BYTES:
+        if read >= TOKENIZER_CHARACTERS:
+            return
+        if document.split == "train":
             read += len(document.text)
             yield document.text
 

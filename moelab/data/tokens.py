@@ -75,10 +75,6 @@ class TokenData:
         parts = self._parts(domain)
         return sum(part["bytes"] for part in parts) / sum(part["tokens"] for part in parts)
 
-    def domain_unigram_loss(self, domain: str) -> float:
-        """`unigram_loss` on one domain's validation text, in nats per token."""
-        return self._parts(domain)[0]["unigram_loss"]
-
     def training_ranges(self) -> list[tuple[int, int, str]]:
         """(start, end, domain) of consecutive stretches of `train`; together they cover it."""
         return [(start, end, domain) for start, end, domain in self.meta["train"]["ranges"]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from moelab.terminal import one_line
 
 FOLDER_VALIDATION = 0.05
 HF_VALIDATION = 0.01
+MAX_DOMAINS = 500  # of a folder: each has a file of validation tokens that stays open, and a process may open 1024
 _HF_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[^/:]+)?")
 
 
@@ -23,9 +23,19 @@ def folder(config: DataConfig, root: Path) -> Corpus:
     """Return the corpus of a folder; ValueError, one line, where it is none, has no text, or links lead out of it."""
     if not root.is_dir():
         raise ValueError(f"data: corpus {config.corpus!r} is no folder")
-    files = sorted(file for file in root.rglob("*") if file.suffix in {".txt", ".md", ".jsonl"} and file.is_file())
+    files = sorted(
+        file
+        for file in root.rglob("*")
+        if file.suffix in {".txt", ".md", ".jsonl"}
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(root).parts)  # such as .ipynb_checkpoints, .venv
+    )
     if not files:
         raise ValueError(f"data: no .txt, .md or .jsonl file in {root}")
+    if len({file.relative_to(root).parts[0] for file in files if file.parent != root}) > MAX_DOMAINS:
+        raise ValueError(
+            f"data: {root} has more than {MAX_DOMAINS} subfolders, each a domain; put them into fewer ones"
+        )
     within = root.resolve()
     if outside := next((file for file in files if not file.resolve().is_relative_to(within)), None):
         raise ValueError(f"data: {outside} is a link to {outside.resolve()}, outside of {root}; copy the file into it")
@@ -33,28 +43,30 @@ def folder(config: DataConfig, root: Path) -> Corpus:
         name=config.corpus,
         licence="as the owner of the folder states; not known here",
         source=f"{len(files)} files in {root}",
-        state=_listing(root, files),
+        state=_listing(root, files) + "\nsplit by text",  # which tells prepared folders from those of the split by name
         documents=functools.partial(_folder_documents, root, files, config.text_field),
     )
 
 
 def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Document]:
-    """About 5 % of each domain is validation, by the hash of relative paths (and line numbers, in .jsonl files).
+    """About 5 % of each domain is validation, by the hash of the text: copies of a document end up on the same side.
 
-    A domain whose hashes are all above 5 % gives its lowest one; a domain of one document gives that one's last 5 %.
+    A domain whose hashes are all above 5 % gives its lowest one; a domain of one text gives that one's last 5 %.
     """
-    counts: Counter[str] = Counter()
-    lowest: dict[str, tuple[float, str]] = {}
-    for domain, name, _ in _folder_texts(root, files, field):
-        counts[domain] += 1
-        lowest[domain] = min(lowest.get(domain, (2.0, "")), (hash_fraction(name), name))
+    lowest: dict[str, float] = {}
+    highest: dict[str, float] = {}
+    for domain, _, text in _folder_texts(root, files, field):
+        place = hash_fraction(text)
+        lowest[domain], highest[domain] = min(lowest.get(domain, place), place), max(highest.get(domain, place), place)
+    held = {place for domain, place in lowest.items() if place < highest[domain]}
     for domain, name, text in _folder_texts(root, files, field):
-        if counts[domain] == 1:
+        if lowest[domain] == highest[domain]:
             cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
             yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
             yield Document(domain, "validation", text[cut:], f"{name}[{cut}:]")
         else:
-            chosen = hash_fraction(name) < FOLDER_VALIDATION or name == lowest[domain][1]
+            place = hash_fraction(text)
+            chosen = place < FOLDER_VALIDATION or place in held  # of any domain, as another may have a copy
             yield Document(domain, "validation" if chosen else "train", text, name)
 
 
@@ -139,10 +151,10 @@ def _hf_documents(config: DataConfig, name: str, subset: str | None) -> Iterator
     for number, record in enumerate(_hf_records(name, subset)):
         if (config.max_documents and number >= config.max_documents) or (config.max_bytes and size >= config.max_bytes):
             return
-        text = record.get(config.text_field)
-        if not isinstance(text, str):
+        text = record.get(config.text_field, 0)
+        if not isinstance(text, str | None):
             raise ValueError(f"data: {name} has no text field {config.text_field!r}; its fields are {sorted(record)}")
-        if text.strip():
+        if text and text.strip():
             text = _valid(text)
             size += len(text.encode())
             split: Split = "validation" if hash_fraction(text) < HF_VALIDATION else "train"

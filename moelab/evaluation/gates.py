@@ -10,13 +10,13 @@ Reads runs and trains nothing. Shape letters as in `moelab.config`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelab import paths
 from moelab.config import RoutingConfig
@@ -41,12 +41,16 @@ class Choices:
         tokens: the S tokens as text, a leading space written as `SPACE`.
         logits_SE: the gate's scores, fp32.
         top_k: experts per token, as the model was trained.
+        rules: the model's.
+        bias_E: that loss-free balancing has given the experts, or None.
     """
 
     layer: int
     tokens: tuple[str, ...]
     logits_SE: Tensor
     top_k: int
+    rules: RoutingConfig = field(default=RoutingConfig())
+    bias_E: Tensor | None = None
 
     @property
     def experts(self) -> int:
@@ -55,8 +59,8 @@ class Choices:
 
     @property
     def probability_SE(self) -> Tensor:
-        """The gate's probabilities, fp32."""
-        return self.logits_SE.softmax(1)
+        """The gate's probabilities, fp32: scores divided by their sum over the experts."""
+        return self._router(self.top_k, self.rules)._probabilities(self.logits_SE)
 
     def route(self, top_k: int | None = None, capacity_factor: float | None = None, *, by_chance: bool = True) -> Gate:
         """Route by the same scores under another rule, with the code that training uses; the weights stay the same.
@@ -66,12 +70,17 @@ class Choices:
             capacity_factor: None drops nothing.
             by_chance: an expert over its capacity keeps tokens at random, else the earliest.
         """
-        rules = RoutingConfig(
-            drop_tokens=capacity_factor is not None,
-            capacity_factor_eval=capacity_factor or 1.0,
-            random_token_selection=by_chance,
-        )
-        return Router(1, self.experts, top_k or self.top_k, rules).eval().route(self.logits_SE)
+        rules = replace(self._rules(capacity_factor), random_token_selection=by_chance)
+        return self._router(top_k or self.top_k, rules).route(self.logits_SE)
+
+    def _rules(self, capacity_factor: float | None) -> RoutingConfig:
+        return replace(self.rules, drop_tokens=capacity_factor is not None, capacity_factor_eval=capacity_factor or 1.0)
+
+    def _router(self, top_k: int, rules: RoutingConfig) -> Router:
+        router = Router(1, self.experts, top_k, rules).eval()
+        if self.bias_E is not None:
+            router.balance_bias = nn.Parameter(self.bias_E, requires_grad=False)
+        return router
 
     def dropped(self, top_k: int | None = None, capacity_factor: float | None = None) -> float:
         """Return the share of the S x K choices that are dropped because their expert is full, 0 to 1."""
@@ -80,8 +89,8 @@ class Choices:
 
     def loads(self, top_k: int, capacity_factor: float) -> tuple[list[int], list[int], int]:
         """Return the tokens that each expert keeps, those that chose it, and its capacity."""
-        routing, slots = self.route(top_k, capacity_factor), RoutingConfig(capacity_factor=capacity_factor)
-        limit = slots.capacity(len(self.tokens), self.experts, top_k, training=True)
+        routing = self.route(top_k, capacity_factor)
+        limit = self._rules(capacity_factor).capacity(len(self.tokens), self.experts, top_k, training=False)
         return routing.kept_E.tolist(), routing.load_E.tolist(), limit or len(self.tokens)
 
     def repeats(self) -> tuple[int, int]:
@@ -132,10 +141,10 @@ class Gates:
 
     @torch.no_grad()
     def _scores(self, tokens_BT: Tensor) -> list[Choices]:
-        recorded: list[Tensor] = []
+        recorded: list[tuple[Router, Tensor]] = []
 
         def record(router: Any, given: tuple[Tensor, ...], _: Gate) -> None:
-            recorded.append(F.linear(given[0].float(), router.weight.float()))
+            recorded.append((router, F.linear(given[0].float(), router.weight.float())))
 
         routers = [module for module in self._model.modules() if isinstance(module, Router)]
         hooks = [router.register_forward_hook(record) for router in routers]
@@ -146,8 +155,10 @@ class Gates:
                 hook.remove()
         texts = tuple(self._tokenizer.decode([i]).replace(" ", SPACE) for i in tokens_BT.flatten())
         layers = [i + 1 for i, experts in enumerate(self._config.experts) if experts]
-        K = self._config.top_k
-        return [Choices(layer, texts, logits, K) for layer, logits in zip(layers, recorded, strict=True)]
+        return [
+            Choices(layer, texts, logits, self._config.top_k, router.config, router.balance_bias)
+            for layer, (router, logits) in zip(layers, recorded, strict=True)
+        ]
 
 
 def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:

@@ -189,7 +189,7 @@ class RunLM(TemplateLM):
         if settings.get("do_sample") or settings.get("temperature"):
             raise ValueError(f"eval: only tasks that take the likeliest text can be run, this one wants {settings}")
         until = settings.get("until") or []
-        until = (until,) if isinstance(until, str) else tuple(until)
+        until = tuple(filter(None, [until] if isinstance(until, str) else until))
         limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or MAX_NEW_TOKENS)
         return until, min(limit, self.max_length // 2)
 
@@ -201,7 +201,7 @@ class RunLM(TemplateLM):
         texts = []
         for tokens in self.model.likeliest(prompts, limit, self._stops[until], self.batch):
             text = self.texts.decode(tokens)
-            for stop in filter(None, until):
+            for stop in until:
                 text = text.partition(stop)[0]
             texts.append(text)
         return texts

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moelab.config import digest
 from moelab.data.packages import Package, pinned, unpacked
-from moelab.data.tokenizer import Tokenizer
+from moelab.data.tokenizer import EOT, Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.files import read_object
 from moelab.inference.generate import Generator
@@ -98,17 +98,20 @@ class Ours:
 
 
 class Theirs:
-    """Wrap a causal model of transformers."""
+    """Wrap a causal model of transformers; ValueError, one line, for one that is not supported."""
 
     def __init__(self, model: Any) -> None:
+        if (context := getattr(model.config, "max_position_embeddings", None)) is None:
+            raise ValueError("its config.json has no max_position_embeddings")
         self.model = model.eval()
         place = ("_name_or_path", "transformers_version")
         config = {key: value for key, value in model.config.to_dict().items() if key not in place}
         self.digest = _digest(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}", model)
-        self.context, self.vocab = model.config.max_position_embeddings, model.get_input_embeddings().num_embeddings
+        self.context, self.vocab = context, model.get_input_embeddings().num_embeddings
         self.device = model.get_input_embeddings().weight.device
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
+        self._check_head()
 
     def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         """Return the head's input x_BTM."""
@@ -126,6 +129,14 @@ class Theirs:
         for start in range(0, len(prompts), batch):
             texts += self._likeliest(prompts[start : start + batch], limit, {*stops, *self.ends})
         return texts
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Compare `head` with the whole model: some (Gemma 2, Cohere, Granite) scale or cap the logits after it."""
+        tokens_BT = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        ours, whole = self.head(self.hidden_states(tokens_BT)), self.model(tokens_BT, use_cache=False).logits
+        if (ours - whole).abs().max() > 4 * torch.finfo(ours.dtype).eps * ours.abs().max():
+            raise ValueError("it changes the logits after its head, which is not supported")
 
     @torch.inference_mode()
     def _likeliest(self, prompts: Sequence[Sequence[int]], limit: int, stops: set[int]) -> list[list[int]]:
@@ -233,7 +244,11 @@ def _open_theirs(directory: Path, gguf: str | None, dtype: str, device: str) -> 
     backend = getattr(texts, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{directory}: its tokenizer is none of the `tokenizers` library")
-    return Theirs(model.to(device)), Tokenizer(backend)
+    end = EOT if backend.token_to_id(EOT) is not None else texts.eos_token or EOT
+    try:
+        return Theirs(model.to(device)), Tokenizer(backend, end)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
 
 
 @contextlib.contextmanager

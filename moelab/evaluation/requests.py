@@ -12,8 +12,8 @@ from typing import Any
 class Requests:
     """Hold answers by request, in memory and, if a path is given, in a file.
 
-    Each `put` appends to the file and flushes it; an incomplete last line is removed when the file is opened again. A
-    file belongs to one set of weights, which the caller's file name identifies.
+    Each `put` appends to the file in one write, as another process may append, too. What follows the last whole line
+    is removed when the file is opened again. A file belongs to one set of weights, which its name identifies.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -26,7 +26,7 @@ class Requests:
             for line in lines:
                 try:
                     key, value = json.loads(line)
-                except ValueError:
+                except (ValueError, TypeError):  # no JSON, or no pair
                     break
                 if not line.endswith(b"\n"):
                     break
@@ -53,5 +53,5 @@ class Requests:
         self._known.update(answers)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.writelines(json.dumps([key, value]) + "\n" for key, value in answers.items())
+            with self.path.open("ab") as file:
+                file.write("".join(json.dumps([key, value]) + "\n" for key, value in answers.items()).encode())

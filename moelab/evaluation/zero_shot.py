@@ -161,17 +161,18 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
     asked = _packaged(task, cache, limit) if task in PACKAGED else task
     cut, started = getattr(lm, "cut", None), time.monotonic()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
+    with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
+        try:
             loaded = manager.load([asked])
-            for one in loaded["tasks"].values():
-                one.set_config("num_fewshot", 0)
-            # Not `simple_evaluate`, which lists all installed packages with pip at each call.
-            results = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
-    except (OSError, ConnectionError) as error:
-        raise ValueError(
-            f"eval: the data of {task} cannot be had here ({one_line(error)}); without a network: {', '.join(PACKAGED)}"
-        ) from None
+        except OSError as error:
+            raise ValueError(
+                f"eval: the data of {task} cannot be had here ({one_line(error)}); without a network: "
+                f"{', '.join(PACKAGED)}"
+            ) from None
+        for one in loaded["tasks"].values():
+            one.set_config("num_fewshot", 0)
+        # Not `simple_evaluate`, which lists all installed packages with pip at each call.
+        results = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
     kind = results["configs"][task]["output_type"]
     rows = _first_filter(results["samples"][task])
     metric = next(name for name in ("exact_match", "acc") if name in rows[0])

@@ -60,12 +60,9 @@ def check(parameters: Mapping[str, Any]) -> None:
         simulate.system(parameters.get("system", "moelab"))
         data = DataConfig(corpus or CORPUS["cpu"], context=parameters.get("context", 512))
         if corpus:
-            from moelab.data import CorpusUnavailable, open_corpus
+            from moelab.data import open_corpus
 
-            try:
-                open_corpus(data, paths.home() / "data")
-            except CorpusUnavailable as error:
-                raise ValueError(str(error)) from None
+            open_corpus(data, paths.home() / "data")
         if (dtype := parameters.get("dtype", "bf16")) not in ("bf16", "fp32"):
             raise ValueError(f"dtype must be bf16 or fp32, got {dtype!r}")
         for name, least in (("gpus", 1), ("cached", 1), ("max_tokens", 0)):

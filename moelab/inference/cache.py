@@ -66,11 +66,6 @@ class KVCache:
         self._rows = torch.arange(slots, device=device)
         self._places = torch.arange(length, device=device)
 
-    @property
-    def bytes(self) -> int:
-        """Return the bytes of keys and values."""
-        return 2 * self.keys.numel() * self.keys.element_size()
-
     def prefill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Prepare a forward pass over concatenated prompts of these lengths, one per given slot."""
         ends = list(itertools.accumulate(lengths))

@@ -84,7 +84,9 @@ class Writer:
             i = piece.prompt
             if piece.token != self.tokenizer.eot:
                 tokens.setdefault(i, []).append(piece.token)
-                if text := steps.setdefault(i, self.tokenizer.stream())(piece.token):
+                if i not in steps:
+                    steps[i] = self.tokenizer.stream()
+                if text := steps[i](piece.token):
                     shown[i] = shown.get(i, 0) + len(text)
                     yield i, text
             if piece.finish and (rest := self.tokenizer.decode(tokens.get(i, []))[shown.get(i, 0) :]):

@@ -48,12 +48,6 @@ class Output:
     loss: Tensor | None = None
     logits_loss: Tensor | None = None
 
-    def cross_entropy(self, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
-        """Return the next-token loss in nats, fp32, from the logits."""
-        assert self.logits_BTV is not None
-        logits = self.logits_BTV.flatten(0, 1).float()
-        return F.cross_entropy(logits, targets_BT.flatten(), reduction=reduction)
-
     def routing_loss(self) -> Tensor | float:
         """Return the routers' losses (`Router`), summed over MoE layers as in the released code."""
         return sum((routing.loss for routing in self.routing), start=0.0)
@@ -202,7 +196,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return (`Output.loss`, `Output.logits_loss`) from the hidden states; arguments as of `forward`."""
         if self.packed is not None:
-            return losses_of(self.head(x_BTM.flatten(0, 1)), targets_BT.flatten(), reduction, logits_loss)
+            assert logits_loss is None  # inference teaches nobody
+            return losses_of(self.head(x_BTM.flatten(0, 1)), targets_BT.flatten(), reduction)
         x_NM = self.norm.forward(x_BTM).flatten(0, 1)
         return linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, logits_loss)
 

@@ -26,37 +26,31 @@ Without autograd, in at least fp32; the logits must not be changed.
 _MIN_PROBABILITY = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
 
 
-def linear_cross_entropy(x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean") -> Tensor:
-    """Return ``F.cross_entropy((x @ w.T).float(), targets)`` within rounding, in nats, at least fp32.
+def linear_losses(
+    x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean", logits_loss: LogitsLoss | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (cross-entropy plus a loss of the logits, that loss without gradient), means over the tokens.
 
-    Products are computed in autocast's dtype if it is on, else in x's; softmax and loss in at least fp32. The forward
-    pass also computes the gradients, so that the backward pass needs no logits: the memory is that of one chunk of
-    logits and the two gradients. Differentiable once, in x and w.
+    The first is ``F.cross_entropy((x @ w.T).float(), targets)`` within rounding, in nats, at least fp32. Products are
+    computed in autocast's dtype if it is on, else in x's; softmax and loss in at least fp32. The forward pass also
+    computes the gradients, so that the backward pass needs no logits: the memory is that of one chunk of logits and the
+    two gradients. Differentiable once, in x and w.
 
     Args:
         targets_N: int64 token ids.
         reduction: "mean" over the tokens, or "none": each token's loss [N], without gradient.
+        logits_loss: the loss of the logits, zero by default; none with "none".
 
     Raises:
         ValueError: another reduction, or shapes that do not fit.
     """
-    return linear_losses(x_NM, w_VM, targets_N, reduction)[0]
-
-
-def linear_losses(
-    x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean", logits_loss: LogitsLoss | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return (`linear_cross_entropy` plus a loss of the logits, that loss without gradient).
-
-    Both are means over the tokens; without `logits_loss` the second is zero. With "none" there is no `logits_loss`.
-    """
     if reduction not in ("mean", "none"):
-        raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'none', got {reduction!r}")
+        raise ValueError(f"linear_losses: reduction must be 'mean' or 'none', got {reduction!r}")
     if reduction == "none" and logits_loss is not None:
         raise ValueError("linear_losses: a loss of the logits has no value for each token; reduction must be 'mean'")
     if x_NM.dim() != 2 or w_VM.shape[1:] != x_NM.shape[1:] or targets_N.shape != x_NM.shape[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x_NM, w_VM, targets_N))
-        raise ValueError(f"linear_cross_entropy: x, w and targets must be [N, M], [V, M] and [N], got {shapes}")
+        raise ValueError(f"linear_losses: x, w and targets must be [N, M], [V, M] and [N], got {shapes}")
     device = x_NM.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NM.dtype
     gradients = torch.is_grad_enabled()
@@ -66,16 +60,10 @@ def linear_losses(
     return (total / len(x_NM), more / len(x_NM)) if reduction == "mean" else (losses_N, more)
 
 
-def losses_of(
-    logits_NV: Tensor, targets_N: Tensor, reduction: str = "mean", logits_loss: LogitsLoss | None = None
-) -> tuple[Tensor, Tensor]:
+def losses_of(logits_NV: Tensor, targets_N: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
     """Return the losses as `linear_losses`, of logits that are all in memory, without gradients."""
     logits_NV = logits_NV.float()
-    loss, more = F.cross_entropy(logits_NV, targets_N, reduction=reduction), logits_NV.new_zeros(())
-    if logits_loss is not None:
-        more, _ = logits_loss(logits_NV, 0, len(logits_NV))
-        more = more / len(logits_NV) if reduction == "mean" else more
-    return loss + more, more
+    return F.cross_entropy(logits_NV, targets_N, reduction=reduction), logits_NV.new_zeros(())
 
 
 class _LinearLosses(torch.autograd.Function):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from moelab import paths
 from moelab.experiments import Experiment
@@ -31,8 +32,8 @@ def execute_watched(
         page: bring the results' page up to date.
     """
     console = Console()
-    console.print(f"[bold]{experiment.title}[/] · {experiment.paper}")
-    console.print(f"paper: {experiment.paper_answer}")
+    console.print(f"[bold]{escape(experiment.title)}[/] · {escape(experiment.paper)}")
+    console.print(f"paper: {experiment.paper_answer}", markup=False)
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "plan.json"
         done = threading.Event()
@@ -43,7 +44,7 @@ def execute_watched(
         except notebooks.NotebookFailed as error:
             done.set()
             watcher.join()
-            console.print(f"[red]failed:[/] {error}", soft_wrap=True)
+            console.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True)
             return False
         except KeyboardInterrupt:
             done.set()
@@ -55,16 +56,16 @@ def execute_watched(
         watcher.join()
     index = site.update(publish=publish).index if page else None
     summary = read_json(result / SUMMARY)
-    console.print(f"[bold green]{summary['title']}[/]")
+    console.print(f"[bold green]{escape(summary['title'])}[/]")
     for name, path in (
         ("notebook", result / "notebook.ipynb"),
         *(("figure", result / f"{f['name']}.svg") for f in summary["figures"]),
         *([("page", index)] if index else []),
     ):
-        console.print(f"{name:>9}  {paths.short(path)}", soft_wrap=True, highlight=False)
+        console.print(f"{name:>9}  {paths.short(path)}", soft_wrap=True, markup=False, highlight=False)
     if summary["missing"]:
         console.print(
-            f"[red]without a result:[/] {', '.join(summary['missing'])}; the notebook says why", soft_wrap=True
+            f"[red]without a result:[/] {escape(', '.join(summary['missing']))}; the notebook says why", soft_wrap=True
         )
         return False
     return True
@@ -99,15 +100,15 @@ def _watch(plan: Path, done: threading.Event, console: Console) -> None:
             if not runs and (listed := read_json(plan)):
                 runs = [Run(RunSpec.from_json(read_json(Path(p) / "spec.json")), Path(p)) for p in listed]
                 estimate = Estimate(Snapshot.of(runs))
-                tasks = [bars.add_task(f"  {r.spec.title} s{r.spec.train.seed}", total=1.0, note="") for r in runs]
+                names = [escape(f"  {r.spec.title} s{r.spec.train.seed}") for r in runs]
+                tasks = [bars.add_task(name, total=1.0, note="") for name in names]
             if not runs or estimate is None:
                 continue
             snapshot = Snapshot.of(runs)
             words = snapshot.describe(estimate.seconds_left(snapshot))
-            for task, s in zip(tasks, snapshot.statuses, strict=True):
+            for task, s, share in zip(tasks, snapshot.statuses, snapshot.shares, strict=True):
                 going = s.state in ("running", "finished") and s.loss is not None
                 note = f"training loss {s.loss:.3f}" if going else s.state
-                share = 1.0 if s.state == "finished" else s.step / max(1, s.steps)
                 bars.update(task, completed=share, note=note)
             bars.update(total, description="all runs", completed=snapshot.done, note=words)
             if not console.is_terminal:

@@ -11,6 +11,7 @@ nearest checkpoint before.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -152,7 +153,8 @@ def shorter(trunk: RunSpec, tokens: int) -> RunSpec:
     train = trunk.train
     share = train.cooldown_tokens / train.tokens
     if share and train.warmup_tokens <= tokens * (1 - share):
-        return token_budgets(trunk, [tokens])[0]
+        with contextlib.suppress(ValueError):  # rounded to steps, the decay begins in the warm-up
+            return token_budgets(trunk, [tokens])[0]
     warmup = round(train.warmup_tokens * tokens / train.tokens)
     own: dict[str, Any] = {
         "tokens": tokens,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import overload
 
+from moelab.config import DataConfig
 from moelab.lazy import pd
 from moelab.runs.store import Run
 
@@ -56,7 +58,7 @@ class Runs(Sequence[Run]):
         return Runs([run for run in self if not run.finished])
 
     def require_results(self, before: Sequence[Run] = (), *, every_arm: bool = True) -> None:
-        """Check that every arm, the runs of one title, has a result of at least one seed.
+        """Check that every arm, the runs of one title, has a result of at least one seed, and that texts are the same.
 
         Args:
             before: all runs that were trained; the failure of a teacher or trunk is the reason of those that need it.
@@ -64,7 +66,9 @@ class Runs(Sequence[Run]):
 
         Raises:
             NoResult: one line: how many runs have no result, and why the first of them failed.
+            ValueError: one line: a text of the user's has changed between two runs.
         """
+        self._require_same_texts()
         there = {run.spec.title for run in self.finished}
         empty = [run for run in self.missing if run.spec.title not in there]
         if not empty or (there and not every_arm):
@@ -76,6 +80,21 @@ class Runs(Sequence[Run]):
             f"({first.spec.title}, seed {first.spec.train.seed}; {first.path / 'log.txt'})",
             self,
         )
+
+    def _require_same_texts(self) -> None:
+        """Refuse runs on a text of the user's that has changed between them: their ids have its name alone."""
+        first: dict[DataConfig, tuple[str, Run]] = {}
+        for run in (run for run in self.finished if run.spec.data.corpus.startswith(("folder:", "hf:"))):
+            try:
+                text = run.result.get("data_fingerprint")
+            except ValueError:  # a damaged result is told where it is read
+                continue
+            before, other = first.setdefault(replace(run.spec.data, context=1), (text, run)) if text else (text, run)
+            if text != before:
+                raise ValueError(
+                    f"runs {other.spec.id} and {run.spec.id}: the text {run.spec.data.corpus} has changed between "
+                    f"them; remove the runs on the old one from {run.path.parent} and run again"
+                )
 
     def explain_missing(self) -> str:
         """One line for each run without a result, and the end of its log; empty when there is none."""

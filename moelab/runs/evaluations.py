@@ -97,8 +97,7 @@ def _current(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...])
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    record = read_record(file)
-    return record if record and {"result", "code", "value"} <= set(record) else None
+    return read_record(file, ("result", "code", "value"))
 
 
 def _file(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Path:

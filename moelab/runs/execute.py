@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ShouldStop = Callable[[], bool]
 """Says whether the training is to stop, with a checkpoint."""
 OnProgress = Callable[["Progress"], None]
-"""Called after each step."""
+"""Called after each metric row."""
 
 _STOP = "stop"
 """What rank 0 publishes for ranks that wait for it while the run starts, in place of what they wait for."""
@@ -193,7 +193,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
     if spec.start is not None:
         record["start"] = {"run": spec.start.run.id, "tokens": spec.start.tokens}
         record["start"]["trained_again"] = (run.path / "prefix").exists()
-    write_json(run.path / "provenance.json", record)
+    write_json(run.path / "provenance.json", record, durable=True)  # never written again once there is a result
     write_json(run.path / "result.json", result, durable=True)
     remove_prefix(run.path)
     run.set_status(Status("finished", **{**state, "step": state["steps"]}))

@@ -18,6 +18,7 @@ from moelab.engine.launch import Limits, postmortem, process
 from moelab.runs.execute import execute
 from moelab.runs.store import Run, Status, disk_full
 from moelab.runs.supervisor import supervise
+from moelab.terminal import one_line
 
 Tick = Callable[[], None]
 
@@ -28,11 +29,19 @@ _MARGIN_S = 30.0
 def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
     """One after the other in this process. A run that fails leaves its reason in its status; the others go on."""
     for run in runs:
-        with contextlib.suppress(Exception):
+        before = run.status_time
+        try:
             if run.spec.parallel.ranks > 1:
                 supervise(run, tick=tick)
             else:
                 execute(run, on_progress=lambda _: tick())
+        except Exception as error:
+            try:
+                status = Status.read(run.path) or Status("new")
+                if not _said(run, status, before):  # it was raised before the training or after it
+                    run.set_status(replace(status, state="failed", reason=one_line(error)))
+            except OSError:  # such as a store that is read-only
+                print(f"run {run.spec.id}: {one_line(error)}", file=sys.stderr)
         tick()
 
 
@@ -94,8 +103,7 @@ class _Session:
     def ended(self, code: int) -> None:
         """Write into the run's status how its process ended, unless the process has said why or another one trains."""
         run, status = self.run, Status.read(self.run.path) or Status("new")
-        said = run.status_time != self.status and status.state not in ("new", "running")
-        if code in (process.FINISHED, process.STOPPED) or said or run.finished or run.locked:
+        if code in (process.FINISHED, process.STOPPED) or _said(run, status, self.status):
             return
         if code < 0:
             how = postmortem.death_by_signal(-code, 0, [0], postmortem.oom_kills() > self.oom_kills)
@@ -105,6 +113,12 @@ class _Session:
         reason = f"its process {how}{disk_full(run.path)}"
         with contextlib.suppress(OSError):  # the disk is full, which the run's status tells
             run.set_status(replace(status, state="stopped" if code < 0 else "failed", reason=reason))
+
+
+def _said(run: Run, status: Status, before: int) -> bool:
+    """Return whether a run needs no reason: it has one that is newer than `before`, is finished, or is trained."""
+    said = run.status_time != before and status.state not in ("new", "running")
+    return said or run.finished or run.locked
 
 
 def _stop_s() -> float:

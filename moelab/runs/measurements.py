@@ -16,7 +16,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from moelab.runs.provenance import hardware, provenance, versions
 from moelab.runs.store import Run
 
 FORMAT = 1
+_NEEDED = ("function", "arguments", "measured", "seconds", "code", "machine", "provenance", "value")
+"""What a record of the store has besides its format."""
+_KINDS = (".py", ".cpp", ".h", ".json", ".yaml", ".csv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,26 +119,27 @@ class MeasurementStore:
 
     def current(self, ids: Sequence[str]) -> bool:
         """Whether all of these are stored, by this code and on this machine."""
-        records = [read_record(self.root / f"{id}.json") for id in ids]
+        records = [read_record(self.root / f"{id}.json", _NEEDED) for id in ids]
         return all(r is not None and (r["code"], r["machine"]) == (code(), machine()) for r in records)
 
     def took(self, function: Callable[..., Any]) -> float:
         """Return the seconds of the longest stored measurement by a function, of any arguments; 0 without one."""
-        stored = [read_record(file) for file in self.root.glob(f"{prefix(function)}-*.json")]
+        stored = [read_record(file, _NEEDED) for file in self.root.glob(f"{prefix(function)}-*.json")]
         return max((record["seconds"] for record in stored if record), default=0.0)
 
     def _read(self, key: str) -> Measurement | None:
-        record = read_record(self.root / f"{key}.json")
+        record = read_record(self.root / f"{key}.json", _NEEDED)
         return _of(key, record, read_back=True) if record else None
 
 
-def read_record(file: Path) -> dict[str, Any] | None:
-    """Return the record in a file, None if it is missing or malformed: its value can be measured again."""
+def read_record(file: Path, needed: Collection[str]) -> dict[str, Any] | None:
+    """Return the record in a file, None if it is missing, malformed or lacks an entry: it can be measured again."""
     try:
         record = read_json(file)
     except (ValueError, OSError):
         return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+    there = isinstance(record, dict) and record.get("format") == FORMAT and set(needed) <= set(record)
+    return record if there else None
 
 
 def _of(key: str, record: dict[str, Any], *, read_back: bool) -> Measurement:
@@ -180,13 +184,15 @@ def as_json(value: Any) -> Any:
 
 @functools.cache
 def code() -> str:
-    """Digest of moelab's source, kernels and their C++ included."""
+    """Digest of moelab's source and data files, kernels and their C++ included, and of what was tuned here."""
     hashed = hashlib.sha256()
+    places = {"tuned": [str(paths.home() / "tuned")]}
     for package in ("moelab", "moelab.kernels"):
         spec = find_spec(package)
-        for root in map(Path, (spec.submodule_search_locations or ()) if spec else ()):
-            for file in sorted(file for file in root.rglob("*.*") if file.suffix in (".py", ".cpp", ".h")):
-                hashed.update(f"{package}/{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+        places[package] = list((spec.submodule_search_locations or ()) if spec else ())
+    for name, root in ((name, Path(root)) for name, roots in places.items() for root in roots):
+        for file in sorted(file for file in root.rglob("*.*") if file.suffix in _KINDS):
+            hashed.update(f"{name}/{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
     return hashed.hexdigest()[:12]
 
 

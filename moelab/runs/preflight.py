@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -89,7 +90,7 @@ def _check_devices(specs: Sequence[RunSpec], device: str) -> None:
 
 
 def check_texts(specs: Sequence[RunSpec], *, same_files: bool = True, same_packages: bool = True) -> None:
-    """Check that the texts of runs exist and can be read here, and that their tokenizers suit the models.
+    """Check that the texts of runs are known, the user's are here and tokenizers suit the models; asks no network.
 
     Args:
         same_files, same_packages: as for `check`.
@@ -98,17 +99,14 @@ def check_texts(specs: Sequence[RunSpec], *, same_files: bool = True, same_packa
         UnknownCorpus: a text with this name exists nowhere.
         ValueError: one line.
     """
-    from moelab.data import CorpusUnavailable, is_prepared, open_corpus
+    from moelab.data import is_prepared, open_corpus
     from moelab.data.tokenizer import bpe_vocabulary
 
     folder = paths.home() / "data"
     for config in {repr(spec.data): spec.data for spec in specs}.values():
         if not same_files and config.corpus.startswith(("folder:", "hf:")):
             continue
-        try:
-            open_corpus(config, folder)
-        except CorpusUnavailable as error:
-            raise ValueError(str(error)) from None
+        open_corpus(config, folder)
         if not same_packages or not config.corpus.startswith("hf:"):
             continue
         lacking = [package for package in ("datasets", "zstandard") if not find_spec(package)]
@@ -127,7 +125,7 @@ def check_texts(specs: Sequence[RunSpec], *, same_files: bool = True, same_packa
 
 
 def _check_space(specs: Sequence[RunSpec], store: RunStore, publish: bool) -> None:
-    needed = ROOM + sum(_checkpoint_bytes(spec) for spec in specs)
+    needed = ROOM + sum(max(0, _checkpoint_bytes(spec) - _present(store.root / spec.id)) for spec in specs)
     for name, folder, size in (("home", store.root, needed), *([("results", paths.results(), ROOM)] * publish)):
         if (free := shutil.disk_usage(existing(folder)).free) < size:
             raise ValueError(
@@ -141,6 +139,15 @@ def _checkpoint_bytes(spec: RunSpec) -> int:
     steps, every = spec.train.steps(spec.data.context), spec.train.checkpoint_every
     count = (min(3, -(-steps // every)) if every > 0 else 1) + len(spec.train.keep_at)
     return spec.model.parameters() * MOMENTS_AND_WEIGHT * count
+
+
+def _present(run: Path) -> int:
+    """Return the bytes of a run's checkpoints, which those that it goes on to write replace."""
+    size = 0
+    with contextlib.suppress(FileNotFoundError):  # removed meanwhile by who trains the run
+        for file in (run / "checkpoints").rglob("*"):
+            size += file.stat().st_size
+    return size
 
 
 def existing(folder: Path) -> Path:

@@ -17,11 +17,13 @@ class Snapshot:
     """Statuses of the runs at one moment.
 
     Attributes:
+        shares: of each run's own steps, what is done.
         done: share of all their FLOPs that is done.
         left: share that is still to be done; what a failed run lacks is in neither.
     """
 
     statuses: tuple[Status, ...]
+    shares: tuple[float, ...]
     done: float
     left: float
 
@@ -30,13 +32,12 @@ class Snapshot:
         """Read the statuses of runs."""
         statuses = tuple(run.status for run in runs)
         total = sum(run.spec.cost for run in runs) or 1.0
+        shares = tuple(map(_share, runs, statuses))
         done = left = 0.0
-        for run, s in zip(runs, statuses, strict=True):
-            first = run.spec.first_step
-            share = 1.0 if s.state == "finished" else max(0, s.step - first) / max(1, s.steps - first)
+        for run, s, share in zip(runs, statuses, shares, strict=True):
             done += run.spec.cost * share / total
             left += run.spec.cost * (1 - share) / total if s.state != "failed" else 0.0
-        return cls(statuses, done, left)
+        return cls(statuses, shares, done, left)
 
     @property
     def over(self) -> bool:
@@ -51,6 +52,11 @@ class Snapshot:
         if not self.over:
             words += [f"{self.done:.0%} done", f"{duration(seconds_left)} left"]
         return ", ".join(words)
+
+
+def _share(run: Run, status: Status) -> float:
+    first = run.spec.first_step
+    return 1.0 if status.state == "finished" else max(0, status.step - first) / max(1, status.steps - first)
 
 
 class Estimate:
@@ -68,14 +74,16 @@ class Estimate:
 def table(runs: Sequence[Run], snapshot: Snapshot, left: float | None) -> Any:
     """Return a rich table, one row per run, for terminals and notebooks."""
     from rich.table import Table
+    from rich.text import Text
 
     view = Table(
         "run", "state", "step", "training loss", "tokens/s", title=snapshot.describe(left), title_justify="left"
     )
     for run, s in zip(runs, snapshot.statuses, strict=True):
         view.add_row(
-            f"{run.spec.title} · seed {run.spec.train.seed}",
-            s.state + (f": {s.reason}" if s.reason else ""),
+            # As `Text`: in a string, rich would take a reason such as "[enforce fail at ...]" for markup.
+            Text(f"{run.spec.title} · seed {run.spec.train.seed}"),
+            Text(s.state + (f": {s.reason}" if s.reason else "")),
             f"{s.step}/{s.steps}" if s.steps else "",
             f"{s.loss:.3f}" if s.loss is not None else "",
             f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else "",

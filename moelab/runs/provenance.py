@@ -106,7 +106,7 @@ def constraints() -> dict[str, Any] | None:
     if root is None or not (file := root / "constraints.txt").is_file():
         return None
     text = file.read_text()
-    pins = [line.split("==") for line in text.splitlines() if not line.startswith("#")]
+    pins = [line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#")]
     differ = [name for name, pin in pins if _version(name) not in (None, pin)]
     return {"sha256": hashlib.sha256(text.encode()).hexdigest()[:12], "differ": differ}
 

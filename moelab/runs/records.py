@@ -50,10 +50,10 @@ def folder(*, publish: bool = True) -> Path:
 
 
 def write(runs: Sequence[Run], directory: Path) -> list[Path]:
-    """Pack the records of finished runs, a zip for each model in a directory; records that are there already stay.
+    """Pack the records of finished runs, a zip for each model in a directory; the other records in it stay.
 
     Raises:
-        ValueError: a run is not finished.
+        ValueError: one line: a run is not finished, or a zip that is there is damaged.
     """
     packs: dict[str, dict[str, bytes]] = {}
     for run in runs:
@@ -62,7 +62,9 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
     written = []
     for model, records in packs.items():
         path, whole = directory / f"{model}.zip", io.BytesIO()
-        for archive in archives_in(path):
+        if (there := archives_in(path)) == [path]:  # taken for a record, as it cannot be read as a pack
+            raise ValueError(f"{path}: damaged; restore or remove it")
+        for archive in there:
             records.setdefault(archive.name, archive.read_bytes())
         with zipfile.ZipFile(whole, "w") as pack:  # records lie as they are, so that git keeps what was added alone
             for name, data in sorted(records.items()):
@@ -136,7 +138,7 @@ def read(archive: Archive, store: RunStore) -> Run | None:
         return None
     lock = run.lock()
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=2)  # whoever looks at the status holds it for a moment
     except TimeoutError:  # it is being trained
         return None
     try:

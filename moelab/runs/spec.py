@@ -66,6 +66,10 @@ class RunSpec:
                 f"spec: sequences of {self.data.context} tokens are longer than the context of {self.model} "
                 f"({self.model.context})"
             )
+        if self.train.eval_tokens < self.data.context:
+            raise ValueError(
+                f"spec: train.eval_tokens {self.train.eval_tokens} must be at least data.context, {self.data.context}"
+            )
         for tokens in self.train.keep_at:
             self.train.step_at(tokens, self.data.context, "spec: train.keep_at")
         self._check_parallel()

@@ -96,4 +96,7 @@ def _serve(events: Events, runs: int, port: int) -> int:
         process.terminate()
         return process.wait()
     finally:
+        if process.poll() is None:  # the metrics of a run cannot be read
+            process.terminate()
+            process.wait()
         events.close()

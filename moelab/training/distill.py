@@ -232,5 +232,9 @@ class LogitCache:
         """Store a value under `name`, unless it would exceed the limit."""
         content = save_tensors({key: t.cpu().contiguous() for key, t in value._asdict().items()})
         if self.size + len(content) <= self.limit:
-            write_bytes(self.folder / f"{name}.safetensors", content)
-            self.size += len(content)
+            try:
+                write_bytes(self.folder / f"{name}.safetensors", content)
+                self.size += len(content)
+            except OSError as error:  # a full disk does not end the training
+                log.warning("%s: logits are kept no longer (%s)", self.folder, error)
+                self.limit = 0

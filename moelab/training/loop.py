@@ -107,7 +107,7 @@ def train(
         start: another run's checkpoint, used while `run_dir` has none: weights, optimizer state and the count of steps
             continue from there, and metrics begin there. Where the model has more experts, they are copies.
         branch: how the run begins at `start`; given on resume, too.
-        until: end after so many steps, with a checkpoint and an empty result.
+        until: end after so many steps, with a checkpoint, no last validation and an empty result.
         on_progress: called with each metric row, on rank 0.
         should_stop: called once per step on every rank; if any rank returns True, all write a checkpoint and raise
             TrainingStopped.
@@ -218,7 +218,7 @@ def train(
                 raise TrainingStopped(
                     f"stopped at step {step} of {steps}; the checkpoint is written, run again to go on"
                 )
-        if end < steps:
+        if until is not None:
             return {}
         final = validate(_LAST_VALIDATION)
     return {

@@ -110,7 +110,7 @@ class Metrics:
 
     def write(self, file: str, row: dict[str, Any]) -> None:
         """Append a row; `file` is TRAIN or VALIDATION, `row` has "step" and JSON values."""
-        line = _line(row).encode()
+        line = (json.dumps(row) + "\n").encode()
         with open(self._paths[file], "ab") as f:
             f.write(line)
         self._sizes[file] += len(line)
@@ -211,7 +211,3 @@ def _is_odd(item: tuple[str, Any]) -> bool:
     name, value = item
     kinds = dict if name in _NESTED else int | float | dict if name not in _NUMBERS else int | float
     return not isinstance(value, kinds)
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row) + "\n"

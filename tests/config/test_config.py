@@ -45,7 +45,8 @@ def test_every_model_of_the_paper_has_its_name_shape_and_sizes(name):
 def test_active_parameters_are_those_with_a_gradient_from_one_token():
     config = replace(ModelConfig.parse("350M+Top2-MoE-32").shrink(hidden=32), context=1)
     model = build(config, seed=0)
-    model(torch.zeros(1, 1, dtype=torch.long)).cross_entropy(torch.ones(1, 1, dtype=torch.long)).backward()
+    token = torch.zeros(1, 1, dtype=torch.long)
+    model(token, targets_BT=token + 1).loss.backward()
     used = sum(
         (p.grad.abs().flatten(1).amax(1) > 0).sum().item() * p[0].numel() if ".experts." in name else p.numel()
         for name, p in model.named_parameters()

@@ -73,6 +73,34 @@ def test_folder_split_does_not_depend_on_other_files(tmp_path):
     assert 2 <= sum(split == "validation" for split in before.values()) <= 25
 
 
+def test_copies_of_a_text_in_a_folder_are_on_one_side_and_hidden_folders_are_left_out(tmp_path):
+    for i in range(150):
+        for domain in ("a", "b"):
+            (tmp_path / domain).mkdir(exist_ok=True)
+            (tmp_path / domain / f"{i}.md").write_text(f"text {i}")
+            (tmp_path / domain / f"{i} (1).md").write_text(f"text {i}")
+    for name in ("c/1.txt", "c/2.txt"):  # a domain of one text, twice
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one text of some words " * 20)
+    (tmp_path / "a" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "a" / ".ipynb_checkpoints" / "0-checkpoint.md").write_text("an older state")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "LICENSE.txt").write_text("nobody's text")
+    docs = documents(f"folder:{tmp_path}", tmp_path)
+    held, train = ({d.text for d in docs if d.split == split} for split in ("validation", "train"))
+    assert not held & train and len(docs) == 4 * 150 + 4
+    assert {d.domain for d in docs if d.split == "train"} == {d.domain for d in docs} == {"a", "b", "c"}
+
+
+def test_a_folder_of_more_domains_than_files_may_be_open_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("moelab.data.user_text.MAX_DOMAINS", 2)
+    for i in range(3):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"has more than 2 subfolders, each a domain; put them into fewer ones$"):
+        open_corpus(DataConfig(corpus=f"folder:{tmp_path}"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("corpus", "settings", "message"),
     [
@@ -210,6 +238,9 @@ def test_hf_reads_a_local_folder_of_json(tmp_path):
     assert len(documents(f"hf:{root}", tmp_path, text_field="body", max_bytes=100)) == 6
     with pytest.raises(ValueError, match=r"no text field 'text'; its fields are \['body'\]"):
         documents(f"hf:{root}", tmp_path)
+    (tmp_path / "gaps").mkdir()
+    (tmp_path / "gaps" / "data.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+    assert [d.text for d in documents(f"hf:{tmp_path / 'gaps'}", tmp_path)] == ["a", "b"]
     zstandard = pytest.importorskip("zstandard")  # the Pile's files
     (tmp_path / "pile" / "train").mkdir(parents=True)
     (tmp_path / "pile" / "train" / "00.jsonl.zst").write_bytes(zstandard.compress((root / "data.jsonl").read_bytes()))

@@ -20,7 +20,8 @@ from moelab.config import DataConfig
 from moelab.data import preparation as module
 from moelab.data import tokens
 from moelab.data.corpus import open_corpus
-from moelab.data.preparation import prepare
+from moelab.data.documents import Document
+from moelab.data.preparation import is_prepared, prepare
 from moelab.data.tokens import TokenData
 from moelab.files import sha256_of
 
@@ -58,7 +59,7 @@ def test_unigram_loss_is_that_of_add_one_counts(data):
         p = [(counts[t] + 1) / (data.train.size + data.vocab_size) for t in tokens.tolist()]
         return -sum(map(math.log, p)) / len(p)
 
-    assert data.domain_unigram_loss("north") == pytest.approx(loss(data.validation["north"]))
+    assert data.meta["validation"]["north"]["unigram_loss"] == pytest.approx(loss(data.validation["north"]))
     assert data.unigram_loss == pytest.approx(loss(np.concatenate(list(data.validation.values()))))
 
 
@@ -132,6 +133,28 @@ def test_broken_folder_is_rebuilt_with_a_warning(name, config, tmp_path):
             again = prepare(config, tmp_path)
         assert "\n" not in str(warned[0].message) and again.fingerprint == good.fingerprint
         assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == [good.folder.name]
+
+
+def test_a_broken_folder_is_told_once_and_not_by_who_only_looks(config, tmp_path, recwarn):
+    (prepare(config, tmp_path).folder / "meta.json").unlink()
+    assert not is_prepared(config, tmp_path) and not recwarn
+    prepare(config, tmp_path)
+    assert len(recwarn) == 1
+
+
+def test_what_a_killed_build_left_is_swept_also_by_another_corpus(config, tmp_path):
+    (left := tmp_path / ".building-sotu-bpe-4096-0123456789ab-qwert_12").mkdir()
+    (lock := tmp_path / ".sotu-bpe-4096-0123456789ab.lock").touch()
+    for path in (left, lock):
+        os.utime(path, (0, 0))
+    prepare(config, tmp_path)
+    assert lock.exists() and not left.exists()
+
+
+def test_a_tokenizer_reads_no_further_than_it_learns(monkeypatch):
+    monkeypatch.setattr(module, "TOKENIZER_CHARACTERS", 10)
+    documents = iter([Document("d", "train", "abcdef", str(i)) for i in range(9)])
+    assert list(module._training_texts(documents)) == ["abcdef"] * 2 and len(list(documents)) == 6
 
 
 @pytest.mark.parametrize("late", [2, 3])

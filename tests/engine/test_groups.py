@@ -118,7 +118,7 @@ def calls_of_a_step(layout):
             setattr(dist, name, counted(call))
         with observe(observer):
             sync.arm()
-            model.module(tokens).cross_entropy(tokens).backward()
+            model.module(tokens, targets_BT=tokens).loss.backward()
             sync.finish()
             clip(model, 1.0)
         model.module.eval()

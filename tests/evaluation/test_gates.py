@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from typer.testing import CliRunner
 
 from moelab.cli import app
-from moelab.config import ModelConfig
+from moelab.config import ModelConfig, RoutingConfig
 from moelab.evaluation import rounding
 from moelab.evaluation.gates import SPACE, Choices, Gates, dropped, frame
 from moelab.inference.text import load_run
@@ -102,6 +102,27 @@ def test_gates_route_as_the_model_does(trained, tiny_spec, tmp_path):
     dense = replace(tiny_spec, model=ModelConfig(layers=1, hidden=32, heads=2, vocab=320, context=32, name="flat"))
     with pytest.raises(ValueError, match=r"gates: .* is dense"):
         Gates(RunStore(tmp_path).run(dense).path)
+
+
+def test_choices_are_the_models_by_all_its_rules(tmp_path, monkeypatch, data_config, tiny_spec):
+    """Scores are sigmoids, and a bias that logits do not show decides."""
+    routing = RoutingConfig(scores="sigmoid", balance_rate=0.1, normalize_weights=True, min_capacity=1)
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    gates = Gates(RunStore().run(replace(tiny_spec, model=replace(tiny_spec.model, routing=routing))).path, initial=0)
+    for block in (gates._model.blocks[1], gates._model.blocks[3]):
+        torch.nn.init.normal_(block.ffn.router.weight)
+        block.ffn.router.balance_bias.data[-1] = 9
+    ids = torch.tensor([gates._tokenizer.encode(TEXT)])
+    with torch.no_grad():
+        routed = gates._model(ids).routing
+    for heard, did in zip(gates.on_text(TEXT), routed, strict=True):
+        assert torch.equal(heard.route().expert_SK, did.expert_SK) and did.expert_SK.eq(heard.experts - 1).all()
+        assert torch.equal(heard.route(capacity_factor=1.0).kept_E, did.kept_E)
+        kept, _, limit = heard.loads(1, 1.0)
+        assert max(kept) == limit == did.kept_E.max()
+        assert torch.allclose(heard.probability_SE.sum(1), torch.ones(ids.numel()))
+        scores_SE = heard.logits_SE.sigmoid()
+        assert torch.allclose(heard.probability_SE, scores_SE / scores_SE.sum(1, keepdim=True))
 
 
 def test_losses_by_mode_and_dtype(trained, tmp_path):

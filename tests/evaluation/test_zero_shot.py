@@ -53,6 +53,9 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     assert len(again) == 2 and again.get(keys[1]) == [-0.1 - 0.2, False] and again.get(keys[2]) is None
     again.put({keys[2]: "text\n"})
     assert Requests(path).get(keys[2]) == "text\n"
+    with path.open("a") as file:
+        file.write("7\n")
+    assert len(Requests(path)) == 3 and path.read_bytes().endswith(b'"text\\n"]\n')
 
 
 @pytest.fixture
@@ -133,6 +136,8 @@ def test_continuations_are_the_likeliest_and_end_at_a_stop_text(RunLM, model, to
     stop = texts[0][2:4]
     (shorter,) = ask(lm, "generate_until", (contexts[0], {**settings, "until": [stop]}))
     assert shorter == texts[0].partition(stop)[0]
+    whole, same = ask(lm, "generate_until", *((contexts[0], {**settings, "until": until}) for until in ([], [""])))
+    assert whole == same, "an empty text stops nothing"
     with pytest.raises(ValueError, match="only tasks that take the likeliest text"):
         ask(lm, "generate_until", ("a", {"do_sample": True, "temperature": 1.0}))
 
@@ -164,6 +169,37 @@ def test_continuations_of_a_model_of_others_end_as_they_should(llama, cache, tok
     assert model.likeliest(prompts, 6, [stop], 3)[1] == free[1][: first + 1], "a stop token is the last one"
     model.ends = {stop}
     assert model.likeliest(prompts, 6, [], 3)[1] == free[1][:first], "the end of a text is no text"
+
+
+def test_the_end_of_text_of_a_model_of_others_is_its_own(llama, cache):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (llama / name).write_text((llama / name).read_text().replace("<|endoftext|>", "</s>"))
+    model, tokenizer = open_evaluated(llama, cache=cache)
+    assert tokenizer.eot == 0 and tokenizer.encode("<|endoftext|>") != [0]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (llama / name).write_text((llama / name).read_text().replace("</s>", "<end>" if "config" in name else "<fin>"))
+    record = json.loads((llama / "tokenizer_config.json").read_text())
+    (llama / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": record["tokenizer_class"]}))
+    with pytest.raises(ValueError, match=r"llama: tokenizer has no <\|endoftext\|> token$"):
+        open_evaluated(llama, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("Granite", {"logits_scaling": 8.0}, "it changes the logits after its head, which is not supported"),
+        ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 1}, "its config.json has no max_position_embeddings"),
+    ],
+)
+def test_a_model_of_others_that_would_be_scored_wrongly_is_refused(llama, cache, kind, settings, message):
+    import transformers
+
+    sizes = {} if kind == "Mpt" else {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2} if sizes else {}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=300, **sizes, **settings)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(llama)
+    with pytest.raises(ValueError, match=f"llama: {message}$"):
+        open_evaluated(llama, cache=cache)
 
 
 def test_a_model_of_others_that_cannot_be_opened_is_one_line(llama, cache):
@@ -258,6 +294,15 @@ def test_the_command(lm_eval, exported, cache, tmp_path, monkeypatch):
     assert "packaged_nq*" in shown.output and "…" not in shown.output
     found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert set(found[0]) == {f.name for f in dataclasses.fields(zero_shot.Score)}
+
+
+def test_a_full_disk_is_no_missing_data(lm_eval, exported, cache, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Requests, "put", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        evaluate(exported(), ["packaged_piqa"], cache=cache, limit=2)
 
 
 def test_bad_input_is_one_line(lm_eval, exported, cache, monkeypatch):

@@ -256,6 +256,20 @@ def test_an_interrupt_speaks_of_checkpoints_only_where_there_are_some(tmp_path):
     assert "no run was" in _stopped(tmp_path / "plan.json")
 
 
+def test_brackets_of_a_failure_are_no_markup(monkeypatch, capsys):
+    from moelab.experiments import experiment
+    from moelab.notebook.watch import execute_watched
+
+    why = "RuntimeError: [/pytorch/gloo/pair.cc:544] closed; folder:/texts/[draft] is no folder"
+
+    def fail(*_, **__):
+        raise notebooks.NotebookFailed(why)
+
+    monkeypatch.setattr(notebooks, "execute", fail)
+    assert not execute_watched(experiment("pr-moe"), {})
+    assert f"failed: {why}\n" in capsys.readouterr().out
+
+
 def test_an_interrupt_while_commands_are_imported_leaves_no_traceback():
     code = (
         "import sys; name = sys.argv[1]\n"

@@ -17,7 +17,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint
 from moelab.lab import Lab
 from moelab.runs import dry_run, records
-from moelab.runs.branching import starting_point, token_budgets
+from moelab.runs.branching import shorter, starting_point, token_budgets
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.executors import start
@@ -55,6 +55,17 @@ def short(trunk) -> RunSpec:
 @pytest.fixture
 def branch(trunk, short) -> RunSpec:
     return replace(short, start=Start(trunk, 10 * STEP))
+
+
+def test_a_shorter_run_whose_decay_begins_in_the_warm_up_begins_anew(trunk):
+    """In whole steps; in tokens the warm-up ends just before."""
+    train = replace(trunk.train, tokens=8000 * STEP, cooldown_tokens=1600 * STEP, warmup_tokens=50_200)
+    trunk = replace(trunk, train=train)
+    with pytest.raises(ValueError, match="decays from 50176 on"):
+        token_budgets(trunk, [62_760])
+    own = shorter(trunk, 62_760)
+    assert own.start is None and own.train.tokens == 62_760
+    assert shorter(trunk, 64_000).start is not None
 
 
 def assert_same_from(step: int, run: Run, whole: Run) -> None:

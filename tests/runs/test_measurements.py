@@ -60,20 +60,28 @@ def test_other_code_or_another_machine_measures_anew(store, monkeypatch, what, n
     assert not store.measure(timing, 8).read_back and len(CALLS) == 2
 
 
-def test_the_code_is_all_source_with_the_kernels(tmp_path, monkeypatch):
+def test_the_code_is_all_source_with_the_kernels_and_their_tables(tmp_path, monkeypatch):
     from importlib.util import find_spec as find
     from types import SimpleNamespace
 
     def changed(name):
-        return SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if name == "moelab.kernels" else find(name)
+        place = [str(tmp_path / "kernels")]
+        return SimpleNamespace(submodule_search_locations=place) if name == "moelab.kernels" else find(name)
 
-    before = measurements.code.__wrapped__()
-    assert before == measurements.code.__wrapped__()
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    seen = [measurements.code.__wrapped__()]
+    assert seen == [measurements.code.__wrapped__()]
     monkeypatch.setattr(measurements, "find_spec", changed)
-    (tmp_path / "gate.py").write_text("x = 1\n")
-    one = measurements.code.__wrapped__()
-    (tmp_path / "gate.py").write_text("x = 2\n")
-    assert len({before, one, measurements.code.__wrapped__()}) == 3
+    for name, text in (
+        ("kernels/gate.py", "x = 1\n"),
+        ("kernels/gate.py", "x = 2\n"),
+        ("kernels/tuned/h100.json", "{}"),
+        ("home/tuned/h100.json", "{}"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        seen.append(measurements.code.__wrapped__())
+    assert len(set(seen)) == 5
 
 
 def test_a_run_that_was_trained_again_is_another(store, tmp_path):
@@ -92,10 +100,11 @@ def test_again_replaces_it(store):
     assert store.measure(timing, 8).value == {"ms": [1.5, 2]}
 
 
-@pytest.mark.parametrize("torn", ["", "{", "[]", "{}", '{"format": 0}'])
+@pytest.mark.parametrize("torn", ["", "{", "[]", "{}", '{"format": 0}', '{"format": 1}'])
 def test_a_torn_file_costs_another_measurement(store, torn):
     first = store.measure(timing, 8)
     (store.root / f"{first.id}.json").write_text(torn)
+    assert store.took(timing) == 0
     assert not store.current([first.id]) and not store.measure(timing, 8).read_back
     assert store.measure(timing, 8).read_back
 

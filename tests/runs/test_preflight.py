@@ -125,6 +125,9 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
     with pytest.raises(ValueError, match=r"GiB free, .* GiB needed for the checkpoints of 1 runs"):
         preflight.check([tiny_spec])
+    (written := RunStore().run(tiny_spec).path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (written / "model.safetensors").write_bytes(bytes(100))
+    preflight.check([tiny_spec])  # the checkpoints of a run that was stopped are there
 
 
 def test_a_trunk_needs_room_for_the_checkpoint_that_it_keeps(tiny_spec, monkeypatch):

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from moelab.runs.progress import Estimate, Snapshot, table
+from moelab.runs.spec import Start
 from moelab.runs.store import RunStore, Status
 
 
@@ -35,6 +37,25 @@ def test_failed_runs_are_neither_done_nor_left(runs):
     assert table(runs, now, 90).title == words
     now, words = describe(runs, *[("finished", 24)] * 4)
     assert (now.done, now.left, words) == (1.0, 0.0, "4 of 4 runs finished")
+
+
+def test_brackets_of_a_reason_are_no_markup(runs):
+    reasons = ["[/pytorch/gloo/pair.cc:544] Connection closed", "[enforce fail at alloc_cpu.cpp:121]"]
+    for run, reason in zip(runs, reasons, strict=False):
+        run.set_status(Status("failed", reason=reason))
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(table(runs, Snapshot.of(runs), None))
+    assert all(reason in shown.get() for reason in reasons)
+
+
+def test_a_branch_is_done_by_its_own_steps(tiny_spec, tmp_path):
+    train = replace(tiny_spec.train, cooldown_tokens=6 * 128)
+    trunk = replace(tiny_spec, train=train)
+    short = replace(train, tokens=14 * 128, cooldown_tokens=4 * 128)
+    run = RunStore(tmp_path).run(replace(trunk, train=short, start=Start(trunk, 10 * 128)))
+    run.set_status(Status("stopped", 11, 14))
+    assert Snapshot.of([run]).shares == (0.25,)
 
 
 def test_a_failure_shortens_the_time_left(runs, monkeypatch):

@@ -25,7 +25,7 @@ def test_constraints_pin_every_dependency_but_those_of_the_machine():
 
 def test_provenance_names_the_constraints_and_what_differs(tmp_path, monkeypatch):
     assert len(provenance.constraints()["sha256"]) == 12
-    (tmp_path / "constraints.txt").write_text("# pins\nnumpy==0.0.1\nno-such-package==1\n")
+    (tmp_path / "constraints.txt").write_text("# pins\nnumpy==0.0.1\n\nno-such-package==1\nown @ file:///own\n")
     monkeypatch.setattr(paths, "checkout", lambda: tmp_path)
     provenance.constraints.cache_clear()
     assert provenance.constraints()["differ"] == ["numpy"]

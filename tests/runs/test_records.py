@@ -1,10 +1,12 @@
 """Runs passed on without their weights."""
 
+import fcntl
 import io
 import json
 import re
 import shutil
 import struct
+import threading
 import tracemalloc
 import zipfile
 from dataclasses import replace
@@ -57,6 +59,23 @@ def test_a_pack_has_the_runs_of_a_model_and_keeps_what_it_has(store, finished, r
     before = pack.read_bytes()
     records.write([other, finished], tmp_path / "runs")
     assert pack.read_bytes() == before, "the same runs are the same file"
+
+
+def test_a_damaged_pack_is_not_packed_into_the_new_one(finished, tmp_path):
+    (pack,) = records.write([finished], tmp_path)
+    pack.write_bytes(pack.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(pack))}: damaged; restore or remove it$"):
+        records.write([finished], tmp_path)
+
+
+def test_a_run_whose_status_is_just_looked_at_is_taken_over(finished, tmp_path):
+    theirs = RunStore(tmp_path / "theirs")
+    archive = record(finished, tmp_path)
+    (lock := theirs.run(finished.spec).path / "run.lock").touch()
+    with lock.open("rb") as seen:
+        fcntl.flock(seen, fcntl.LOCK_SH)
+        threading.Timer(0.3, fcntl.flock, (seen, fcntl.LOCK_UN)).start()
+        assert records.read(archive, theirs).finished
 
 
 def test_a_record_says_what_the_run_says_and_has_no_weights(finished, tmp_path):

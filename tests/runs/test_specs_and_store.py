@@ -13,7 +13,7 @@ from moelab import lab
 from moelab.config import ModelConfig, TrainConfig
 from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.files import new_directory, read_json, write_text
+from moelab.files import new_directory, read_json, write_json, write_text
 from moelab.lab import Lab
 from moelab.runs import executors
 from moelab.runs.collection import NoResult
@@ -103,6 +103,51 @@ def test_specs_that_cannot_train_are_refused(tiny_spec):
         replace(tiny_spec, train=replace(tiny_spec.train, tokens=100))
     with pytest.raises(ValueError, match="longer than the context of tiny"):
         replace(tiny_spec, data=replace(tiny_spec.data, context=64))
+    with pytest.raises(ValueError, match=r"^spec: train\.eval_tokens 31 must be at least data\.context, 32$"):
+        replace(tiny_spec, train=replace(tiny_spec.train, eval_tokens=31))
+
+
+def test_runs_on_a_text_that_has_changed_between_them_are_no_one_result(tiny_spec, result):
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(4)]
+    for spec, text in zip(specs, ("old", None, "old", "new"), strict=True):
+        write_json(RunStore().run(spec).path / "result.json", result(**{"data_fingerprint": text} if text else {}))
+    assert len(Lab().run(specs[:3]).finished) == 3
+    with pytest.raises(
+        ValueError, match=rf"^runs {specs[0].id} and {specs[3].id}: the text folder:\S+ has changed"
+    ) as e:
+        Lab().run(specs)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_keeps_a_run_from_starting_is_told(tiny_spec, monkeypatch, capsys, writable):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Run, "lock", refused)
+    if not writable:
+        monkeypatch.setattr(Run, "set_status", refused)
+    with pytest.raises(NoResult, match=r"^1 of 1 runs: \[Errno 13\] Permission denied" if writable else "new"):
+        Lab().run([tiny_spec], executor="inline")
+    assert ("Permission denied" in capsys.readouterr().err) != writable
+
+
+def test_provenance_is_on_the_disk_before_the_result_is(tiny_spec, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "moelab.runs.execute.write_json",
+        lambda path, value, durable=False: seen.append((path.name, durable)) or write_json(path, value),
+    )
+    Lab().run([tiny_spec], executor="inline")
+    assert seen[-2:] == [("provenance.json", True), ("result.json", True)]
+
+
+def test_a_plan_names_the_runs_that_there_are(tiny_spec, tmp_path, monkeypatch):
+    """Where runs are only read, nobody writes the specs of those that the store lacks."""
+    monkeypatch.setenv("MOELAB_PLAN", str(tmp_path / "plan.json"))
+    there = RunStore().run(tiny_spec)
+    Lab().run([tiny_spec, replace(tiny_spec, train=replace(tiny_spec.train, seed=1))], executor="read")
+    assert read_json(tmp_path / "plan.json") == [str(there.path)]
 
 
 def test_a_finished_run_is_read_back(tiny_spec):

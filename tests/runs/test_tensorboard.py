@@ -64,6 +64,20 @@ def test_a_run_that_does_not_exist_is_one_line(run):
         tensorboard.select(["6.7b"])
 
 
+@pytest.mark.multiprocess
+def test_the_server_ends_with_an_error_of_the_metrics(run, tmp_path, monkeypatch):
+    started, real = [], subprocess.Popen
+    command = [sys.executable, "-c", "import time; time.sleep(300)"]
+    monkeypatch.setattr(tensorboard, "FOLLOW_S", 0.1)
+    monkeypatch.setattr(tensorboard.subprocess, "Popen", lambda _: started.append(real(command)) or started[0])
+    events = tensorboard.Events([run], tmp_path / "board")
+    answers = iter([3])
+    monkeypatch.setattr(events, "update", lambda: next(answers))
+    with pytest.raises(StopIteration):
+        tensorboard._serve(events, 1, 0)
+    assert started[0].poll() is not None
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_command_serves_on_localhost(run, tmp_path):

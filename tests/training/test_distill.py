@@ -162,6 +162,14 @@ def test_a_cache_of_another_shape_is_not_used(tmp_path):
     assert cache.get("a", torch.zeros(2, 3)) is not None and cache.get("a", torch.zeros(3, 3)) is None
 
 
+def test_a_disk_without_room_for_the_cache_does_not_end_the_training(tmp_path, caplog):
+    (tmp_path / "full").write_text("")
+    cache = LogitCache(tmp_path / "full" / "below", 10_000)
+    for _ in range(2):
+        cache.put("a", Likeliest(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.int32)))
+    assert cache.size == 0 and caplog.text.count("logits are kept no longer") == 1
+
+
 def test_a_teacher_without_checkpoint_is_one_line(tiny_model, tiny_train, data, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint yet"):
         train(tiny_model, tiny_train, data, 32, tmp_path, teacher=Teacher(tiny_model, tmp_path / "no", DistillConfig()))

@@ -94,6 +94,12 @@ def test_learns_and_reports(tiny_model, tiny_train, data, tmp_path):
         assert row["load_percentiles"]["4"][-1] == pytest.approx(max(row["expert_load"]["4"]) * 4)
 
 
+def test_a_training_until_its_last_step_leaves_the_last_validation_to_others(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_LAST_VALIDATION", None)  # nobody asks for it
+    assert run(tmp_path, until=24) == {}
+    assert [row["step"] for row in read_rows(tmp_path / VALIDATION)][-1] == 24
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 5, 17])
 def test_a_stopped_and_resumed_run_is_the_undisturbed_one(step, run, whole, tmp_path):
