@@ -261,7 +261,7 @@ def gaps_headline(table: pd.DataFrame, reference: str) -> str:
 
 
 def moved_headline(moved: pd.DataFrame) -> str:
-    """Return "Along training, at its end, against REFERENCE: ARM −0.012, … nats", from `over_training`."""
+    """Return "At the end of their curves, against REFERENCE: ARM −0.012, … nats", from `over_training`."""
     if not len(moved):
         return "no arm and its reference have both been trained"
     last = moved[moved["tokens"] == moved["tokens"].max()]
@@ -270,7 +270,7 @@ def moved_headline(moved: pd.DataFrame) -> str:
 
 
 def ends_headline(curves: pd.DataFrame) -> str:
-    """Return "At the end of its curve: ARM 3.95, … nats per token", the mean over seeds, from curves of losses."""
+    """Return "Loss at the end of the curves: ARM 3.95, … nats per token", the mean over seeds, from curves."""
     last = curves[curves["tokens"] == curves.groupby("arm")["tokens"].transform("max")]
     said = ", ".join(f"{arm} {loss:.2f}" for arm, loss in last.groupby("arm", sort=False)["loss"].mean().items())
     return f"Loss at the end of the curves: {said} nats per token"

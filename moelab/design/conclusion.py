@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moelab.design.verdicts import FITTED, MEASURED, NOT_JUDGED, PREDICTED, Verdict, outcome
+from moelab.design.verdicts import FITTED, MEASURED, NOT_JUDGED, PREDICTED, SIMULATED_CLOSE, Verdict, outcome
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Conclusion:
         return self.text
 
 
-def conclude(headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0, simulated: bool = False) -> Conclusion:
+def conclude(
+    headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0, simulated: bool = False, sure: str = ""
+) -> Conclusion:
     """Return the conclusion of an experiment.
 
     Args:
@@ -29,6 +31,7 @@ def conclude(headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0, s
         judged: the verdicts on the paper's claims; none for a question beyond the paper.
         seeds: of the training runs; 0 where nothing was trained.
         simulated: the finding is a simulation's, whether or not claims are judged.
+        sure: how sure it is, in place of the sentence on seeds.
     """
     lines = ["## Conclusion", "", f"**What was found.** {headline.rstrip('.')}."]
     decided = [v for v in judged if v.verdict not in NOT_JUDGED]
@@ -38,7 +41,7 @@ def conclude(headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0, s
     ]
     lines += [
         "",
-        f"**How sure.** {_sure(decided, seeds, simulated)}",
+        f"**How sure.** {_sure(decided, seeds, simulated, sure)}",
         "",
         f"**What it does not say.** {_limits(judged, decided, seeds, simulated)}",
     ]
@@ -53,9 +56,9 @@ def _value(verdict: Verdict) -> str:
     return f"{verdict.ours:.3g}{unit}" + (f" ({verdict.low:.3g} to {verdict.high:.3g})" if interval else "")
 
 
-def _sure(decided: Sequence[Verdict], seeds: int, simulated: bool) -> str:
+def _sure(decided: Sequence[Verdict], seeds: int, simulated: bool, sure: str) -> str:
     kinds = {v.kind for v in decided}
-    parts = []
+    parts = [sure] if sure else []
     if MEASURED in kinds:
         samples = sorted({v.samples for v in decided if v.kind == MEASURED})
         count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
@@ -63,7 +66,7 @@ def _sure(decided: Sequence[Verdict], seeds: int, simulated: bool) -> str:
             f"Intervals are 95 % over {count} seeds or sessions, each claim by itself; the results pages adjust for "
             "the number of claims, which turns some into undecided."
         )
-    elif seeds:
+    elif seeds and not sure:
         parts.append("One seed says nothing of chance." if seeds == 1 else f"Intervals are 95 % over {seeds} seeds.")
     if simulated or kinds & {PREDICTED, FITTED}:
         parts.append(
@@ -75,7 +78,7 @@ def _sure(decided: Sequence[Verdict], seeds: int, simulated: bool) -> str:
 
 
 def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, simulated: bool) -> str:
-    parts = ["No such cluster was measured."] if simulated else []
+    parts = ["Its numbers of a cluster are simulated, not measured."] if simulated else []
     if seeds or any(v.kind == MEASURED for v in decided):
         parts.append(
             "Small models on one machine show whether an effect appears at this size, not how large it is at the "
@@ -83,8 +86,11 @@ def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, s
         )
     if left := len(judged) - len(decided):
         parts.append(
-            f"{left} of the paper’s {len(judged)} claims here {'is' if left == 1 else 'are'} not judged at this scale."
+            f"{left} of the paper’s {len(judged)} claims here {'is' if left == 1 else 'are'} not judged"
+            f"{'' if simulated else ' at this scale'}."
         )
-    if open_ := sum(outcome(v.verdict).style == "open" for v in decided):
+    if close := sum(v.verdict == SIMULATED_CLOSE for v in decided):
+        parts.append(f"Undecided: {close}; two simulated values are too near one another for their order to count.")
+    if open_ := sum(outcome(v.verdict).style == "open" for v in decided) - close:
         parts.append(f"Undecided: {open_}; more seeds or longer runs could turn such a claim either way.")
     return " ".join(parts) or "It is about this machine and these shapes alone."

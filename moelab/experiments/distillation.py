@@ -206,18 +206,21 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame, until: float) ->
 
     Args:
         until: share of the tokens at which the learning rate begins its decay; the fall is that over the 15 % of the
-            tokens before, because in the decay the loss of every model falls.
+            tokens before, because in the decay the loss of every model falls. At 1 the decay is along the whole run.
     """
     share = curves["tokens"] / curves.groupby("arm")["tokens"].transform("max")  # the arm of equal cost is longer
     late = curves[(share >= until - 0.15) & (share <= until + 1e-9)].sort_values("tokens").groupby(["arm", "seed"])
     rows = {
-        "fall of the loss over the 15 % of tokens before the decay": (late["loss"].first() - late["loss"].last())
+        f"fall of the loss from {100 * (until - 0.15):.0f} to {100 * until:.0f} % of the tokens": (
+            late["loss"].first() - late["loss"].last()
+        )
         .groupby("arm")
         .mean()
     }
     if "distill_loss" in training:
-        term = training.dropna(subset=["distill_loss"]).sort_values("tokens").groupby("arm")["distill_loss"]
-        rows |= {"distillation term, first row": term.first(), "distillation term, last row": term.last()}
+        term = training.dropna(subset=["distill_loss"]).sort_values("tokens").groupby(["arm", "seed"])["distill_loss"]
+        for which, each in (("first", term.first()), ("last", term.last())):
+            rows[f"distillation term, {which} row"] = each.groupby("arm").mean()
     return pd.DataFrame(rows).T
 
 

@@ -21,11 +21,6 @@ ARMS = {"1 (dense)": "350M"} | {str(n): f"350M+MoE-{n}" for n in (16, 32, 64, 12
 """Experts of a layer (at `smoke` the twin has an eighth of them) -> model."""
 
 
-def experts(arm: str) -> int:
-    """Return the number of experts that an arm stands for."""
-    return int(arm.split()[0])
-
-
 def headline(final: pd.DataFrame) -> str:
     """Return the result in one line."""
     if not len(final):

@@ -126,12 +126,12 @@ def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
     for arm, part in table.groupby("arm", sort=False):
         means = part.groupby("rate")["loss"].mean()
         best = means.idxmin()
-        costs = means.get(used[arm], float("nan")) - means.min()
+        cost = f"{means[used[arm]] - means.min():.3f} nats above" if used[arm] in means else "not among these"
         lead = ""
         if len(means) > 1:
             second = means.drop(best)
             lead = f", {second.min() - means.min():.3f} nats below {second.idxmin():g}"
-        also = "" if best == used[arm] else f" (in use: {used[arm]:g}, {costs:.3f} nats above)"
+        also = "" if best == used[arm] else f" (in use: {used[arm]:g}, {cost})"
         said.append(f"{arm} ends lowest at {best:g}{lead}{also}")
     seeds = table["seed"].nunique()
     edges = "".join(f"; not bracketed: {edge}" for edge in unbracketed(table))

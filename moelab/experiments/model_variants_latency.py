@@ -4,7 +4,8 @@ Shows: memory per GPU of the 349B model and its variants over GPU counts, and wi
 latency of the three variants of every size.
 
 Here: predictions. The paper's bars are not available, only its text. The PR-MoE variants of the large models are not
-published: 64 and 128 experts, as for the 1.3B base, and an eighth of the layers cut for the student, are assumed.
+in the paper: 64 experts, 128 in the last two MoE layers, and an eighth of the layers cut for the student, as for the
+1.3B base. For 349B the authors' script (`moelab.simulate.bars.SCRIPT`) has the same; for other sizes it is assumed.
 """
 
 from __future__ import annotations

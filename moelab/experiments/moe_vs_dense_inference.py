@@ -3,8 +3,8 @@
 Shows: latency and cost of a token of dense 6.7B on one GPU against the 52B family on 128, and of dense 175B in 16
 slices against a 1.5T family in 8.
 
-Here: predictions. Equal quality of the second pair is the paper's assumption. The shape of the 1.5T model is not
-published (44 layers of width 8192 assumed), nor are its GPU count and PR-MoE.
+Here: predictions. Equal quality of the second pair is the paper's assumption. The shape of the 1.5T model, its GPU
+count and its PR-MoE are not in the paper; they are those of the authors' script (`moelab.simulate.bars.SCRIPT`).
 """
 
 from __future__ import annotations
@@ -44,12 +44,16 @@ def costs() -> pd.DataFrame:
     )
 
 
-def steps_headline(steps: pd.DataFrame) -> str:
-    """Return, from `decoding.steps`, the MoE twins' optimised steps over the dense twin's baseline step as text."""
+def steps_headline(steps: pd.DataFrame, where: str) -> str:
+    """Return, from `decoding.steps`, the MoE models' optimised steps over the dense one's baseline step as text.
+
+    Args:
+        where: what they were measured on.
+    """
     ms = steps.set_index(["name", "candidate"])["median_ms"]
     dense, *others = dict.fromkeys(steps["name"])
     compared = ", ".join(f"{name} {ms[name, 'optimised'] / ms[dense, 'baseline']:.2f}" for name in others)
-    return f"Measured on twins, over a step of {dense} in baseline mode: {compared} (optimised)"
+    return f"Measured on {where}, over a step of {dense} in baseline mode: {compared} (optimised)"
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:

@@ -62,7 +62,7 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings
     given: dict[str, Any] = {"scale": scale, "seed": seed, "rate": rate}
     specs = [settings.spec(name, **given, label=name, overrides=overrides) for name in arms(scale)]
     specs = budgets.expand(specs, BUDGETED, scale)
-    if scale != "full" or rate == "shared":
+    if scale != "full" or rate == "shared" or "data.corpus" in overrides:
         return specs
     text = {"data.corpus": OTHER_TEXT, **overrides}
     return specs + [settings.spec(n, **given, label=on_other_text(n), overrides=text) for n in BUDGETED]
@@ -114,10 +114,7 @@ def training_length(final: pd.DataFrame, scale: str) -> pd.DataFrame:
         rows[run.arm] = {
             "tokens a parameter": ours,
             "paper: tokens a parameter": theirs,
-            "ours reach the paper's curve at (B tokens)": ours
-            / theirs
-            * paper.training_settings(run.arm).train_tokens
-            / 1e9,
+            "paper: tokens at that share (B)": ours / theirs * paper.training_settings(run.arm).train_tokens / 1e9,
         }
     return pd.DataFrame(rows).T
 
@@ -207,7 +204,7 @@ def gap_headline(gaps: pd.DataFrame) -> str:
 def efficiency_headline(times: pd.DataFrame) -> str:
     """Return, in one line, how many times fewer tokens the MoE needs at its base's largest budget it can tell."""
     if not len(times):
-        return "no budget of the MoE reaches a budget's loss of its base"
+        return "no loss of the base lies between two budgets of the MoE: nothing to interpolate"
     last = times[times["tokens"] == times["tokens"].max()]
     theirs = paper_efficiency()[last["arm"].iloc[0]]
     return (

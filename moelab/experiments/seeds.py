@@ -25,7 +25,7 @@ PAIRS = (("MoE-128", "Dense"), ("MoE-32", "Dense"), ("MoE-128", "MoE-32"), ("PR-
 
 
 def deviations(final: pd.DataFrame) -> pd.DataFrame:
-    """Return standard deviations over seeds of the difference of two arms.
+    """Return standard deviations over seeds of the difference of two arms, of pairs that have two seeds or more.
 
     Columns: what (the pair), mean, paired, unpaired (if seeds were not shared), seeds, and the seeds with which one
     look tells an effect of 0.03 or 0.01 nats with 80 % power (`moelab.design.power`).
@@ -33,8 +33,7 @@ def deviations(final: pd.DataFrame) -> pd.DataFrame:
     table = comparison.by_arm(final)
     rows = []
     for left, right in PAIRS:
-        if left in table and right in table:
-            both = table[[left, right]].dropna()
+        if left in table and right in table and len(both := table[[left, right]].dropna()) > 1:
             spread = (both[left] - both[right]).std()
             rows.append(
                 {
@@ -58,7 +57,7 @@ def headline(table: pd.DataFrame) -> str:
     `table` comes from `deviations`.
     """
     if not len(table):
-        return "no pair has finished"
+        return "no pair of arms has finished two seeds"
     most = table.loc[(table["paired"] / table["unpaired"]).idxmin()]
     pairs = {row["what"]: f"{row['what']} {row['paired']:.3f} / {row['unpaired']:.3f}" for row in (table.iloc[0], most)}
     return (

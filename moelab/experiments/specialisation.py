@@ -109,11 +109,11 @@ def domain_headline(shares: pd.DataFrame) -> str:
     """Return, in one line, the expert that a domain prefers most; `shares` is that of `tables`, of one seed."""
     if not len(shares):
         return "no run has finished"
-    most = shares.loc[shares["share"].idxmax()]
-    times = most["share"] * shares["expert"].nunique()
+    times = shares["share"] * shares.groupby("layer")["expert"].transform("nunique")
+    most = shares.loc[times.idxmax()]
     return (
         f"The strongest preference: {most['domain']} gives expert {most['expert']} of layer {most['layer']} "
-        f"{times:.1f} times an even share"
+        f"{times.max():.1f} times an even share"
     )
 
 

@@ -167,7 +167,7 @@ def fig10() -> list[Bar]:
 def fig11() -> list[Bar]:
     """Return the bars of 107B to 2T: PyTorch on 128 GPUs, DeepSpeed on 128 or 256.
 
-    Of the 349B and 2T bars only printed ratios are available, no numbers.
+    Of 2T only the printed ratio is available, of 349B nothing.
     """
     bars = _measured("fig-11")
     have = {(b.label, b.system) for b in bars}

@@ -109,6 +109,8 @@ def test_headlines_name_the_weakest_budget_and_the_seeds():
     assert "-0.200 after 1.0 M, -0.050 after 2.0 M, -0.400 after 4.0 M" in line
     costs = budgets.at_equal_cost(losses, {"time": {"350M": 1.0, "350M+MoE-128": 1.0}}, "350M")
     assert scaling.cost_headline(costs).endswith("-0.400 at equal time (nats; 1 seed)")
+    one = budgets.efficiency(losses.groupby("arm").tail(1), "350M+MoE-128", "350M")
+    assert not len(one) and "nothing to interpolate" in scaling.efficiency_headline(one)
     assert "(1 seed; paper" in scaling.efficiency_headline(budgets.efficiency(losses, "350M+MoE-128", "350M"))
 
 

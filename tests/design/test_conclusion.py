@@ -25,6 +25,17 @@ def test_a_conclusion_quotes_verdicts_with_their_intervals_and_counts_what_is_le
     simulated = [judge_simulated(paper.claim("1t-under-25ms"), 21.4)]
     for text in (str(conclude("Fast", simulated=True)), str(conclude("Fast", simulated))):
         assert "Simulated values have no spread" in text and "Small models" not in text
+    own = str(conclude("A finding", seeds=3, sure="Refits say so."))
+    assert "**How sure.** Refits say so.\n" in own, "in place of the sentence on seeds"
+
+
+def test_a_simulations_claims_depend_neither_on_a_scale_nor_on_seeds():
+    judged = [
+        judge_simulated(paper.claim("pr-moe-mos-lowest-latency"), -0.1, against=10.0),
+        judge_simulated(paper.claim("pr-moe-lower-latency"), None),
+    ]
+    text = str(conclude("Fast", judged, simulated=True))
+    assert "claims here is not judged. " in text and "seeds" not in text and "Undecided: 1; two simulated" in text
 
 
 def test_pairs_and_headlines_of_curves():

@@ -55,6 +55,10 @@ def test_distillation_early_is_the_mean_of_the_first_half():
     assert distillation.early(both).equals(distillation.early(lines))
     falls = distillation.late_training(both, pd.DataFrame(), until=1).iloc[0]
     assert set(falls.index) == {*STUDENTS, "L21 alone, equal cost"}
+    rows = [("L21 + KD", seed, tokens, term) for seed in (0, 1) for tokens, term in ((1, 4 + seed), (2, 2 + seed))]
+    training = pd.DataFrame(rows, columns=["arm", "seed", "tokens", "distill_loss"])
+    terms = distillation.late_training(lines, training, until=1).loc[:, "L21 + KD"]
+    assert terms.filter(like="term").to_list() == [4.5, 2.5], "means over seeds"
 
 
 def test_distillation_late_is_before_the_decay():

@@ -243,6 +243,8 @@ def test_pairing_takes_the_common_part_out():
     assert row["mean"] == pytest.approx(-0.2) and row["paired"] < 1e-9
     assert row["unpaired"] == pytest.approx(math.hypot(0.2, 0.2))
     assert row["seeds for 0.03"] == row["seeds for 0.01"] == 3, "as few as judge at all"
+    one = seeds.deviations(table[table["seed"] == 0])
+    assert not len(one) and "two seeds" in seeds.headline(one), "one seed has no spread"
 
 
 def test_a_plan_counts_state_and_hours(tmp_path):
@@ -302,3 +304,18 @@ def test_what_a_domain_can_tell_is_bounded_by_its_entropy():
     assert specialisation.most_by_domain(shares({"a": [1, 0], "b": [1, 0]})).to_dict() == {2: 1}
     layers = pd.DataFrame([{"layer": 2, "seed": 0, "by_token": 0.7, "by_domain": 0.1}])
     assert "the domain, which can tell 50% at most, 10% and 10%" in specialisation.headline(layers, even)
+
+
+def test_a_preference_is_over_an_even_share_of_its_own_layer():
+    rows = [(2, "a", 0, 0.6), (2, "a", 1, 0.4), *((4, "a", i, share) for i, share in enumerate((0.5, 0.3, 0.1, 0.1)))]
+    shares = pd.DataFrame(rows, columns=["layer", "domain", "expert", "share"])
+    assert "a gives expert 0 of layer 4 2.0 times an even share" in specialisation.domain_headline(shares)
+
+
+def test_steps_name_what_they_were_measured_on():
+    rows = [("6.7B dense", 4.0), ("52B MoE", 3.0)]
+    steps = pd.DataFrame(
+        [(name, mode, ms) for name, ms in rows for mode in decoding.MODES], columns=["name", "candidate", "median_ms"]
+    )
+    said = moe_vs_dense_inference.steps_headline(steps, "the cluster")
+    assert said == "Measured on the cluster, over a step of 6.7B dense in baseline mode: 52B MoE 0.75 (optimised)"

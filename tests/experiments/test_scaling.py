@@ -22,6 +22,8 @@ def test_the_pair_on_another_text_is_the_same_training():
     gaps = scaling.over_texts(table).groupby("text")["gap"].mean()
     assert gaps.to_dict() == {"mix15": pytest.approx(-0.4), "mix5": pytest.approx(-0.25)}
     assert not len(scaling.over_texts(final(here)))
+    labels = {s.label for s in scaling.EXPERIMENT.specs("full", overrides={"data.corpus": "mix5"})}
+    assert not labels & {scaling.on_other_text(arm) for arm in scaling.BUDGETED}, "the text is the user's"
 
 
 def test_equal_tokens_pairs_each_moe_with_both_dense_models():
