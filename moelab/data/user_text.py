@@ -49,35 +49,34 @@ def folder(config: DataConfig, root: Path) -> Corpus:
 
 
 def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Document]:
-    """About 5 % of each domain is validation, by the hash of the text: copies of a document end up on the same side.
+    """About 5 % of each domain is validation, by the hash of the text; copies of a text are left out.
 
     A domain whose hashes are all above 5 % gives its lowest one; a domain of one text gives that one's last 5 %.
     """
-    lowest: dict[str, float] = {}
-    highest: dict[str, float] = {}
-    for domain, _, text in _folder_texts(root, files, field):
-        place = hash_fraction(text)
-        lowest[domain], highest[domain] = min(lowest.get(domain, place), place), max(highest.get(domain, place), place)
-    held = {place for domain, place in lowest.items() if place < highest[domain]}
-    for domain, name, text in _folder_texts(root, files, field):
-        if lowest[domain] == highest[domain]:
+    places: dict[str, list[float]] = {}
+    for domain, _, _, place in _folder_texts(root, files, field):
+        places.setdefault(domain, []).append(place)
+    lowest = {domain: min(found) for domain, found in places.items()}
+    for domain, name, text, place in _folder_texts(root, files, field):
+        if len(places[domain]) == 1:
             cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
             yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
             yield Document(domain, "validation", text[cut:], f"{name}[{cut}:]")
         else:
-            place = hash_fraction(text)
-            chosen = place < FOLDER_VALIDATION or place in held  # of any domain, as another may have a copy
+            chosen = place < FOLDER_VALIDATION or place == lowest[domain]
             yield Document(domain, "validation" if chosen else "train", text, name)
 
 
-def _folder_texts(root: Path, files: list[Path], field: str) -> Iterator[tuple[str, str, str]]:
-    """(domain, name, text) of every text that is not blank."""
+def _folder_texts(root: Path, files: list[Path], field: str) -> Iterator[tuple[str, str, str, float]]:
+    """(domain, name, text, hash of the text from 0 to 1) of every text that is neither blank nor a copy of another."""
+    there = set()
     for file in files:
         path = file.relative_to(root)
         domain = path.parts[0] if len(path.parts) > 1 else (root.resolve().name or "text")
         for name, text in _texts_of(file, path.as_posix(), field):
-            if text.strip():
-                yield domain, name, text
+            if text.strip() and (place := hash_fraction(text)) not in there:
+                there.add(place)
+                yield domain, name, text, place
 
 
 def _texts_of(file: Path, name: str, field: str) -> Iterable[tuple[str, str]]:

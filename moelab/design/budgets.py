@@ -206,7 +206,7 @@ def effective_size(final: pd.DataFrame, moe: str, base: str, larger: str, scale:
         return pd.DataFrame(columns=["seed", "times"])
     small, large = (settings.spec(name, scale).model.non_embedding_parameters() for name in (base, larger))
     share = (table[base] - table[moe]) / (table[base] - table[larger])
-    times = share.mul(math.log(large / small)).map(math.exp)
+    times = share.mul(math.log(large / small)).clip(-700, 700).map(math.exp)  # two dense models may end alike
     return times.rename("times").dropna().reset_index()
 
 

@@ -101,16 +101,24 @@ def outlook(claim: Claim, verdict: Verdict) -> str:
     """
     if verdict.kind != MEASURED or verdict.verdict not in (UNDECIDED, CANNOT_TELL):
         return ""
-    compared = [v for v in (verdict, verdict.other) if v is not None and v.values and None not in (v.low, v.high)]
-    plans = [of_claim(claim, v, looks=False) for v in compared]
-    if not plans or any(need is None or effect is None or effect <= 0 for need, effect, _ in plans):
+    plans = []
+    for v in (verdict, verdict.other):
+        if v is None or not v.values or v.low is None or v.high is None:
+            continue
+        need, effect, why = of_claim(claim, v, looks=False)
+        if need is None or effect is None or effect <= 0:
+            return ""
+        plans.append((need.at_once or MAX_SEEDS + 1, (v.high - v.low) / 2, effect, why))
+    if not plans:
         return ""
-    half = max(((v.high or 0.0) - (v.low or 0.0)) / 2 for v in compared)
-    need, effect, why = max(plans, key=lambda plan: (plan[0] and plan[0].at_once) or MAX_SEEDS + 1)
-    count, what = (need and need.at_once) or f"more than {MAX_SEEDS}", "sessions" if claim.timed else "seeds"
+    seeds, half, effect, why = max(plans)
     unit, why = stated.unit(claim), why.replace("smallest", "smallest effect of interest")
     seen = f"{'equality within' if claim.direction == 'equal' else 'an effect of'} {effect:.2g}{unit} ({why})"
-    return f"The interval is ±{half:.2g}{unit}; {seen} takes {count} {what} of this spread, alone, at 80 % power."
+    count = f"{seeds if seeds <= MAX_SEEDS else f'more than {MAX_SEEDS}'} {'sessions' if claim.timed else 'seeds'}"
+    return (
+        f"The interval is ±{half:.2g}{unit}. With this spread, {count} show {seen} with 80 % probability, before Holm's "
+        "adjustment."
+    )
 
 
 def spread(verdict: Verdict) -> float:

@@ -86,8 +86,8 @@ def judge_crossing(
 ) -> Verdict:
     """Judge a claim on where two curves cross: in each seed from there on one arm stays below the other.
 
-    A seed of one arm, and one in which they do not cross, is missing. Runs that end before the claim's share of the
-    training have no value.
+    An arm that is below from the first evaluation on crosses there. A seed of one arm, and one in which the arm does
+    not end below the other, is missing. Runs that end before the claim's share of the training have no value.
 
     Args:
         curves: `Runs.curves()`.
@@ -104,7 +104,8 @@ def judge_crossing(
     lost |= {seed: f"seed {seed} of one arm" for seed in both["seed"].unique() if seed not in found.index}
     missing = [lost[seed] for seed in sorted(lost)]
     note = f"{comparison.TWINS} The share of the training at which the curves cross (on a part of the validation text)."
-    return judge(claim, list(whole * found.dropna()), missing=missing, note=note, share=share, **how)
+    values = list(whole * min(1.0, share or 1.0) * found.dropna())
+    return judge(claim, values, missing=missing, note=note, share=share, **how)
 
 
 def headline(table: pd.DataFrame) -> str:

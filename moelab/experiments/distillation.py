@@ -267,7 +267,7 @@ EXPERIMENT = Experiment(
             "twins 32 wide (1.3B base: 64), 8 and 7 layers; 16.4 M tokens of mix5", "about 1.3 hours a seed on one core"
         ),
         "full": Scale(
-            "twins 32 wide (1.3B base: 64), 8 and 7 layers; 101.6 M tokens of mix15",
+            "twins 32 wide (1.3B base: 64, three times the cost), 8 and 7 layers; 101.6 M tokens of mix15",
             full_cost(3.8 * FULL_HOURS["350M"]),
         ),
         "gpu": Scale("twins 128 wide, 12 layers; 400 M tokens of the Pile", "not yet run; one GPU"),

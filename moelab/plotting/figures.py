@@ -240,9 +240,14 @@ def paper_points(
     return ax
 
 
-def paper_bound(ax: Axes, value: float, *, label: str = "paper") -> Axes:
-    """Draw a number of the paper for the whole axis, such as a limit: a dashed line with the paper's diamond."""
-    ax.axhline(
+def paper_bound(ax: Axes, value: float, *, label: str = "paper", across: bool = False) -> Axes:
+    """Draw a number of the paper for the whole axis, such as a limit: a dashed line with the paper's diamond.
+
+    Args:
+        across: the value is on the x axis.
+    """
+    draw = ax.axvline if across else ax.axhline
+    draw(
         value,
         color=PAPER["color"],
         linewidth=1.2,

@@ -68,7 +68,7 @@ class Runs(Sequence[Run]):
             NoResult: one line: how many runs have no result, and why the first of them failed.
             ValueError: one line: a text of the user's has changed between two runs.
         """
-        self._require_same_texts()
+        self.require_same_texts()
         there = {run.spec.title for run in self.finished}
         empty = [run for run in self.missing if run.spec.title not in there]
         if not empty or (there and not every_arm):
@@ -81,8 +81,12 @@ class Runs(Sequence[Run]):
             self,
         )
 
-    def _require_same_texts(self) -> None:
-        """Refuse runs on a text of the user's that has changed between them: their ids have its name alone."""
+    def require_same_texts(self) -> None:
+        """Refuse finished runs on a text of the user's that has changed between them: their ids have its name alone.
+
+        Raises:
+            ValueError: one line: the two runs.
+        """
         first: dict[DataConfig, tuple[str, Run]] = {}
         for run in (run for run in self.finished if run.spec.data.corpus.startswith(("folder:", "hf:"))):
             try:

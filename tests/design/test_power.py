@@ -72,7 +72,10 @@ def test_an_undecided_verdict_says_what_it_would_take():
     assert need == replace(power.of_difference(np.std(values, ddof=1), 0.307 / 2), looks=None, mean=None)
     undecided = judge(claim, values)
     said = power.outlook(claim, undecided)
-    assert said.startswith(f"The interval is ±0.72 nats; an effect of 0.15 nats (half of -0.307) takes {need.at_once} ")
+    assert said.startswith(
+        f"The interval is ±0.72 nats. With this spread, {need.at_once} seeds show an effect of 0.15 nats"
+    )
+    assert "(half of -0.307) with 80 % probability" in said
     assert "more than 99 seeds" in power.outlook(claim, judge(claim, [-9.0, 9.0, 1.0]))
     decided = judge(claim, [-0.3, -0.31, -0.29])
     assert not power.outlook(claim, decided) and not power.outlook(claim, judge(claim, [-0.3, 0.2]))

@@ -187,6 +187,7 @@ def test_the_end_of_text_of_a_model_of_others_is_its_own(llama, cache):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
+        *((kind, {}, "it changes the logits after its head, which is not supported") for kind in ("Gemma2", "Cohere")),
         ("Granite", {"logits_scaling": 8.0}, "it changes the logits after its head, which is not supported"),
         ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 1}, "its config.json has no max_position_embeddings"),
     ],

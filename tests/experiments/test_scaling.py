@@ -81,6 +81,9 @@ def test_a_crossing_is_judged_by_its_share_of_the_papers_tokens():
     assert never.missing == ("seed 1: 350M+MoE-128 does not end below 1.3B",)
     half = curves([0.65, 0.65, 0.65]).query("arm != '1.3B' or seed != 2")
     assert judged(LOSSES, half)["moe-crossover-350m"].missing == ("seed 2 of one arm",)
+    shorter = final(LOSSES).assign(tokens=0.8 * TOKENS)
+    of_shorter = {v.claim: v for v in scaling.verdicts(shorter, curves([0.65] * 3), "full")}["moe-crossover-350m"]
+    assert of_shorter.values == pytest.approx([0.8 * 180] * 3, rel=0.01), "of the paper's training, not of the run's"
     alone = {"350M": [4.0], "350M+MoE-128": [3.6]}
     assert judged(alone, curves([0.65]).query("arm != '1.3B'"))["moe-crossover-350m"].verdict == claims.NOT_TESTED
 
@@ -96,5 +99,9 @@ def test_the_dense_model_of_equal_quality_is_a_mean_over_both_pairs():
     reverse = {**LOSSES, "1.3B": [3.6, 4.2, 3.61]}
     found = judged(reverse, curves([0.65] * 3))["dense-equivalent-4-5x"]
     assert found.verdict == claims.INCOMPLETE and found.missing == ("seed 1: 1.3B does not end below 350M",)
+    for odd in ([3.6, 4.2, 3.61], [3.6, 4.0999999999, 3.61]):  # a run that is missing too, a base that ends alike
+        table = final({**LOSSES, "1.3B": odd}).query("arm != '350M+MoE-128' or seed != 1").assign(tokens=TOKENS)
+        lost = {v.claim: v for v in scaling.verdicts(table, curves([0.65] * 3), "full")}["dense-equivalent-4-5x"]
+        assert lost.verdict == claims.INCOMPLETE and "seed 1 of 350M+MoE-128" in lost.missing
     without = {arm: losses for arm, losses in LOSSES.items() if arm != "6.7B"}
     assert judged(without, curves([0.65] * 3))["dense-equivalent-4-5x"].verdict == claims.NOT_TESTED

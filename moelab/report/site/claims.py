@@ -165,7 +165,8 @@ def claims_of(result: Result) -> list[ClaimRow]:
 def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[ClaimRow]:
     """Return rows for every claim of the ledger of these results, in the order of the paper's figures.
 
-    A claim has a row for each scale with a value, the deciding one first, or one row without a result. The ledger
+    A claim has a row for each scale with a value, the deciding one first, with or without one; else a row without a
+    result. The ledger
     (`moelab.report.ledger`) says which row decides, as for `moelab claims`.
     """
     by_path = {result.path: result for result in results}

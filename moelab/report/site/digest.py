@@ -94,8 +94,9 @@ def digest(chapters: Sequence[Chapter], rows: Sequence[ClaimRow]) -> list[Row]:
 
 
 def _own_seconds(run: RunRow) -> float:
-    start, tokens = run.spec.get("start") or {}, run.result.get("tokens") or 1
-    return run.result.get("seconds", 0.0) * (1 - start.get("tokens", 0) / tokens)
+    start, tokens = run.spec.get("start") or {}, run.result.get("tokens", 0)
+    before = start.get("tokens", 0) / tokens if tokens else 0.0
+    return run.result.get("seconds", 0.0) * (1 - before)
 
 
 def hours(results: Sequence[Result]) -> float:

@@ -174,7 +174,7 @@ def _timing(rows: Sequence[ClaimRow]) -> Finding:
         if few == n:
             were = "was" if n == 1 else "were"
             return f"{_claims(n)} about speed {were} timed in fewer than three sessions, which judges nothing:"
-        open_ = n - len(agreeing) - len(against) - few
+        open_ = sum(row.verdict in (UNDECIDED, CANNOT_TELL) for row in rows)
         unjudged = f", {open_} undecided" if open_ else ""
         unjudged += f", {few} not judged (fewer than three sessions)" if few else ""
         whole = sum(row.verdict == REPRODUCED for row in agreeing)

@@ -38,7 +38,7 @@ def chapters(results: Sequence[Result]) -> list[Chapter]:
         results: the newest first.
     """
     newest: dict[str, dict[str, Result]] = {}
-    for result in results:
+    for result in sorted(results, key=weakness):
         newest.setdefault(result.experiment, {}).setdefault(result.scale, result)
     found = [_chapter(name, newest.get(name, {})) for name in dict.fromkeys([*EXPERIMENTS, *newest])]
     return sorted(found, key=lambda c: position(c.reference))

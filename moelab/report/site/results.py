@@ -297,9 +297,9 @@ def strongest(results: Sequence[Result], experiment: str, data: str = "") -> Res
 
 
 def weakness(result: Result) -> tuple[bool, int]:
-    """Return by what results of an experiment are sorted, the strongest evidence first, as in the ledger.
+    """Return the sort key of an experiment's results, the strongest evidence first, as in the ledger.
 
-    One or two seeds judge nothing, and one at `full` with other seeds or settings than planned is none of the plan's.
+    One or two seeds judge nothing, and a result at `full` with other seeds or settings is not of the plan.
     """
     summary = result.summary
     return 0 < len(summary.seeds) < MIN_SAMPLES or not of_the_plan(summary), scale_rank(result.scale)
