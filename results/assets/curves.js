@@ -15,12 +15,7 @@
     probe.remove();
     return color;
   };
-  const make = (tag, attributes = {}, ...children) => {
-    const node = document.createElement(tag);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    node.append(...children);
-    return node;
-  };
+  const { make } = moelab;
   const tokens = (n) => (n >= 1e9 ? `${+(n / 1e9).toPrecision(3)} B` : n >= 1e6 ? `${+(n / 1e6).toPrecision(3)} M` : `${Math.round(n / 1e3)} k`);
   const percent = (share) => `${+(100 * share).toPrecision(2)} %`;
   const number = (v, digits, signed) => ((signed && v > 0 ? "+" : "") + v.toFixed(digits)).replace("-", "−");
@@ -92,7 +87,7 @@
       make("label", {}, "Show ", show), ...(seeds.length > 1 ? [make("label", {}, "Seeds ", which)] : []),
       ...(shares ? [make("label", {}, "Over ", along)] : []), ...(data.along ? [make("label", {}, "Range ", part)] : []), tab);
     const note = beside ? " Diamonds: the paper’s Fig 1 at the same share of its training, along one run, beside differences." : "";
-    const help = make("p", { class: "soft small" }, `Move over the chart, or use the arrow keys, to read values; drag to zoom, double-click to see all again.${note}`);
+    const help = make("p", { class: "soft small" }, `Move over the chart, or use the arrow keys, to read values; drag to zoom, double-click to see all again. Intervals are of each point by itself.${note}`);
     box.append(controls, area, grid, make("div", { class: "read" }, legend, at), help);
 
     // The choices, as they stand in the address under the figure's name.
@@ -262,7 +257,8 @@
       grid.hidden = !grid.hidden;
       area.hidden = !grid.hidden;
       tab.setAttribute("aria-pressed", String(!grid.hidden));
-      draw();
+      if (area.hidden) fill();
+      else draw();
     });
     area.addEventListener("keydown", (event) => {
       const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];

@@ -12,6 +12,13 @@ const moelab = {
     return null;
   },
 
+  make(tag, attributes = {}, ...children) {
+    const node = document.createElement(tag);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    node.append(...children);
+    return node;
+  },
+
   theme(name) {
     const root = document.documentElement;
     if (name === "auto") delete root.dataset.theme;
@@ -122,7 +129,10 @@ const moelab = {
       const script = document.createElement("script");
       script.src = `${path}/data.js`;
       script.onload = () => resolve(this.arrived[path]);
-      script.onerror = () => reject(new Error(`${path}: no data.js; building the pages again writes it`));
+      script.onerror = () => {
+        delete this.asked[path]; // so that choosing it again tries again
+        reject(new Error(`${path}: no data.js; building the pages again writes it`));
+      };
       document.head.append(script);
     });
     return this.asked[path];
@@ -135,17 +145,19 @@ const moelab = {
     for (const side of ["a", "b"]) if (known.has(asked.get(side))) form[side].value = asked.get(side);
     const show = async () => {
       const { a, b } = Object.fromEntries(new FormData(form));
+      const chosen = () => form.a.value === a && form.b.value === b; // still, when the data have arrived
       if (!a || !b) {
         out.textContent = a || b ? "Choose the other result." : "Choose two results.";
         return;
       }
       try {
         const pair = await Promise.all([this.load(a), this.load(b)]);
+        if (!chosen()) return;
         out.replaceChildren(...this.side(pair, form.all.checked));
         this.focusable(out);
         history.replaceState(null, "", `?a=${encodeURIComponent(a)}&b=${encodeURIComponent(b)}`);
       } catch (error) {
-        out.textContent = error.message;
+        if (chosen()) out.textContent = error.message;
       }
     };
     form.addEventListener("input", show);
@@ -154,12 +166,7 @@ const moelab = {
   },
 
   side([a, b], all) {
-    const make = (tag, attributes = {}, ...children) => {
-      const node = document.createElement(tag);
-      for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-      node.append(...children);
-      return node;
-    };
+    const { make } = this;
     const union = (x, y) => [...new Set([...x, ...y])];
     const text = (value) => {
       if (value === undefined || value === null) return "–";
@@ -243,9 +250,11 @@ const moelab = {
   },
 
   // A click on the head of a column sorts by it, a second one the other way; rows without a value come last.
+  // A column of values in several units has no order.
   sortable(table) {
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((head, column) => {
+      if ("unsorted" in head.dataset) return;
       const button = document.createElement("button");
       button.type = "button";
       button.append(...head.childNodes);
@@ -255,7 +264,7 @@ const moelab = {
         heads.forEach((other) => other.removeAttribute("aria-sort"));
         head.setAttribute("aria-sort", down ? "descending" : "ascending");
         const key = ({ cells }) => (cells[column].dataset.value === undefined ? cells[column].textContent : cells[column].dataset.value && Number(cells[column].dataset.value));
-        const empty = (value) => value === "";
+        const empty = (value) => value === "" || value === "–";
         const compare = (x, y) => (typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y), "en", { numeric: true })) * (down ? -1 : 1);
         const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
         rows.sort(([x], [y]) => empty(x) - empty(y) || compare(x, y));
