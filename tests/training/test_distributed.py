@@ -106,7 +106,7 @@ def test_the_balancing_bias_is_that_of_all_ranks(run, tiny_model, tiny_train, la
     expert = ExpertConfig(ffn=48, shared=1, shared_gate=True)
     model = replace(tiny_model, dropout=0.0, residual=False, routing=routing, expert=expert)
     model = replace(model, decoder=DecoderConfig.modern(kv_heads=1))
-    config = replace(tiny_train, micro_batch=1, tokens=12 * 128)
+    config = replace(tiny_train, micro_batch=1, tokens=11 * 128)  # odd: as many steps up as down would leave no bias
     one, many = run("one with a bias", None, model, config), run("many", LAYOUTS[layout], model, config)
     assert_same_curve(one, many)
     found = []
@@ -116,7 +116,7 @@ def test_the_balancing_bias_is_that_of_all_ranks(run, tiny_model, tiny_train, la
         found.append({name: p for name, p in loaded.named_parameters() if name.endswith("balance_bias")})
     assert len(found[0]) == 2
     for name, bias in found[0].items():
-        assert torch.equal(bias, found[1][name]) and 0 < float(bias.abs().max()) < 0.01 * 12 + 1e-6
+        assert torch.equal(bias, found[1][name]) and 0 < float(bias.abs().max()) < 0.01 * 11 + 1e-6
 
 
 def test_a_stopped_run_goes_on_with_another_layout(run, tiny_model, tiny_train):
