@@ -51,22 +51,15 @@ def profile_names(incomplete: str) -> list[str]:
     return [name for name in names() if name.startswith(incomplete)]
 
 
-Profile = Annotated[
-    str | None,
-    typer.Option(
-        help="cluster: slurm/NAME.yaml or the path of one (processes: this machine); by default MOELAB_PROFILE",
-        metavar="NAME",
-        autocompletion=profile_names,
-    ),
-]
-OwnProfile = Annotated[
-    str | None,
-    typer.Option(
-        help="cluster: slurm/NAME.yaml or the path of one; without it this machine, whatever MOELAB_PROFILE says",
-        metavar="NAME",
-        autocompletion=profile_names,
-    ),
-]
+def _profile(without: str) -> Any:
+    """Return the option of a cluster profile; `without` says what holds where it is not given."""
+    return typer.Option(
+        help=f"cluster: slurm/NAME.yaml or the path of one{without}", metavar="NAME", autocompletion=profile_names
+    )
+
+
+Profile = Annotated[str | None, _profile(" (processes: this machine); by default MOELAB_PROFILE")]
+OwnProfile = Annotated[str | None, _profile("; without it this machine, whatever MOELAB_PROFILE says")]
 Parameters = Annotated[
     list[str] | None,
     typer.Option(

@@ -116,8 +116,8 @@ def outlook(claim: Claim, verdict: Verdict) -> str:
     seen = f"{'equality within' if claim.direction == 'equal' else 'an effect of'} {effect:.2g}{unit} ({why})"
     count = f"{seeds if seeds <= MAX_SEEDS else f'more than {MAX_SEEDS}'} {'sessions' if claim.timed else 'seeds'}"
     return (
-        f"The interval is ±{half:.2g}{unit}. With this spread, {count} show {seen} with 80 % probability, before "
-        "Holm's adjustment."
+        f"The interval is ±{half:.2g}{unit}. With this spread it takes {count} to show {seen} with 80 % probability, "
+        "before Holm's adjustment."
     )
 
 

@@ -73,9 +73,9 @@ def test_an_undecided_verdict_says_what_it_would_take():
     undecided = judge(claim, values)
     said = power.outlook(claim, undecided)
     assert said.startswith(
-        f"The interval is ±0.72 nats. With this spread, {need.at_once} seeds show an effect of 0.15 nats"
+        f"The interval is ±0.72 nats. With this spread it takes {need.at_once} seeds to show an effect"
     )
-    assert "(half of -0.307) with 80 % probability" in said
+    assert "an effect of 0.15 nats (half of -0.307) with 80 % probability" in said
     assert "more than 99 seeds" in power.outlook(claim, judge(claim, [-9.0, 9.0, 1.0]))
     decided = judge(claim, [-0.3, -0.31, -0.29])
     assert not power.outlook(claim, decided) and not power.outlook(claim, judge(claim, [-0.3, 0.2]))
