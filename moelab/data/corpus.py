@@ -7,7 +7,8 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
     mix15              these and ten more domains, 310 MB (`mix15.py`); 21 more packages
     made               5 MB made by a fixed rule (`made.py`), for machines that have no text and no network
     folder:/path       .txt, .md and .jsonl files (`user_text.py`), recursively; the first subfolder is the domain
-    hf:NAME[:CONFIG]   a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
+    hf:NAME[:CONFIG][@REVISION]
+                       a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
 
 A document is wholly training or wholly validation, chosen by its name or text and never by its position; only a text
 that is a folder's domain alone is cut. The user's own texts go by a bound on their hash, so that reading more of them
@@ -70,7 +71,7 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
     else:
         raise UnknownCorpus(
             f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'mix15', 'made', 'folder:/path' "
-            "and 'hf:NAME[:CONFIG]'"
+            "and 'hf:NAME[:CONFIG][@REVISION]'"
         )
     if config.max_bytes:
         return replace(corpus, documents=functools.partial(_miniature, corpus, config.max_bytes))

@@ -112,6 +112,7 @@ def test_a_folder_of_more_domains_than_files_may_be_open_is_refused(tmp_path, mo
         ("hf:../../x", {"max_documents": 3}, r"'../../x' is neither a folder nor the name of a Hugging Face data set"),
         ("hf:a/b/c", {"max_documents": 3}, "neither a folder nor the name"),
         ("hf:a/..", {"max_documents": 3}, "neither a folder nor the name"),
+        ("hf:a/b@c/d", {"max_documents": 3}, "neither a folder nor the name"),
         ("hf:https://a.b/c", {"max_documents": 3}, "neither a folder nor the name"),
         ("sotu", {"max_documents": 3}, "max_documents bounds hf: corpora only"),
         ("sotu", {"max_bytes": -1}, "must be 0"),
@@ -246,6 +247,23 @@ def test_hf_reads_a_local_folder_of_json(tmp_path):
     (tmp_path / "pile" / "train" / "00.jsonl.zst").write_bytes(zstandard.compress((root / "data.jsonl").read_bytes()))
     (tmp_path / "pile" / "val.jsonl.zst").write_bytes(zstandard.compress(b'{"body": "not for training"}\n'))
     assert [d.text for d in documents(f"hf:{tmp_path / 'pile'}", tmp_path, text_field="body")] == [d.text for d in docs]
+
+
+def test_hf_reads_a_configuration_and_a_revision(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*names, revision, **_):
+        asked.append((*names, revision))
+        return [{"text": "a text"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sources = []
+    for place in ("a/b", "a/b:small", "a/b@v1", "a/b:small@0f3c"):
+        assert len(documents(f"hf:{place}", tmp_path, max_documents=1)) == 1
+        sources.append(open_corpus(DataConfig(corpus=f"hf:{place}", max_documents=1), tmp_path).source)
+    assert asked == [("a/b", None, None), ("a/b", "small", None), ("a/b", None, "v1"), ("a/b", "small", "0f3c")]
+    assert sources[-1] == "Hugging Face data set a/b, configuration small, revision 0f3c, split train"
 
 
 def test_hf_without_library_or_network_is_one_line(tmp_path, monkeypatch):

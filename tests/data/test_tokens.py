@@ -232,6 +232,59 @@ def test_a_failed_build_leaves_nothing(config, tmp_path, monkeypatch):
     assert not [f for f in tmp_path.iterdir() if f.is_dir()]
 
 
+@pytest.mark.parametrize("corpus", ["folder:TEXT", "hf:someone/numbers"])
+def test_what_a_dead_build_had_encoded_is_taken_over(corpus, text_folder, tmp_path, monkeypatch):
+    from moelab.data import user_text
+
+    readings = []
+
+    def records(*_):
+        readings.append(1)
+        yield from ({"text": f"a document about the number {i}"} for i in range(300))
+
+    monkeypatch.setattr(user_text, "_hf_records", records)
+    bound = 0 if "TEXT" in corpus else 300
+    corpus = corpus.replace("TEXT", str(text_folder))
+    config = DataConfig(corpus=corpus, tokenizer="bpe-270", context=4, max_documents=bound)
+    whole = prepare(config, tmp_path / "whole")
+    readings.clear()
+
+    encoded, real = [], module._encoded
+
+    def failing(documents, tokenizer, after=51):
+        for document, ids in real(documents, tokenizer):
+            if len(encoded) == after:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            encoded.append(document.name)
+            yield document, ids
+
+    monkeypatch.setattr(module, "SAVE_S", 0.0)
+    monkeypatch.setattr(module, "_encoded", failing)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(config, tmp_path / "again")
+    (left,) = (tmp_path / "again").glob(".building-*")
+    with (left / "train.npy").open("ab") as file:
+        file.write(b"tokens after the last save")
+    (left / ".progress.json.abcdefgh").write_text('{"half of": "a save')
+
+    monkeypatch.setattr(module, "_encoded", lambda *a: failing(*a, after=None))
+    lines: list[str] = []
+    data = prepare(config, tmp_path / "again", lines.append)
+    assert lines[0] == f"{corpus}: continuing after 51 documents"
+    assert len(encoded) == len(set(encoded)) and (len(encoded) == 300 or not bound) and len(readings) == bool(bound)
+    files = [sorted(f.name for f in d.folder.iterdir() if f.name != "verified.json") for d in (data, whole)]
+    assert files[0] == files[1] == sorted(["meta.json", *whole.meta["files"]])
+    assert data.meta | {"seconds": 0} == whole.meta | {"seconds": 0}
+    assert [f.name for f in (tmp_path / "again").iterdir() if f.is_dir()] == [data.folder.name]
+
+
+def test_a_dead_build_of_another_version_is_not_taken_over(config, tmp_path, monkeypatch):
+    left = tmp_path / f".building-{prepare(config, tmp_path / 'whole').folder.name}-abcdefgh"
+    left.mkdir()
+    (left / "progress.json").write_text('{"documents": 5, "versions": {"tokenizers": "0.1"}}')
+    assert prepare(config, tmp_path).fingerprint == prepare(config, tmp_path / "whole").fingerprint
+
+
 @pytest.mark.multiprocess
 def test_processes_preparing_at_once_build_once(config, tmp_path):
     code = (
@@ -264,7 +317,7 @@ def test_hf_corpus_is_read_once_when_it_comes_from_afar(tmp_path, monkeypatch):
 
     readings: list[str] = []
 
-    def records(name, subset):
+    def records(name, *_):
         readings.append(name)
         yield from ({"text": f"a document about the number {i}"} for i in range(300))
 
