@@ -14,6 +14,7 @@ is multiplied by the ranks that share a core. It knows nothing of waking up wait
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,10 @@ def _stream(timing: Timing) -> tuple[float, float]:
     return alpha, beta
 
 
+def _exchange(exchange: Exchange, x: torch.Tensor, routing: Routing, _: None) -> None:
+    exchange(x, routing, identity_experts)
+
+
 def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0) -> dict[str, Any]:
     """On each rank: seconds of each candidate, round by round; what it sends; alpha and beta."""
     timing = Timing(rounds, device, warm_up=1, budget_s=math.inf)  # no rank may stop before another
@@ -110,16 +115,16 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0
     for name, config in layouts(ranks, node).items():
         meshes.append(Mesh(config, [ranks], device))
         groups = meshes[-1].experts(ranks)
-        exchange, traffic = Exchange(groups, config), Traffic(config.ranks_per_node)
+        traffic = Traffic(config.ranks_per_node)
         with observe(traffic):
-            exchange(x, routing, identity_experts)
+            Exchange(groups, config)(x, routing, identity_experts)
         total = traffic.total()
         sent[name] = {
             "near_messages": total.intra_node_messages,
             "far_messages": total.inter_node_messages,
             "sent_bytes": total.bytes,
         }
-        calls[name] = lambda _, exchange=exchange: exchange(x, routing, identity_experts)
+        calls[name] = functools.partial(_exchange, Exchange(groups, config), x, routing)
     calls[BARE] = bare
     messages = 2 * (ranks - 1)
     sent[BARE] = {"near_messages": messages, "far_messages": 0, "sent_bytes": messages * x.nbytes // ranks}

@@ -113,7 +113,11 @@ def measure(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds:
         }
         rows = []
         for model in terminal.announced(models, lambda model: f"training {model} on 1 and {ranks} ranks"):
-            turns = harness.in_turns(ways, lambda _, model=model: model, timing, lambda way, given: way(given))
+
+            def same(_: int, model: str = model) -> str:
+                return model
+
+            turns = harness.in_turns(ways, same, timing, lambda way, given: way(given))
             rows += _rows(model, turns, {"ranks": ranks, "sequences_per_rank": per_rank, "steps": steps}, timing)
     return rows
 

@@ -18,7 +18,7 @@ import pytest
 
 from moelab.config import DataConfig
 from moelab.data import preparation as module
-from moelab.data import tokens
+from moelab.data import tokens, user_text
 from moelab.data.corpus import open_corpus
 from moelab.data.documents import Document
 from moelab.data.preparation import is_prepared, prepare
@@ -225,17 +225,21 @@ def test_a_failed_build_leaves_nothing(data_config, tmp_path, monkeypatch):
     assert not [f for f in tmp_path.iterdir() if f.is_dir()]
 
 
-@pytest.mark.parametrize("corpus", ["folder:TEXT", "hf:someone/numbers"])
-def test_what_a_dead_build_had_encoded_is_taken_over(corpus, text_folder, tmp_path, monkeypatch):
-    from moelab.data import user_text
+@pytest.fixture
+def readings(monkeypatch) -> list[str]:
+    """The name of a published data set for each time that one is read, which gives 300 documents."""
+    names: list[str] = []
 
-    readings = []
-
-    def records(*_):
-        readings.append(1)
+    def records(name, *_):
+        names.append(name)
         yield from ({"text": f"a document about the number {i}"} for i in range(300))
 
     monkeypatch.setattr(user_text, "_hf_records", records)
+    return names
+
+
+@pytest.mark.parametrize("corpus", ["folder:TEXT", "hf:someone/numbers"])
+def test_what_a_dead_build_had_encoded_is_taken_over(corpus, text_folder, readings, tmp_path, monkeypatch):
     bound = 0 if "TEXT" in corpus else 300
     corpus = corpus.replace("TEXT", str(text_folder))
     config = DataConfig(corpus=corpus, tokenizer="bpe-270", context=4, max_documents=bound)
@@ -301,16 +305,7 @@ def test_long_documents_are_cut_into_pieces_and_whole_again():
     assert next(module._pieces("a line\nand more\n", 10)) == "a line\n"
 
 
-def test_hf_corpus_is_read_once_when_it_comes_from_afar(tmp_path, monkeypatch):
-    from moelab.data import user_text
-
-    readings: list[str] = []
-
-    def records(name, *_):
-        readings.append(name)
-        yield from ({"text": f"a document about the number {i}"} for i in range(300))
-
-    monkeypatch.setattr(user_text, "_hf_records", records)
+def test_hf_corpus_is_read_once_when_it_comes_from_afar(readings, tmp_path):
     config = DataConfig(corpus="hf:someone/numbers:en", tokenizer="bpe-260", context=4, max_documents=250)
     data = prepare(config, tmp_path)
     assert readings == ["someone/numbers"]
