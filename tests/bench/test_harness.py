@@ -1,7 +1,6 @@
 """The harness: turns, fresh inputs, rows, the table's and file's form."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,14 @@ import torch
 from moelab.bench import exchange, harness, inputs
 from moelab.bench.harness import Timing
 from moelab.plotting import benchmarks
+
+
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    """The time as the harness sees it, which only moves where a test moves it."""
+    found = [0.0]
+    monkeypatch.setattr(harness.time, "monotonic", lambda: found[0])
+    return found
 
 
 def test_candidates_take_turns_on_the_same_inputs_and_new_ones_each_round():
@@ -25,23 +32,27 @@ def test_a_spent_budget_ends_after_three_rounds():
     assert len(times["a"]) == 3
 
 
-def test_a_candidate_far_slower_than_the_first_is_left_out_and_named(capsys):
-    calls = {"a": lambda _: None, "slow": lambda _: time.sleep(1), "b": lambda _: None}
+def test_a_candidate_far_slower_than_the_first_is_left_out_and_named(now, capsys):
+    def slow(_) -> None:
+        now[0] += 1
+
+    calls = {"a": lambda _: None, "slow": slow, "b": lambda _: None}
     times = harness.in_turns(calls, lambda i: i, Timing(rounds=2, warm_up=2, longest_s=0.5))
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
     assert "left out: slow takes 1 s a turn, a " in capsys.readouterr().out
     assert len(harness.in_turns(calls, lambda i: i, Timing(rounds=1, warm_up=1))) == 3
 
 
-def test_where_all_are_slow_none_is_left_out():
-    calls = {name: lambda _: time.sleep(0.05) for name in ("a", "b")}
-    times = harness.in_turns(calls, lambda i: i, Timing(rounds=1, warm_up=2, longest_s=0.001))
+def test_where_all_are_slow_none_is_left_out(now):
+    def slow(_) -> None:
+        now[0] += 1
+
+    times = harness.in_turns({"a": slow, "b": slow}, lambda i: i, Timing(rounds=1, warm_up=2, longest_s=0.1))
     assert list(times) == ["a", "b"], "the candidate that ratios refer to is there"
 
 
-def test_long_rounds_are_announced_before_they_begin(monkeypatch, capsys):
-    now, said = [0.0], []
-    monkeypatch.setattr(harness.time, "monotonic", lambda: now[0])
+def test_long_rounds_are_announced_before_they_begin(now, monkeypatch, capsys):
+    said = []
 
     def turn(_) -> None:
         said.append(capsys.readouterr().out)
