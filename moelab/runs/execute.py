@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from moelab.config import to_json
 from moelab.engine.launch import process
 from moelab.files import read_json, sweep, write_json
 from moelab.runs import sessions
-from moelab.runs.branching import remove_prefix, starting_point
+from moelab.runs.branching import starting_point
 from moelab.runs.provenance import provenance
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
@@ -179,7 +180,8 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename or run.path}"
         reason += " (earlier checkpoints are kept; make room and run again)"
-        _try_status(run, Status("failed", **state, reason=reason))
+        with contextlib.suppress(OSError):  # the disk that is full is the one the status lives on; the log says it
+            run.set_status(Status("failed", **state, reason=reason))
         raise
     except BaseException as error:
         run.set_status(Status("failed", **state, reason=one_line(error)))
@@ -195,7 +197,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
         record["start"]["trained_again"] = (run.path / "prefix").exists()
     write_json(run.path / "provenance.json", record, durable=True)  # never written again once there is a result
     write_json(run.path / "result.json", result, durable=True)
-    remove_prefix(run.path)
+    shutil.rmtree(run.path / "prefix", ignore_errors=True)  # of a trunk that was trained again
     run.set_status(Status("finished", **{**state, "step": state["steps"]}))
 
 
@@ -257,11 +259,6 @@ def _train_in(spec: RunSpec, folder: Path, runs: Path, data: TokenData, **option
     branch = Branch(spec.start.tokens, spec.start.warmup_tokens, spec.start.upcycle) if spec.start else None
     given: dict[str, Any] = {"parallel": spec.parallel, "teacher": teacher, "branch": branch, **options}
     return train(spec.model, spec.train, data, spec.data.context, folder, **given)
-
-
-def _try_status(run: Run, status: Status) -> None:
-    with contextlib.suppress(OSError):  # the disk that is full is the one the status lives on; the log says it
-        run.set_status(status)
 
 
 def _iso(seconds: float) -> str:

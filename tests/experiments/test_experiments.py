@@ -251,7 +251,7 @@ def test_a_plan_counts_state_and_hours(tmp_path):
     specs = EXPERIMENTS["distillation"].specs("paper", arms=["L21 + KD"])
     teacher, student = planned_runs(specs, RunStore(tmp_path))
     assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())
-    assert teacher.gpu_hours == pytest.approx(teacher.flops / paper_rate() / 3600) and student.gpu_hours > 0
+    assert teacher.gpu_hours == pytest.approx(teacher.spec.cost / paper_rate() / 3600) and student.gpu_hours > 0
     one = settings.spec("1.3B+MoE-128", "paper")
     experts = 12 * 2 * (2 * 2048 * 8192 + 8192 + 2048)  # 128 experts on 64 ranks: two a layer
     shared = ModelConfig.parse("1.3B+MoE-128").parameters() - 64 * experts
