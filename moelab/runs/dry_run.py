@@ -43,9 +43,9 @@ class PlannedRun:
         return self.spec.cost / paper_rate() / 3600 if self.spec.train.device == "cuda" else None
 
 
-def planned_runs(specs: Sequence[RunSpec], store: RunStore | None = None) -> list[PlannedRun]:
+def planned_runs(specs: Sequence[RunSpec]) -> list[PlannedRun]:
     """One row a run, teachers and trunks before the runs that need them. Writes nothing."""
-    store = store or RunStore()
+    store = RunStore()
     runs = [Run(spec, store.root / spec.id) for spec in closure(specs).values()]
     return [
         PlannedRun(run.spec, run.status.state if run.path.exists() else "new", Snapshot.of([run]).done) for run in runs
@@ -116,18 +116,17 @@ def show(runs: Sequence[PlannedRun]) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -> list[str]:
+def on_this_machine(runs: Sequence[PlannedRun]) -> list[str]:
     """Return in a line each how long unfinished runs on a CPU take, and which of them are published.
 
     The time of a run is that of the FLOPs it has left, at the rate of finished runs here of nearly its cost, or of
     published ones where there are none.
     """
-    store = store or RunStore()
     left = [run for run in runs if run.gpu_hours is None and run.state != "finished"]
     known = records.published()
     there = [run.spec for run in left if run.spec.id in known]
     lines = []
-    timed, whose = _timed(store, known) if left else ([], "")
+    timed, whose = _timed(known) if left else ([], "")
     if timed:
         rates = {cost: _rate(cost, timed) for cost in {run.spec.cost for run in left}}
         hours = sum(run.spec.cost * (1 - run.done) / rates[run.spec.cost] for run in left) / 3600
@@ -139,9 +138,9 @@ def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -
     return lines
 
 
-def _timed(store: RunStore, known: Mapping[str, records.Archive]) -> tuple[list[tuple[RunSpec, float]], str]:
+def _timed(known: Mapping[str, records.Archive]) -> tuple[list[tuple[RunSpec, float]], str]:
     """Return finished runs on a CPU with the seconds of each, and whose they are: published ones if none is here."""
-    timed = []
+    timed, store = [], RunStore()
     for name in store.ids(file="result.json"):
         with contextlib.suppress(ValueError, RuntimeError, OSError):  # a damaged run tells nothing
             run = store.at(name)

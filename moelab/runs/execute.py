@@ -46,7 +46,6 @@ def execute(
     *,
     should_stop: ShouldStop = lambda: False,
     on_progress: OnProgress = lambda _: None,
-    cache: Path | None = None,
 ) -> None:
     """Train a run to its end in this process, or find it finished. Waits while another process trains it.
 
@@ -63,13 +62,10 @@ def execute(
     if (place.world_size if place else 1) != ranks:
         there = f"this is {place}" if place else "this process is not one of several"
         raise ValueError(f"run {run.spec.id} is for {ranks} ranks, {there}")
-    cache = cache or paths.home() / "data"
     if ranks == 1:
-        if place is not None:
-            process.show_stacks_when_asked()  # several ranks: in `join`
         with _trainer_of(run, should_stop):
             if not run.finished:
-                _train(run, should_stop, on_progress, cache)
+                _train(run, should_stop, on_progress)
         return
 
     from moelab.training.loop import TrainingStopped
@@ -77,16 +73,16 @@ def execute(
     place = process.join(device=run.spec.train.device, folder=run.path)
     try:
         if place.rank == 0:
-            _train_as_first(run, should_stop, on_progress, cache)
+            _train_as_first(run, should_stop, on_progress)
         elif _from_first("run") == "train":
-            _train_along(run, should_stop, cache)
+            _train_along(run, should_stop)
     except (TrainingStopped, StoppedAtStart):  # all ranks at the same step
         process.leave()
         raise
     process.leave()
 
 
-def _train_as_first(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Path) -> None:
+def _train_as_first(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
     """Train as rank 0, which holds the lock and tells the others what is to be done."""
     with contextlib.ExitStack() as held:
         try:
@@ -97,7 +93,7 @@ def _train_as_first(run: Run, should_stop: ShouldStop, on_progress: OnProgress, 
         todo = not run.finished
         process.publish("run", "train" if todo else "finished")
         if todo:
-            _train(run, should_stop, on_progress, cache)
+            _train(run, should_stop, on_progress)
 
 
 def _from_first(key: str) -> str:
@@ -150,7 +146,7 @@ def _holder(run: Run) -> str:
     return "another process"
 
 
-def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Path) -> None:
+def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
     """Train and write all about it; the caller holds the lock."""
     from moelab.data import prepare
     from moelab.training.loop import TrainingStopped
@@ -169,7 +165,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
     try:
         sessions.begin(run.path, record)
         _stop_others(run, should_stop)
-        data = prepare(spec.data, cache)
+        data = prepare(spec.data, paths.home() / "data")
         _stop_others(run, should_stop)
         if spec.parallel.ranks > 1:
             process.publish("data", data.fingerprint)
@@ -208,12 +204,12 @@ def _stop_others(run: Run, should_stop: ShouldStop) -> None:
         raise StoppedAtStart("stopped before the training began")
 
 
-def _train_along(run: Run, should_stop: ShouldStop, cache: Path) -> None:
+def _train_along(run: Run, should_stop: ShouldStop) -> None:
     """Train as a rank after the first, on the data that rank 0 has prepared."""
     from moelab.data import prepare
 
     fingerprint = _from_first("data")
-    data = prepare(run.spec.data, cache)
+    data = prepare(run.spec.data, paths.home() / "data")
     if data.fingerprint != fingerprint:
         raise ValueError(f"run {run.spec.id}: this rank's data are {data.fingerprint}, rank 0's {fingerprint}")
     _call_train(run, data, should_stop, lambda _: None)

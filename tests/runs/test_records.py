@@ -104,32 +104,36 @@ def test_a_run_that_is_being_trained_stays(finished, tmp_path, theirs):
     assert not (trained.path / "run.lock").exists(), "what was not trained here has no lock"
 
 
-def test_a_dry_run_says_how_long_it_takes_and_what_is_published(finished, tmp_path, monkeypatch, theirs):
+def on_this_machine(specs):
+    return dry_run.on_this_machine(dry_run.planned_runs(specs))
+
+
+def test_a_dry_run_says_how_long_it_takes_and_what_is_published(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
     others = pr_moe.EXPERIMENT.specs("smoke", 2, arms=["PR-MoE-32/64"])
-    assert dry_run.on_this_machine(dry_run.planned_runs(others, theirs), theirs) == []
+    assert on_this_machine(others) == []
     seconds = 7200 * finished.spec.cost / sum(spec.cost for spec in others)
     write_json(finished.path / "result.json", {**finished.result, "seconds": seconds})
     records.write([finished], records.folder())
-    took, published = dry_run.on_this_machine(dry_run.planned_runs(others, theirs), theirs)
+    took, published = on_this_machine(others)
     assert took == "about 2.0 hours on one core, at the speed of the published runs"
     assert published.startswith("1 of these are published (PR-MoE-32/64): `moelab runs import`")
-    records.read(record(finished, tmp_path), theirs)
-    (took,) = dry_run.on_this_machine(dry_run.planned_runs(others, theirs), theirs)
+    records.read(record(finished, tmp_path), RunStore())
+    (took,) = on_this_machine(others)
     assert "at the speed of the finished runs here" in took
 
 
-def test_a_dry_run_goes_by_runs_of_nearly_the_cost_of_each(tmp_path, result):
+def test_a_dry_run_goes_by_runs_of_nearly_the_cost_of_each(result):
     """The seconds of a short run are those of its start; of a half-trained run the other half is left."""
-    store, hours = RunStore(tmp_path), {"smoke": 1, "quick": 2, "full": 30}
+    store, hours = RunStore(), {"smoke": 1, "quick": 2, "full": 30}
     ours, others = ([pr_moe.EXPERIMENT.specs(scale, 2, arms=["Dense"])[n] for scale in hours] for n in (0, -1))
     for spec, took in zip(ours, hours.values(), strict=True):
         write_json(store.run(spec).path / "result.json", result(seconds=took * 3600.0))
-    line, *_ = dry_run.on_this_machine(dry_run.planned_runs(others, store), store)
+    line, *_ = on_this_machine(others)
     assert line == "about 33.0 hours on one core, at the speed of the finished runs here"
     steps = others[-1].train.steps(others[-1].data.context)
     store.run(others[-1]).set_status(Status("stopped", step=steps // 2, steps=steps))
-    line, *_ = dry_run.on_this_machine(dry_run.planned_runs(others, store), store)
+    line, *_ = on_this_machine(others)
     assert line.startswith("about 18.0 hours")
 
 
@@ -231,14 +235,14 @@ OTHERS = ("../outside.txt", "measured/../../x.json", "measured/a/b.json", "measu
         (with_files(with_another_seed), "renamed, or of another version"),
     ],
 )
-def test_a_bad_record_is_one_line_takes_no_memory_and_leaves_nothing(harm, part, finished, theirs, tmp_path):
+def test_a_bad_record_is_one_line_takes_no_memory_and_leaves_nothing(harm, part, finished, theirs, tmp_path, request):
     archive = record(finished, tmp_path)
     archive.write_bytes(harm(archive.read_bytes()))
     tracemalloc.start()
+    request.addfinalizer(tracemalloc.stop)
     with pytest.raises(ValueError) as error:
         records.read(archive, theirs)
     peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
     said = str(error.value)
     assert part in said and str(archive) in said and "\n" not in said
     assert peak < 1 << 20 and not theirs.root.exists()

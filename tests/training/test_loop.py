@@ -139,9 +139,7 @@ def test_a_model_that_is_not_finite_leaves_no_checkpoint(what, run, whole, tmp_p
     assert numbers(tmp_path) == numbers(whole)
 
 
-def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(tiny_model, tiny_train, data, cut, run, monkeypatch):
-    with pytest.raises(checkpoint.CheckpointError, match="the model has"):
-        train(replace(tiny_model, experts=(0, 2, 0, 2)), tiny_train, data, 32, cut)
+def test_a_checkpoint_of_other_data_is_refused(data, cut, run, monkeypatch):
     monkeypatch.setattr(data, "fingerprint", "other")
     with pytest.raises(ValueError, match="was written with other data"):
         run(cut)
@@ -261,25 +259,10 @@ def tear(file, number):
     file.write_text("".join(lines))
 
 
-def flip(folder):
-    """Change one bit of the weights of step 12."""
-    file = checkpoint.latest(folder / "checkpoints").path / "model-00000.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("harm", "said"),
-    [
-        (flip, "does not match its SHA-256"),
-        (lambda folder: tear(folder / TRAIN, -1), "written before the checkpoint"),  # the row of step 12
-    ],
-)
-def test_what_is_damaged_at_the_newest_checkpoint_is_named_and_the_one_before_used(harm, said, run, whole, cut, caplog):
-    harm(cut)
+def test_a_checkpoint_without_its_metrics_is_named_and_the_one_before_used(run, whole, cut, caplog):
+    tear(cut / TRAIN, -1)  # the row of step 12
     run(cut)
-    assert "step-00000012" in caplog.text and said in caplog.text
+    assert "step-00000012" in caplog.text and "written before the checkpoint" in caplog.text
     assert numbers(cut) == numbers(whole)
 
 
