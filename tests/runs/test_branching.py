@@ -14,7 +14,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint
 from moelab.lab import Lab
 from moelab.models import build
-from moelab.runs import dry_run, records
+from moelab.runs import dry_run, executors, records
 from moelab.runs.branching import shorter, starting_point, token_budgets
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
@@ -25,7 +25,7 @@ from moelab.training.loop import TrainingStopped
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 from moelab.training.optimizer import make_optimizer
 from tests.conftest import numbers, stop_after
-from tests.runs.conftest import record
+from tests.runs.conftest import record, until
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +95,25 @@ def test_a_stopped_branch_goes_on(steps, trunk, short, branch):
     assert run.status.step <= 14
     execute(run)
     assert_same_from(10, run, whole)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_a_killed_branch_goes_on(trunk, short):
+    """Killed while the trunk is trained again, and after that."""
+    trunk = replace(trunk, train=replace(trunk.train, tokens=60 * STEP))
+    often = replace(short.train, tokens=50 * STEP, cooldown_tokens=20 * STEP, checkpoint_every=1)
+    lab = Lab()
+    (whole, _) = lab.run([replace(short, train=often), trunk], executor="inline")
+    run = lab.store.run(replace(short, train=often, start=Start(trunk, 30 * STEP)))
+    for folder, step in (("prefix/checkpoints", 10), ("checkpoints", 33), ("checkpoints", 40)):
+        process = executors.start(run)
+        until(lambda: process.poll() is not None or (run.path / folder / f"step-{step:08d}").exists())  # noqa: B023
+        process.kill()
+        process.wait()
+        assert not run.finished and (run.path / "checkpoints").exists() == (step > 30)
+    execute(run)
+    assert_same_from(30, run, whole)
 
 
 def test_a_branch_that_is_asked_for_later_trains_the_trunk_again(trunk, short, branch, capsys):
