@@ -19,8 +19,6 @@ LINE = "MOELAB_TEST_LINE=here"
 
 def rows(folder, nodes, fault, links, options):
     """On a rank: the rows, with `nodes` made-up nodes and something broken."""
-    from _pytest.monkeypatch import MonkeyPatch
-
     rank, world = dist.get_rank(), dist.get_world_size()
     place = Place(rank, world, rank % (world // nodes), f"node{rank * nodes // world}")
     where = links and simulate.cluster(links)
@@ -29,7 +27,7 @@ def rows(folder, nodes, fault, links, options):
         "links": where and Links(links, lambda *group: collective_us(*group, where, simulate.fitted())),
         "rates": lambda: (1e-3 if (fault, rank) == ("slow", 3) else 1.0, 10.0),
     }  # fmt: skip
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check.os, "sched_getaffinity", lambda _: range(8), raising=False)
         if fault == "clock" and rank >= world // 2:
             now = time.time
