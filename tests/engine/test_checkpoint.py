@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import os
 import re
 import resource
@@ -23,7 +22,7 @@ from moelab.engine import checkpoint, parallel
 from moelab.engine.checkpoint import format, loading, storage
 from moelab.engine.checkpoint.format import CheckpointError
 from moelab.engine.mesh import Mesh
-from moelab.engine.testing import RankError, Ranks
+from moelab.engine.testing import RankError
 
 MODEL = ModelConfig(
     layers=3, hidden=16, heads=2, experts=(0, 4, 8), residual=True, vocab=37, context=8, init_std=0.02, name="tiny"
@@ -113,8 +112,7 @@ def save_at(layouts, root):
 
 def load_at(layouts, sources, root):
     """(layout, source, differences), and how much was read beside how much there is to fill."""
-    read = 0
-    read_part = storage._read_part
+    read, read_part = 0, storage._read_part
 
     def counted(*args):
         nonlocal read
@@ -122,7 +120,8 @@ def load_at(layouts, sources, root):
         read += part.numel()
         return part
 
-    storage._read_part = counted
+    patch = pytest.MonkeyPatch()
+    patch.setattr(storage, "_read_part", counted)
     wrong, needed = [], 0
     for i, layout in layouts.items():
         built, optimizer = build(layout)
@@ -137,21 +136,14 @@ def load_at(layouts, sources, root):
             wrong += [(i, source, name) for name in differences(built, optimizer)]
             needed += sum(parts) * 3 + len(parts)
         built.mesh.close()
-    storage._read_part = read_part
+    patch.undo()
     return wrong, read, needed
 
 
 @pytest.fixture(scope="module")
-def pools():
+def pools(on_ranks):
     """size -> run a function on so many ranks; on one, here."""
-    ranks = {n: Ranks(n) for n in (2, 4, 8)}
-
-    def run(size, function, *args):
-        return ranks[size].run(function, *args, timeout_s=300) if size > 1 else [function(*args)]
-
-    yield run
-    for pool in ranks.values():
-        pool.close()
+    return lambda size, function, *args: on_ranks(size, function, *args) if size > 1 else [function(*args)]
 
 
 @pytest.fixture(scope="module")
@@ -258,15 +250,6 @@ DAMAGE = {
 }
 
 
-class Listener(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
 def save_two(root):
     built, optimizer = filled(ParallelConfig(data=4, expert=4))
     with checkpoint.Writer(root) as checkpoints:
@@ -275,12 +258,10 @@ def save_two(root):
 
 
 def latest_of(folders):
-    listener = Listener()
-    loading.log.addHandler(listener)
-    try:
-        return [checkpoint.latest(folder) for folder in folders], listener.lines
-    finally:
-        loading.log.removeHandler(listener)
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading.log, "warning", lambda text, *args: lines.append(text % args))
+        return [checkpoint.latest(folder) for folder in folders], lines
 
 
 @pytest.mark.multiprocess
@@ -301,14 +282,20 @@ def test_a_broken_checkpoint_is_named_and_all_ranks_use_the_one_before(pools, tm
             assert other == f"step 5 is used in place of the newest checkpoint: {folder / 'step-00000005'}"
 
 
+def full(tensors, path):
+    """In place of `save_file`: a disk that is full."""
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device", str(path))
+
+
+def no_thread(*_):
+    """In place of `Thread.start`."""
+    raise RuntimeError("can't start new thread")
+
+
 def full_on_rank_1(root):
     built, optimizer = filled(ParallelConfig(data=2, expert=2))
     real = storage.save_file
-
-    def full(tensors, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
-
     errors = []
     with checkpoint.Writer(root) as checkpoints:
         for step in (1, 2, 3, 4):
@@ -394,18 +381,12 @@ def test_saving_copies_and_returns(tmp_path, monkeypatch):
 def save_without_threads(root, threadless):
     """Ranks that can start no thread, beside others that can; their training goes on to the next collective."""
     built, optimizer = filled(ParallelConfig(data=2, expert=2))
-    start = threading.Thread.start
-
-    def fail(thread):
-        raise RuntimeError("can't start new thread")
-
     with checkpoint.Writer(root) as checkpoints:
         for step in (1, 2):
-            threading.Thread.start = fail if dist.get_rank() in threadless else start
-            try:
+            with pytest.MonkeyPatch.context() as patch:
+                if dist.get_rank() in threadless:
+                    patch.setattr(threading.Thread, "start", no_thread)
                 checkpoints.save(step, built.module, optimizer, {}, built.placements)
-            finally:
-                threading.Thread.start = start
             dist.barrier()
     for p in built.module.parameters():
         local(p).zero_()
@@ -421,16 +402,12 @@ def test_ranks_without_a_thread_write_before_they_go_on(threadless, pools, tmp_p
 
 def test_without_a_thread_it_is_said_and_a_failed_write_is_told_as_usual(tmp_path, monkeypatch, caplog):
     built, optimizer = filled(ParallelConfig())
-
-    def fail(*_):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", fail)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
     checkpoints = checkpoint.Writer(tmp_path)
     checkpoints.save(1, built.module, optimizer, {})
     assert checkpoint.latest(tmp_path).step == 1, "it is written when `save` returns"
     assert "step 1: can't start new thread; training waits until it is written" in caplog.text
-    monkeypatch.setattr(storage, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(storage, "save_file", full)
     checkpoints.save(2, built.module, optimizer, {})
     with pytest.raises(OSError, match="No space left"):
         checkpoints.wait()
@@ -458,10 +435,6 @@ def test_a_disk_without_room_is_one_line_at_the_next_call(tmp_path):
 
 def test_an_error_of_the_block_goes_before_one_of_the_write(tmp_path, monkeypatch, caplog):
     built, optimizer = filled(ParallelConfig())
-
-    def full(tensors, path):
-        raise OSError(28, "No space left on device", str(path))
-
     monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(KeyError, match="mine"), checkpoint.Writer(tmp_path) as checkpoints:
         checkpoints.save(1, built.module, optimizer, {})
