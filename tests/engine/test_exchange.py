@@ -1,8 +1,9 @@
-"""The exchanges on real processes against `LocalDispatch` on the same arrays."""
+"""The exchanges on real processes, the baseline's too, against `LocalDispatch` on the same arrays; what they send."""
 
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,8 +15,11 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Sent, Traffic, observe
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import Mesh
+from moelab.engine.padded import PaddedExchange
 from moelab.models.dispatch import LocalDispatch
 from moelab.models.moe import Experts
+from moelab.simulate.exchange import all_to_all, rows_to_send, slice_exchange
+from moelab.simulate.layouts import ExpertLayouts, Layouts
 
 pytestmark = pytest.mark.multiprocess
 M, F = 6, 8
@@ -34,6 +38,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     input_grad: bool = True
+    padded: bool = False
 
 
 def whole_experts(case):
@@ -95,7 +100,7 @@ def run_case(case):
             expected = y.detach(), x.grad, logits.grad
     mine = rank_experts(case, groups)
     traffic = Traffic(case.parallel.ranks_per_node)
-    exchange = Exchange(groups, case.parallel)
+    exchange = PaddedExchange(groups) if case.padded else Exchange(groups, case.parallel)
     x, logits, dy = tokens_of(case, mesh.data.index)
     with observe(traffic):
         y = exchange(x, route(case, logits), mine)
@@ -258,3 +263,36 @@ def test_traffic_of_coordinated_and_slices(on_ranks):
         assert sent[rank]["slices", "forward"] == Sent(2, (own + other) * ROW)
         assert sent[rank]["slices", "backward"] == Sent(2, (own + other) * ROW)
     assert sent[1]["dispatch", "forward"] == Sent(), "nothing to send is no message"
+
+
+PADDED = {
+    "expert 4": P(data=4, gpus_per_node=2),
+    "expert 2 of 4": P(data=4, expert=2),
+    "expert 2, slicing 2": P(data=4, expert=2, expert_slicing=2, gpus_per_node=2),
+    "tensor 2": P(tensor=2, data=2),
+}
+
+
+@pytest.mark.parametrize("tokens", [(5,), (9, 1, 0, 6), (0,)], ids=["even", "uneven", "nobody"])
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_slots_travel_and_the_result_is_that_of_one_process(on_ranks, name, tokens):
+    """What leaves a rank is what the simulator counts for a system with slots: C for every expert, whatever the tokens."""
+    parallel = PADDED[name]
+    case = Case(parallel, 8, top_k=2, tokens=tokens, padded=True)
+    busiest = [int(route(case, tokens_of(case, d)[1]).kept_E.max()) for d in range(parallel.data)]
+    layouts, grid = Layouts.of([parallel]), parallel.experts(case.experts)
+    spread = ExpertLayouts.of(layouts, case.experts)
+    for rank, (differences, traffic) in enumerate(on_ranks(4, run_case, case)):
+        assert max(differences.values()) < 1e-5, differences
+        block = [r for r in range(parallel.ranks) if grid.position(r).replica == grid.position(rank).replica]
+        C = max(1, *(busiest[r // parallel.tensor] for r in block))
+        rows = rows_to_send(spread, np.array([0]), 2, C)
+        stage, _ = all_to_all(layouts, spread, rows, parallel.ranks_per_node)
+        over = slice_exchange(layouts, spread, rows, parallel.ranks_per_node)
+        for kind, messages, sent, times in (
+            ("dispatch", grid.parallel - 1, stage, 1),
+            ("combine", grid.parallel - 1, stage, 1),
+            ("slices", grid.slices - 1, over, 2),  # gathered before the experts, summed back after them
+        ):
+            got = traffic.sent.get((kind, "forward"), Sent())
+            assert (got.messages, got.bytes) == (times * messages, times * (sent.near_rows + sent.far_rows)[0] * ROW)
