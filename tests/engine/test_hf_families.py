@@ -223,6 +223,7 @@ def test_null_means_the_default(tmp_path):
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary positions of type 'yarn'"),
         ({"num_experts_per_tok": 9}, "top_k must be between 1 and the fewest experts"),
         ({"num_experts": 5}, r"tensor model.layers.\d.mlp.experts.5.\w+.weight \(9 such\) is none of this model's"),
+        ({"num_hidden_layers": 2}, r"tensor model.layers.2.\S+ \(\d+ such\) is none of this model's"),
         ({"num_experts": 7}, r"ffn.router.weight is \(6, 32\), expected \(7, 32\)"),
         ({"intermediate_size": 17}, r"experts.0.gate_proj.weight is \(32, 24\), expected \(32, 17\)"),
         ({"num_key_value_heads": 1}, r"k_proj.weight is \(16, 32\), expected \(8, 32\)"),
