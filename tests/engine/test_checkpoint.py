@@ -102,12 +102,18 @@ def differences(built, optimizer):
     return found
 
 
-def save_at(layouts, root):
+def write(root, steps, layout=LAYOUTS[0], keep=2):
+    """Checkpoints of a model that holds the truth; each has its step as its state."""
+    built, optimizer = filled(layout)
+    with checkpoint.Writer(root, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, built.module, optimizer, {"at": step}, built.placements)
+    built.mesh.close()
+
+
+def write_at(layouts, root):
     for i, layout in layouts.items():
-        built, optimizer = filled(layout)
-        with checkpoint.Writer(root / str(i)) as checkpoints:
-            checkpoints.save(7, built.module, optimizer, {"i": i}, built.placements)
-        built.mesh.close()
+        write(root / str(i), [7], layout)
 
 
 def load_at(layouts, sources, root):
@@ -128,7 +134,7 @@ def load_at(layouts, sources, root):
         parts = [local(p).numel() for p in built.module.parameters()]
         for source in sources:
             last = checkpoint.latest(root / str(source))
-            assert last.state == {"i": source} and last.step == 7
+            assert last.state == {"at": 7} and last.step == 7
             with torch.no_grad():
                 for p in built.module.parameters():
                     local(p).fill_(float("nan"))
@@ -152,7 +158,7 @@ def saved(pools, tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     sizes = {n: {i: x for i, x in enumerate(LAYOUTS) if x.ranks == n} for n in (1, 2, 4, 8)}
     for size, layouts in sizes.items():
-        pools(size, save_at, layouts, root)
+        pools(size, write_at, layouts, root)
     return root, sizes
 
 
@@ -212,7 +218,7 @@ def save_after_forward(root):
     with torch.no_grad():
         built.module(torch.zeros(1, 4, dtype=torch.long))
     with checkpoint.Writer(root / "0") as checkpoints:
-        checkpoints.save(7, built.module, optimizer, {"i": 0}, built.placements)
+        checkpoints.save(7, built.module, optimizer, {"at": 7}, built.placements)
 
 
 @pytest.mark.multiprocess
@@ -250,13 +256,6 @@ DAMAGE = {
 }
 
 
-def save_two(root):
-    built, optimizer = filled(ParallelConfig(data=4, expert=4))
-    with checkpoint.Writer(root) as checkpoints:
-        for step in (5, 9):
-            checkpoints.save(step, built.module, optimizer, {"at": step}, built.placements)
-
-
 def latest_of(folders):
     lines = []
     with pytest.MonkeyPatch.context() as patch:
@@ -266,7 +265,7 @@ def latest_of(folders):
 
 @pytest.mark.multiprocess
 def test_a_broken_checkpoint_is_named_and_all_ranks_use_the_one_before(pools, tmp_path):
-    pools(4, save_two, tmp_path / "whole")
+    pools(4, write, tmp_path / "whole", (5, 9), ParallelConfig(data=4, expert=4))
     folders = [shutil.copytree(tmp_path / "whole", tmp_path / name) for name in DAMAGE]
     for (damage, _), folder in zip(DAMAGE.values(), folders, strict=True):
         damage(folder / "step-00000009")
@@ -338,12 +337,10 @@ def die_while_writing(root, ranks):
         checkpoints.save(2, built.module, optimizer, {}, built.placements)
 
 
-def save_again(root):
-    last = checkpoint.latest(root)
-    built, optimizer = filled(ParallelConfig(data=2, expert=2))
-    with checkpoint.Writer(root) as checkpoints:
-        checkpoints.save(3, built.module, optimizer, {}, built.placements)
-    return last.step
+def write_again(root):
+    last = checkpoint.latest(root).step
+    write(root, [3], ParallelConfig(data=2, expert=2))
+    return last
 
 
 @pytest.mark.multiprocess
@@ -353,7 +350,7 @@ def test_ranks_killed_while_they_write_leave_the_one_before(ranks, pools, tmp_pa
         pools(2, die_while_writing, tmp_path, ranks)
     if 0 in ranks:  # rank 0, if it lives long enough to see the other die, tidies up itself
         assert (tmp_path / ".step-00000002.partial").is_dir()
-    assert pools(2, save_again, tmp_path) == [1, 1]
+    assert pools(2, write_again, tmp_path) == [1, 1]
     assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000003"], "what was left is swept away"
 
 
@@ -443,11 +440,8 @@ def test_an_error_of_the_block_goes_before_one_of_the_write(tmp_path, monkeypatc
 
 
 def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
-    built, optimizer = filled(ParallelConfig())
     (tmp_path / "step-00000099").mkdir()  # broken, so training went back
-    with checkpoint.Writer(tmp_path, keep=3) as checkpoints:
-        for step in range(1, 6):
-            checkpoints.save(step, built.module, optimizer, {})
+    write(tmp_path, range(1, 6), keep=3)
     assert [int(p.name[5:]) for p in format.directories(tmp_path)] == [3, 4, 5, 99]
     assert checkpoint.latest(tmp_path).step == 5
 
@@ -474,9 +468,7 @@ def save_with_a_gap(root):
 
 @pytest.mark.parametrize("name", ["pipe", "../pipe", "/dev/zero"])
 def test_a_file_list_that_names_a_fifo_or_a_device_is_refused_at_once(tmp_path, name):
-    built, optimizer = filled(ParallelConfig())
-    with checkpoint.Writer(tmp_path) as checkpoints:
-        checkpoints.save(1, built.module, optimizer, {}, built.placements)
+    write(tmp_path, [1])
     path = checkpoint.latest(tmp_path).path
     for where in (path, tmp_path):
         os.mkfifo(where / "pipe")
@@ -489,7 +481,7 @@ def test_a_file_list_that_names_a_fifo_or_a_device_is_refused_at_once(tmp_path, 
              for key, entry in format.read_index(path).items()}  # fmt: skip
     (path / "index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="is not a regular file of the checkpoint"):
-        checkpoint.load_model(checkpoint.Checkpoint(path, 1, {}), built.module, built.placements)
+        checkpoint.load_model(checkpoint.Checkpoint(path, 1, {}), build(ParallelConfig())[0].module)
 
 
 @pytest.mark.parametrize(
