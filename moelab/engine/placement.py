@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+Index = tuple[slice, ...]
+
+
+def overlap(
+    start: Sequence[int], size: Sequence[int], other_start: Sequence[int], other_size: Sequence[int]
+) -> tuple[Index, Index] | None:
+    """Return what two rectangular parts of a tensor have in common, as an index into each; None if they have nothing.
+
+    Args:
+        start, size: the first element of a part in the whole tensor, and the part's shape.
+        other_start, other_size: those of the other part.
+    """
+    one, other = [], []
+    for a, n, b, m in zip(start, size, other_start, other_size, strict=True):
+        first, end = max(a, b), min(a + n, b + m)
+        if first >= end:
+            return None
+        one.append(slice(first - a, end - a))
+        other.append(slice(first - b, end - b))
+    return tuple(one), tuple(other)
 
 
 @dataclass(frozen=True)
@@ -19,7 +41,7 @@ class Shard:
     size: tuple[int, ...]
 
     @property
-    def region(self) -> tuple[slice, ...]:
+    def region(self) -> Index:
         """Index of the shard in the whole parameter."""
         return tuple(slice(start, start + length) for start, length in zip(self.offset, self.size, strict=True))
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import os
 import re
 import resource
@@ -23,7 +22,7 @@ from moelab.engine import checkpoint, parallel
 from moelab.engine.checkpoint import format, loading, storage
 from moelab.engine.checkpoint.format import CheckpointError
 from moelab.engine.mesh import Mesh
-from moelab.engine.testing import RankError, Ranks
+from moelab.engine.testing import RankError
 
 MODEL = ModelConfig(
     layers=3, hidden=16, heads=2, experts=(0, 4, 8), residual=True, vocab=37, context=8, init_std=0.02, name="tiny"
@@ -103,18 +102,23 @@ def differences(built, optimizer):
     return found
 
 
-def save_at(layouts, root):
+def write(root, steps, layout=LAYOUTS[0], keep=2):
+    """Checkpoints of a model that holds the truth; each has its step as its state."""
+    built, optimizer = filled(layout)
+    with checkpoint.Writer(root, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, built.module, optimizer, {"at": step}, built.placements)
+    built.mesh.close()
+
+
+def write_at(layouts, root):
     for i, layout in layouts.items():
-        built, optimizer = filled(layout)
-        with checkpoint.Writer(root / str(i)) as checkpoints:
-            checkpoints.save(7, built.module, optimizer, {"i": i}, built.placements)
-        built.mesh.close()
+        write(root / str(i), [7], layout)
 
 
 def load_at(layouts, sources, root):
     """(layout, source, differences), and how much was read beside how much there is to fill."""
-    read = 0
-    read_part = storage._read_part
+    read, read_part = 0, storage._read_part
 
     def counted(*args):
         nonlocal read
@@ -122,14 +126,15 @@ def load_at(layouts, sources, root):
         read += part.numel()
         return part
 
-    storage._read_part = counted
+    patch = pytest.MonkeyPatch()
+    patch.setattr(storage, "_read_part", counted)
     wrong, needed = [], 0
     for i, layout in layouts.items():
         built, optimizer = build(layout)
         parts = [local(p).numel() for p in built.module.parameters()]
         for source in sources:
             last = checkpoint.latest(root / str(source))
-            assert last.state == {"i": source} and last.step == 7
+            assert last.state == {"at": 7} and last.step == 7
             with torch.no_grad():
                 for p in built.module.parameters():
                     local(p).fill_(float("nan"))
@@ -137,21 +142,14 @@ def load_at(layouts, sources, root):
             wrong += [(i, source, name) for name in differences(built, optimizer)]
             needed += sum(parts) * 3 + len(parts)
         built.mesh.close()
-    storage._read_part = read_part
+    patch.undo()
     return wrong, read, needed
 
 
 @pytest.fixture(scope="module")
-def pools():
+def pools(on_ranks):
     """size -> run a function on so many ranks; on one, here."""
-    ranks = {n: Ranks(n) for n in (2, 4, 8)}
-
-    def run(size, function, *args):
-        return ranks[size].run(function, *args, timeout_s=300) if size > 1 else [function(*args)]
-
-    yield run
-    for pool in ranks.values():
-        pool.close()
+    return lambda size, function, *args: on_ranks(size, function, *args) if size > 1 else [function(*args)]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,7 @@ def saved(pools, tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     sizes = {n: {i: x for i, x in enumerate(LAYOUTS) if x.ranks == n} for n in (1, 2, 4, 8)}
     for size, layouts in sizes.items():
-        pools(size, save_at, layouts, root)
+        pools(size, write_at, layouts, root)
     return root, sizes
 
 
@@ -220,7 +218,7 @@ def save_after_forward(root):
     with torch.no_grad():
         built.module(torch.zeros(1, 4, dtype=torch.long))
     with checkpoint.Writer(root / "0") as checkpoints:
-        checkpoints.save(7, built.module, optimizer, {"i": 0}, built.placements)
+        checkpoints.save(7, built.module, optimizer, {"at": 7}, built.placements)
 
 
 @pytest.mark.multiprocess
@@ -258,34 +256,16 @@ DAMAGE = {
 }
 
 
-class Listener(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-def save_two(root):
-    built, optimizer = filled(ParallelConfig(data=4, expert=4))
-    with checkpoint.Writer(root) as checkpoints:
-        for step in (5, 9):
-            checkpoints.save(step, built.module, optimizer, {"at": step}, built.placements)
-
-
 def latest_of(folders):
-    listener = Listener()
-    loading.log.addHandler(listener)
-    try:
-        return [checkpoint.latest(folder) for folder in folders], listener.lines
-    finally:
-        loading.log.removeHandler(listener)
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading.log, "warning", lambda text, *args: lines.append(text % args))
+        return [checkpoint.latest(folder) for folder in folders], lines
 
 
 @pytest.mark.multiprocess
 def test_a_broken_checkpoint_is_named_and_all_ranks_use_the_one_before(pools, tmp_path):
-    pools(4, save_two, tmp_path / "whole")
+    pools(4, write, tmp_path / "whole", (5, 9), ParallelConfig(data=4, expert=4))
     folders = [shutil.copytree(tmp_path / "whole", tmp_path / name) for name in DAMAGE]
     for (damage, _), folder in zip(DAMAGE.values(), folders, strict=True):
         damage(folder / "step-00000009")
@@ -301,14 +281,20 @@ def test_a_broken_checkpoint_is_named_and_all_ranks_use_the_one_before(pools, tm
             assert other == f"step 5 is used in place of the newest checkpoint: {folder / 'step-00000005'}"
 
 
+def full(tensors, path):
+    """In place of `save_file`: a disk that is full."""
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device", str(path))
+
+
+def no_thread(*_):
+    """In place of `Thread.start`."""
+    raise RuntimeError("can't start new thread")
+
+
 def full_on_rank_1(root):
     built, optimizer = filled(ParallelConfig(data=2, expert=2))
     real = storage.save_file
-
-    def full(tensors, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
-
     errors = []
     with checkpoint.Writer(root) as checkpoints:
         for step in (1, 2, 3, 4):
@@ -351,12 +337,10 @@ def die_while_writing(root, ranks):
         checkpoints.save(2, built.module, optimizer, {}, built.placements)
 
 
-def save_again(root):
-    last = checkpoint.latest(root)
-    built, optimizer = filled(ParallelConfig(data=2, expert=2))
-    with checkpoint.Writer(root) as checkpoints:
-        checkpoints.save(3, built.module, optimizer, {}, built.placements)
-    return last.step
+def write_again(root):
+    last = checkpoint.latest(root).step
+    write(root, [3], ParallelConfig(data=2, expert=2))
+    return last
 
 
 @pytest.mark.multiprocess
@@ -366,7 +350,7 @@ def test_ranks_killed_while_they_write_leave_the_one_before(ranks, pools, tmp_pa
         pools(2, die_while_writing, tmp_path, ranks)
     if 0 in ranks:  # rank 0, if it lives long enough to see the other die, tidies up itself
         assert (tmp_path / ".step-00000002.partial").is_dir()
-    assert pools(2, save_again, tmp_path) == [1, 1]
+    assert pools(2, write_again, tmp_path) == [1, 1]
     assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000003"], "what was left is swept away"
 
 
@@ -394,18 +378,12 @@ def test_saving_copies_and_returns(tmp_path, monkeypatch):
 def save_without_threads(root, threadless):
     """Ranks that can start no thread, beside others that can; their training goes on to the next collective."""
     built, optimizer = filled(ParallelConfig(data=2, expert=2))
-    start = threading.Thread.start
-
-    def fail(thread):
-        raise RuntimeError("can't start new thread")
-
     with checkpoint.Writer(root) as checkpoints:
         for step in (1, 2):
-            threading.Thread.start = fail if dist.get_rank() in threadless else start
-            try:
+            with pytest.MonkeyPatch.context() as patch:
+                if dist.get_rank() in threadless:
+                    patch.setattr(threading.Thread, "start", no_thread)
                 checkpoints.save(step, built.module, optimizer, {}, built.placements)
-            finally:
-                threading.Thread.start = start
             dist.barrier()
     for p in built.module.parameters():
         local(p).zero_()
@@ -421,16 +399,12 @@ def test_ranks_without_a_thread_write_before_they_go_on(threadless, pools, tmp_p
 
 def test_without_a_thread_it_is_said_and_a_failed_write_is_told_as_usual(tmp_path, monkeypatch, caplog):
     built, optimizer = filled(ParallelConfig())
-
-    def fail(*_):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", fail)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
     checkpoints = checkpoint.Writer(tmp_path)
     checkpoints.save(1, built.module, optimizer, {})
     assert checkpoint.latest(tmp_path).step == 1, "it is written when `save` returns"
     assert "step 1: can't start new thread; training waits until it is written" in caplog.text
-    monkeypatch.setattr(storage, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(storage, "save_file", full)
     checkpoints.save(2, built.module, optimizer, {})
     with pytest.raises(OSError, match="No space left"):
         checkpoints.wait()
@@ -458,10 +432,6 @@ def test_a_disk_without_room_is_one_line_at_the_next_call(tmp_path):
 
 def test_an_error_of_the_block_goes_before_one_of_the_write(tmp_path, monkeypatch, caplog):
     built, optimizer = filled(ParallelConfig())
-
-    def full(tensors, path):
-        raise OSError(28, "No space left on device", str(path))
-
     monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(KeyError, match="mine"), checkpoint.Writer(tmp_path) as checkpoints:
         checkpoints.save(1, built.module, optimizer, {})
@@ -470,11 +440,8 @@ def test_an_error_of_the_block_goes_before_one_of_the_write(tmp_path, monkeypatc
 
 
 def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
-    built, optimizer = filled(ParallelConfig())
     (tmp_path / "step-00000099").mkdir()  # broken, so training went back
-    with checkpoint.Writer(tmp_path, keep=3) as checkpoints:
-        for step in range(1, 6):
-            checkpoints.save(step, built.module, optimizer, {})
+    write(tmp_path, range(1, 6), keep=3)
     assert [int(p.name[5:]) for p in format.directories(tmp_path)] == [3, 4, 5, 99]
     assert checkpoint.latest(tmp_path).step == 5
 
@@ -501,9 +468,7 @@ def save_with_a_gap(root):
 
 @pytest.mark.parametrize("name", ["pipe", "../pipe", "/dev/zero"])
 def test_a_file_list_that_names_a_fifo_or_a_device_is_refused_at_once(tmp_path, name):
-    built, optimizer = filled(ParallelConfig())
-    with checkpoint.Writer(tmp_path) as checkpoints:
-        checkpoints.save(1, built.module, optimizer, {}, built.placements)
+    write(tmp_path, [1])
     path = checkpoint.latest(tmp_path).path
     for where in (path, tmp_path):
         os.mkfifo(where / "pipe")
@@ -516,7 +481,7 @@ def test_a_file_list_that_names_a_fifo_or_a_device_is_refused_at_once(tmp_path, 
              for key, entry in format.read_index(path).items()}  # fmt: skip
     (path / "index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="is not a regular file of the checkpoint"):
-        checkpoint.load_model(checkpoint.Checkpoint(path, 1, {}), built.module, built.placements)
+        checkpoint.load_model(checkpoint.Checkpoint(path, 1, {}), build(ParallelConfig())[0].module)
 
 
 @pytest.mark.parametrize(

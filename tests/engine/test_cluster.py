@@ -8,26 +8,17 @@ import torch.distributed as dist
 
 from moelab import simulate
 from moelab.engine.cluster import check, shared_folder
-from moelab.engine.cluster.findings import Finding, Nodes
+from moelab.engine.cluster.findings import Nodes
 from moelab.engine.cluster.links import Links
 from moelab.engine.launch.process import Place
-from moelab.engine.testing import Ranks
 from moelab.simulate.exchange import collective_us
 
 pytestmark = pytest.mark.multiprocess
 LINE = "MOELAB_TEST_LINE=here"
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with Ranks(4) as pool:
-        yield pool
-
-
-def rows(folder, nodes, fault="", links=None, **options):
+def rows(folder, nodes, fault, links, options):
     """On a rank: the rows, with `nodes` made-up nodes and something broken."""
-    from _pytest.monkeypatch import MonkeyPatch
-
     rank, world = dist.get_rank(), dist.get_world_size()
     place = Place(rank, world, rank % (world // nodes), f"node{rank * nodes // world}")
     where = links and simulate.cluster(links)
@@ -36,7 +27,7 @@ def rows(folder, nodes, fault="", links=None, **options):
         "links": where and Links(links, lambda *group: collective_us(*group, where, simulate.fitted())),
         "rates": lambda: (1e-3 if (fault, rank) == ("slow", 3) else 1.0, 10.0),
     }  # fmt: skip
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check.os, "sched_getaffinity", lambda _: range(8), raising=False)
         if fault == "clock" and rank >= world // 2:
             now = time.time
@@ -50,32 +41,27 @@ def rows(folder, nodes, fault="", links=None, **options):
         if fault == "stale" and rank == 3:
             read = Path.read_text
             patch.setattr(Path, "read_text", lambda path, *a: "old" if path.name == "seen.txt" else read(path, *a))
-        hosts = Nodes.of([f"node{other * nodes // world}" for other in range(world)])
-        part = {  # what a fault is about
-            "clock": lambda: check._clocks(place, hosts),
-            "slow": lambda: check._stragglers(hosts, "cpu", given["rates"]),
-        }
-        part |= dict.fromkeys(("locks", "no locks", "stale"), lambda: shared_folder.files(place, hosts, folder))
-        found = list(part[fault]() if fault else check.check(place, folder=folder, **given))
-    return [(row.check, row.measured, row.expected, row.verdict, row.remedy) for row in found]
+        return list(check.check(place, folder=folder, **given))
 
 
 def no_locks(*_):
     raise OSError(37, "No locks available")
 
 
-def run(pool, folder, nodes=1, fault="", **options):
-    everyone = pool.run(rows_with, str(folder), nodes, fault, options)
-    assert all(found == everyone[0] for found in everyone), "every rank has the same rows"
-    return {row[0]: Finding(*row) for row in everyone[0]}
+@pytest.fixture
+def run(on_ranks, tmp_path):
+    """The rows by name, of four ranks on so many nodes."""
+
+    def go(nodes=1, fault="", links=None, **options):
+        everyone = on_ranks(4, rows, tmp_path, nodes, fault, links, options)
+        assert all(found == everyone[0] for found in everyone), "every rank has the same rows"
+        return {row.check: row for row in everyone[0]}
+
+    return go
 
 
-def rows_with(folder, nodes, fault, options):
-    return rows(Path(folder), nodes, fault, **options)
-
-
-def test_one_node_is_ok(pool, tmp_path):
-    found = run(pool, tmp_path)
+def test_one_node_is_ok(run, tmp_path):
+    found = run()
     assert not [row for row in found.values() if row.verdict in ("wrong", "slow")]
     links = [row for name, row in found.items() if name.startswith("all-")]
     assert len(links) == 4 and all(row.verdict == "note" for row in links), "nothing to compare gloo with"
@@ -85,8 +71,8 @@ def test_one_node_is_ok(pool, tmp_path):
     assert check.verdict(list(found.values()), Place(0, 4, 0, "a"), 1) == "verdict: ok, 4 ranks on 1 node"
 
 
-def test_groups_of_two_nodes_and_links_below_the_data_sheet(pool, tmp_path):
-    found = run(pool, tmp_path, nodes=2, links="a100-40gb", gpus_per_node=8, environment=(LINE,))
+def test_groups_of_two_nodes_and_links_below_the_data_sheet(run):
+    found = run(nodes=2, links="a100-40gb", gpus_per_node=8, environment=(LINE,))
     for among in ("all 4 ranks", "2 ranks of a node", "2 nodes, one rank each"):
         for operation in ("all-reduce", "all-to-all"):
             row = found[f"{operation} among {among}, 1 MiB"]
@@ -107,15 +93,15 @@ def test_groups_of_two_nodes_and_links_below_the_data_sheet(pool, tmp_path):
         ("slow", "matrix products, each rank", "rank 3 on node1"),
     ],
 )
-def test_faults_are_found(pool, tmp_path, fault, checked, says):
-    found = run(pool, tmp_path, nodes=2, fault=fault)
+def test_faults_are_found(run, fault, checked, says):
+    found = run(nodes=2, fault=fault)
     row = next(row for name, row in found.items() if name.startswith(checked))
     assert row.verdict in ("wrong", "slow") and says in row.measured and row.remedy
 
 
-def test_a_folder_that_one_rank_does_not_see(pool):
+def test_a_folder_that_one_rank_does_not_see(on_ranks):
     with pytest.raises(Exception, match=r"is not one folder on all nodes|Permission|No such file"):
-        pool.run(rows_with, "/proc/nowhere", 1, "", {})
+        on_ranks(4, rows, Path("/proc/nowhere"), 1, "", None, {})
 
 
 def test_nodes_of_unequal_size_have_no_groups():

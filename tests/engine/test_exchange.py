@@ -1,23 +1,25 @@
-"""The exchanges on real processes against `LocalDispatch` on the same arrays."""
+"""The exchanges on real processes, the baseline's too, against `LocalDispatch` on the same arrays; what they send."""
 
-import functools
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from moelab import kernels
 from moelab.config import FeedForward
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Sent, Traffic, observe
-from moelab.engine.exchange import Exchange, regroup
+from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import Mesh
+from moelab.engine.padded import PaddedExchange
 from moelab.models.dispatch import LocalDispatch
 from moelab.models.moe import Experts
+from moelab.simulate.exchange import all_to_all, rows_to_send, slice_exchange
+from moelab.simulate.layouts import ExpertLayouts, Layouts
 
 pytestmark = pytest.mark.multiprocess
 M, F = 6, 8
@@ -34,37 +36,13 @@ class Case:
     tokens: tuple[int, ...] = (13, 7, 0, 29)
     skew: str = "random"
     dtype: torch.dtype = torch.float32
-    body: str = "experts"
     seed: int = 0
     input_grad: bool = True
-
-
-class Scale(nn.Module):
-    """An elementwise stand-in for experts: the same bits however rows are grouped."""
-
-    def __init__(self, experts: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, M))
-
-    def forward(self, rows_RM, offsets_E1):
-        weight = self.weight.to(rows_RM.dtype).repeat_interleave(offsets_E1.diff().long(), 0)
-        return rows_RM * weight
-
-
-@functools.lru_cache(1)
-def mesh_of(parallel, experts):
-    """Kept while tests ask for the same; groups that nobody lets go of keep a core busy."""
-    for mesh in OPEN:
-        mesh.close()
-    OPEN[:] = [Mesh(parallel, [experts])]
-    return OPEN[0]
-
-
-OPEN = []
+    padded: bool = False
 
 
 def whole_experts(case):
-    module = Experts(case.experts, FeedForward(M, F)) if case.body == "experts" else Scale(case.experts)
+    module = Experts(case.experts, FeedForward(M, F))
     generator = torch.Generator().manual_seed(7)
     for p in module.parameters():
         nn.init.normal_(p, generator=generator)
@@ -81,10 +59,7 @@ def cut(tensor, name, groups):
 
 def rank_experts(case, groups):
     whole = whole_experts(case)
-    if case.body == "experts":
-        mine = Experts(len(groups.local_experts), FeedForward(M, F).slice(groups.slices.size))
-    else:
-        mine = Scale(len(groups.local_experts))
+    mine = Experts(len(groups.local_experts), FeedForward(M, F).slice(groups.slices.size))
     with torch.no_grad():
         for name, p in mine.named_parameters():
             p.copy_(cut(whole.get_parameter(name), name, groups))
@@ -113,10 +88,8 @@ def route(case, logits):
 
 
 def run_case(case):
-    """Differences to `LocalDispatch`: y, gradients of x and logits (this rank's), gradient of the experts; with the
-    traffic.
-    """
-    mesh = mesh_of(case.parallel, case.experts)
+    """Differences to `LocalDispatch` of y and of the gradients of x, logits and experts; with the traffic."""
+    mesh = Mesh(case.parallel, [case.experts])
     groups = mesh.experts(case.experts)
     reference = whole_experts(case)
     for d in range(case.parallel.data):
@@ -127,7 +100,7 @@ def run_case(case):
             expected = y.detach(), x.grad, logits.grad
     mine = rank_experts(case, groups)
     traffic = Traffic(case.parallel.ranks_per_node)
-    exchange = Exchange(groups, case.parallel)
+    exchange = PaddedExchange(groups) if case.padded else Exchange(groups, case.parallel)
     x, logits, dy = tokens_of(case, mesh.data.index)
     with observe(traffic):
         y = exchange(x, route(case, logits), mine)
@@ -146,6 +119,7 @@ def run_case(case):
         differences["experts." + name] = difference(
             total / groups.layout.token_replicas, cut(reference.get_parameter(name).grad, name, groups)
         )
+    mesh.close()
     return differences, traffic
 
 
@@ -154,83 +128,57 @@ def difference(a, b):
     return ((a.double() - b.double()).abs() / b.abs().clamp(min=1)).max().item() if a.numel() else 0.0
 
 
-def layouts():
-    """(name, ranks, config, experts) that reach every branch."""
-
-    def P(**kw):
-        return ParallelConfig(**kw)
-
-    yield "flat-2", 2, P(data=2), 2
-    yield "flat-2-experts-6", 2, P(data=2), 6
-    yield "slices-2", 2, P(data=2, expert=1, expert_slicing=2), 3
-    yield "coordinated-2", 2, P(tensor=2, exchange="coordinated"), 4
-    yield "flat-replicas-4", 4, P(data=4, expert=2), 4
-    yield "flat-tensor-4", 4, P(tensor=2, data=2), 4
-    yield "hierarchical-2x2", 4, P(data=4, gpus_per_node=2, exchange="hierarchical"), 8
-    yield "coordinated-2x2", 4, P(tensor=2, data=2, exchange="coordinated"), 4
-    yield "coordinated-one-tensor-group-4", 4, P(tensor=4, expert=2, exchange="coordinated"), 4
-    yield "slices-flat-4", 4, P(data=4, expert=2, expert_slicing=2), 4
-    yield "slices-coordinated-4", 4, P(tensor=2, data=2, expert=2, expert_slicing=2, exchange="coordinated"), 6
-    yield "hierarchical-2x4", 8, P(data=8, gpus_per_node=4, exchange="hierarchical"), 16
-    yield "hierarchical-4x2", 8, P(data=8, gpus_per_node=2, exchange="hierarchical"), 8
-    yield "hierarchical-inside-8", 8, P(data=8, gpus_per_node=4, expert=4, exchange="hierarchical"), 8
-    yield "coordinated-8", 8, P(tensor=4, data=2, exchange="coordinated"), 8
-    yield (
-        "coordinated-hierarchical-8", 8,
-        P(tensor=2, data=4, gpus_per_node=4, exchange="coordinated-hierarchical"), 16,
-    )  # fmt: skip
-    yield (
-        "coordinated-hierarchical-slices-8", 8,
+P = ParallelConfig
+LAYOUTS = [
+    # layout, experts: they reach every branch
+    pytest.param(P(data=2), 2, id="flat-2"),
+    pytest.param(P(data=2), 6, id="flat-2-experts-6"),
+    pytest.param(P(data=2, expert=1, expert_slicing=2), 3, id="slices-2"),
+    pytest.param(P(tensor=2, exchange="coordinated"), 4, id="coordinated-2"),
+    pytest.param(P(data=4, expert=2), 4, id="flat-replicas-4"),
+    pytest.param(P(tensor=2, data=2), 4, id="flat-tensor-4"),
+    pytest.param(P(data=4, gpus_per_node=2, exchange="hierarchical"), 8, id="hierarchical-2x2"),
+    pytest.param(P(tensor=2, data=2, exchange="coordinated"), 4, id="coordinated-2x2"),
+    pytest.param(P(tensor=4, expert=2, exchange="coordinated"), 4, id="coordinated-one-tensor-group-4"),
+    pytest.param(P(data=4, expert=2, expert_slicing=2), 4, id="slices-flat-4"),
+    pytest.param(
+        P(tensor=2, data=2, expert=2, expert_slicing=2, exchange="coordinated"), 6, id="slices-coordinated-4"
+    ),
+    pytest.param(P(data=8, gpus_per_node=4, exchange="hierarchical"), 16, id="hierarchical-2x4"),
+    pytest.param(P(data=8, gpus_per_node=2, exchange="hierarchical"), 8, id="hierarchical-4x2"),
+    pytest.param(P(data=8, gpus_per_node=4, expert=4, exchange="hierarchical"), 8, id="hierarchical-inside-8"),
+    pytest.param(P(tensor=4, data=2, exchange="coordinated"), 8, id="coordinated-8"),
+    pytest.param(
+        P(tensor=2, data=4, gpus_per_node=4, exchange="coordinated-hierarchical"), 16, id="coordinated-hierarchical-8"
+    ),
+    pytest.param(
         P(tensor=2, data=4, gpus_per_node=2, expert=4, expert_slicing=2, exchange="coordinated-hierarchical"), 8,
-    )  # fmt: skip
+        id="coordinated-hierarchical-slices-8",
+    ),
+]  # fmt: skip
 
 
-LAYOUTS = [pytest.param(*rest, id=name) for name, *rest in layouts()]
-
-
-UNSLICED = [p for p in LAYOUTS if p.values[1].expert_slicing == 1]
-
-
-@pytest.mark.parametrize(("ranks", "parallel", "experts"), UNSLICED)
-def test_same_bits_as_local_where_the_arithmetic_is_the_same(on_ranks, ranks, parallel, experts):
-    for capacity in (None, 2):
-        case = Case(parallel, experts, capacity=capacity, body="scale", seed=ranks)
-        for differences, _ in on_ranks(ranks, run_case, case):
-            assert {k: differences[k] for k in ("y", "x", "logits")} == {"y": 0, "x": 0, "logits": 0}
-            assert differences["experts.weight"] < 1e-5
-
-
-@pytest.mark.parametrize(("ranks", "parallel", "experts"), LAYOUTS)
-def test_equals_local(on_ranks, ranks, parallel, experts):
+@pytest.mark.parametrize(("parallel", "experts"), LAYOUTS)
+def test_equals_local(on_ranks, parallel, experts):
     for kw in (
         {"top_k": 1, "capacity": 2},
         {"top_k": 2, "capacity": 3, "seed": 1},
         {"top_k": 2, "skew": "one", "seed": 2},
         {"skew": "last", "tokens": (0, 5), "seed": 3},
         {"tokens": (0,)},
+        {"top_k": 2, "dtype": torch.bfloat16},
+        {"input_grad": False},
     ):
-        for differences, _ in on_ranks(ranks, run_case, Case(parallel, experts, **kw)):
-            assert max(differences.values()) < 1e-5, (kw, differences)
-
-
-@pytest.mark.parametrize(("ranks", "parallel", "experts"), LAYOUTS)
-def test_bf16_rows(on_ranks, ranks, parallel, experts):
-    case = Case(parallel, experts, top_k=2, dtype=torch.bfloat16)
-    for differences, _ in on_ranks(ranks, run_case, case):
-        assert max(differences.values()) < 0.05, differences
-
-
-@pytest.mark.parametrize(("ranks", "parallel", "experts"), LAYOUTS)
-def test_input_without_gradient(on_ranks, ranks, parallel, experts):
-    for differences, traffic in on_ranks(ranks, run_case, Case(parallel, experts, input_grad=False)):
-        assert set(differences) > {"y", "logits"} and "x" not in differences
-        assert max(differences.values()) < 1e-5
-        assert ("dispatch", "backward") not in traffic.sent
+        case = Case(parallel, experts, **kw)
+        for differences, traffic in on_ranks(parallel.ranks, run_case, case):
+            assert max(differences.values()) < (1e-5 if case.dtype == torch.float32 else 0.05), (kw, differences)
+            assert ("x" in differences) == case.input_grad
+            assert case.input_grad or ("dispatch", "backward") not in traffic.sent
 
 
 def one_rank_routes_otherwise(case, change):
     """What the exchange raises where one of the ranks with the same tokens has another routing."""
-    mesh = mesh_of(case.parallel, case.experts)
+    mesh = Mesh(case.parallel, [case.experts])
     groups = mesh.experts(case.experts)
     x, logits, _ = tokens_of(case, mesh.data.index)
     routing = route(case, logits)
@@ -248,6 +196,8 @@ def one_rank_routes_otherwise(case, change):
         Exchange(groups, case.parallel)(x, routing, rank_experts(case, groups))
     except RuntimeError as error:
         return str(error)
+    finally:
+        mesh.close()
     return ""
 
 
@@ -258,56 +208,17 @@ def test_ranks_with_the_same_tokens_that_route_them_differently_are_told(on_rank
         assert message.startswith("exchange: the 2 ranks with the same tokens") == bool(change)
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 0, 3), (0, 2, 1, 3), (3, 1, 0, 2)])
-def test_rows_are_regrouped_as_by_hand(axes):
-    counts = torch.randint(0, 4, (2, 3, 2, 5), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    chunks = torch.arange(int(counts.sum())).split(counts.flatten().tolist())
-    places = torch.arange(counts.numel()).view(counts.shape).permute(axes).flatten().tolist()
-    found = regroup(counts, axes, int(counts.sum()))
-    assert torch.equal(found, torch.cat([chunks[i] for i in places])) and found.dtype == torch.int64
-    assert len(regroup(torch.zeros(2, 3, 2, 5, dtype=torch.int32), axes, 0)) == 0
-
-
 def test_random_cases(on_ranks):
     draw = random.Random(0)
     for seed in range(12):
-        _, ranks, parallel, experts = draw.choice([*layouts()])
+        parallel, experts = draw.choice(LAYOUTS).values
         tokens = tuple(draw.choice([0, 1, 2, 3, 31, 32, 67]) for _ in range(8))
         top_k, capacity = draw.randint(1, min(3, experts)), draw.choice([None, 1, 4])
         case = Case(
             parallel, experts, top_k, capacity, tokens, draw.choice(["random", "one", "last", "even"]), seed=seed
         )
-        for differences, _ in on_ranks(ranks, run_case, case):
+        for differences, _ in on_ranks(parallel.ranks, run_case, case):
             assert max(differences.values()) < 1e-5, (case, differences)
-
-
-def two_layers(case, recompute):
-    """Gradients of two MoE layers in a row, gates included, with or without recomputation."""
-    mesh = mesh_of(case.parallel, case.experts)
-    groups = mesh.experts(case.experts)
-    mine = rank_experts(case, groups)
-    exchange = Exchange(groups, case.parallel)
-    x, _, dy = tokens_of(case, mesh.data.index)
-    gates = [torch.linspace(-1, 1, case.experts * M).sin().mul(i).view(case.experts, M) for i in (10, 20)]
-    gates = [g.requires_grad_() for g in gates]
-
-    def layer(x, gate):
-        return x + exchange(x, route(case, x @ gate.T), mine)
-
-    y = x
-    for gate in gates:
-        y = checkpoint(layer, y, gate, use_reentrant=False) if recompute else layer(y, gate)
-    y.backward(dy)
-    return [y.detach(), x.grad, *(g.grad for g in gates), *(p.grad for p in mine.parameters())]
-
-
-@pytest.mark.parametrize(("ranks", "parallel", "experts"), LAYOUTS)
-def test_recomputation_in_backward(on_ranks, ranks, parallel, experts):
-    case = Case(parallel, experts, top_k=2, capacity=3, tokens=(9, 0, 4, 17))
-    plain, recomputed = (on_ranks(ranks, two_layers, case, recompute) for recompute in (False, True))
-    for a, b in zip(plain, recomputed, strict=True):
-        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
-    assert sum(g.abs().sum() for g in plain[0][1:]) > 0
 
 
 ROW = M * 4  # bytes
@@ -352,3 +263,36 @@ def test_traffic_of_coordinated_and_slices(on_ranks):
         assert sent[rank]["slices", "forward"] == Sent(2, (own + other) * ROW)
         assert sent[rank]["slices", "backward"] == Sent(2, (own + other) * ROW)
     assert sent[1]["dispatch", "forward"] == Sent(), "nothing to send is no message"
+
+
+PADDED = {
+    "expert 4": P(data=4, gpus_per_node=2),
+    "expert 2 of 4": P(data=4, expert=2),
+    "expert 2, slicing 2": P(data=4, expert=2, expert_slicing=2, gpus_per_node=2),
+    "tensor 2": P(tensor=2, data=2),
+}
+
+
+@pytest.mark.parametrize("tokens", [(5,), (9, 1, 0, 6), (0,)], ids=["even", "uneven", "nobody"])
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_slots_travel_and_the_result_is_that_of_one_process(on_ranks, name, tokens):
+    """What leaves a rank is what the simulator counts for a system with slots: C for every expert, whatever the tokens."""
+    parallel = PADDED[name]
+    case = Case(parallel, 8, top_k=2, tokens=tokens, padded=True)
+    busiest = [int(route(case, tokens_of(case, d)[1]).kept_E.max()) for d in range(parallel.data)]
+    layouts, grid = Layouts.of([parallel]), parallel.experts(case.experts)
+    spread = ExpertLayouts.of(layouts, case.experts)
+    for rank, (differences, traffic) in enumerate(on_ranks(4, run_case, case)):
+        assert max(differences.values()) < 1e-5, differences
+        block = [r for r in range(parallel.ranks) if grid.position(r).replica == grid.position(rank).replica]
+        C = max(1, *(busiest[r // parallel.tensor] for r in block))
+        rows = rows_to_send(spread, np.array([0]), 2, C)
+        stage, _ = all_to_all(layouts, spread, rows, parallel.ranks_per_node)
+        over = slice_exchange(layouts, spread, rows, parallel.ranks_per_node)
+        for kind, messages, sent, times in (
+            ("dispatch", grid.parallel - 1, stage, 1),
+            ("combine", grid.parallel - 1, stage, 1),
+            ("slices", grid.slices - 1, over, 2),  # gathered before the experts, summed back after them
+        ):
+            got = traffic.sent.get((kind, "forward"), Sent())
+            assert (got.messages, got.bytes) == (times * messages, times * (sent.near_rows + sent.far_rows)[0] * ROW)

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from moelab.engine.launch import Limits, RankFailed, launch, launcher, postmortem, process
-from moelab.engine.launch import ranks as ranks_module
 from moelab.engine.launch.process import rank_name
+from moelab.engine.launch.ranks import SlurmRanks
 from moelab.files import sweep
 
 pytestmark = pytest.mark.multiprocess
@@ -55,7 +55,6 @@ def step():
 @pytest.fixture
 def ranks(tmp_path):
     """`launch` of a Python text; afterwards nothing of it may live."""
-    mark = f"MOELAB_TEST_MARK={tmp_path}"
 
     def go(code, n=2, limits=QUICK, how="local", **options):
         environment = {**os.environ, "MOELAB_TEST_MARK": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -64,7 +63,7 @@ def ranks(tmp_path):
         )
 
     yield go
-    assert alive(mark) == [], "orphans"
+    assert alive(tmp_path) == [], "orphans"
 
 
 @pytest.fixture
@@ -73,16 +72,20 @@ def ready(tmp_path):
     return lambda n=2: sum("hello" in log.read_text() for log in tmp_path.glob("rank-*.txt")) == n
 
 
-def alive(mark):
-    found = []
-    for p in psutil.process_iter():
-        try:
-            name, _, value = mark.partition("=")
-            if p.pid != os.getpid() and p.environ().get(name) == value and p.status() != psutil.STATUS_ZOMBIE:
-                found.append(p)
-        except psutil.Error:
-            continue
-    return found
+def alive(folder):
+    """The processes that have a test's mark."""
+    return [
+        p
+        for p in psutil.process_iter(["environ", "status"])
+        if (p.info["environ"] or {}).get("MOELAB_TEST_MARK") == str(folder) and p.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert condition()
 
 
 def fails(go, *arguments, **options):
@@ -114,27 +117,22 @@ def test_ranks_meet_talk_and_leave(ranks, tmp_path):
     assert "got here" in (tmp_path / "rank-00001.txt").read_text()
 
 
-def test_an_exception_is_told_by_rank_and_not_by_those_who_lost_the_connection(ranks):
-    code = TOGETHER + "step()\nif place.rank == 1: raise ValueError('no such expert')\nwhile True: step()"
-    failure = fails(ranks, code)
-    assert failure.rank == 1 and "failed with ValueError: no such expert (" in str(failure)
-    assert "Traceback" in failure.tail and failure.host in str(failure)
-
-
-def test_sigkill_is_told_even_if_another_speaks_first(ranks):
-    code = TOGETHER + "step()\nif place.rank == 1: os.kill(os.getpid(), 9)\nwhile True: step()"
-    failure = fails(ranks, code)
-    assert failure.rank == 1 and "was killed by SIGKILL" in str(failure)
-
-
-def test_no_memory_is_told(ranks):
-    code = TOGETHER + (
-        "step()\nif place.rank == 1:\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n    torch.ones(1 << 32)\n"
-        "while True: step()"
-    )
-    failure = fails(ranks, code)
-    assert failure.rank == 1 and "ran out of memory: RuntimeError" in str(failure)
+@pytest.mark.parametrize(
+    ("rank_1", "told"),
+    [
+        ("raise ValueError('no such expert')", "failed with ValueError: no such expert ("),
+        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
+        (
+            "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); torch.ones(1 << 32)",
+            "ran out of memory: RuntimeError",
+        ),
+    ],
+    ids=["an exception", "SIGKILL", "no memory"],
+)
+def test_the_end_of_a_rank_is_told_and_not_that_others_lost_the_connection(ranks, rank_1, told):
+    failure = fails(ranks, TOGETHER + f"step()\nif place.rank == 1: {rank_1}\nwhile True: step()")
+    assert failure.rank == 1 and told in str(failure) and failure.host in str(failure)
+    assert ("Traceback" in failure.tail) == ("Error" in told)
 
 
 def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks):
@@ -171,7 +169,7 @@ def test_a_slow_write_of_a_checkpoint_is_no_hang(ranks):
 
 def test_a_rank_that_is_halted_is_told(ranks):
     code = ALONE + "steps(3)\nif place.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\nsteps(1000)"
-    failure = fails(ranks, code, limits=IMPATIENT)
+    failure = fails(ranks, code, limits=replace(IMPATIENT, death_s=2))
     assert failure.rank == 1 and "halted by a signal" in str(failure)
 
 
@@ -244,17 +242,10 @@ def test_no_rank_outlives_its_launcher(tmp_path):
     )
     environment = {**os.environ, "MOELAB_TEST_MARK": str(tmp_path)}
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
-    mark = f"MOELAB_TEST_MARK={tmp_path}"
-    deadline = time.monotonic() + 120
-    while len(alive(mark)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(alive(mark)) == 4
+    until(lambda: len(alive(tmp_path)) == 4)
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 60
-    while alive(mark) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert alive(mark) == []
+    until(lambda: alive(tmp_path) == [])
 
 
 @pytest.mark.parametrize(
@@ -312,13 +303,23 @@ sys.exit(max(abs(c) for c in codes))
 
 
 @pytest.fixture
-def srun(ranks, tmp_path, monkeypatch):
+def install_srun(tmp_path, monkeypatch):
+    """Puts a program in front of the machine's own srun."""
+
+    def install(text):
+        program = tmp_path / "bin" / "srun"
+        program.parent.mkdir()
+        program.write_text(text)
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    return install
+
+
+@pytest.fixture
+def srun(ranks, install_srun, monkeypatch):
     """As `ranks`, inside a job of two nodes and four tasks."""
-    program = tmp_path / "bin" / "srun"
-    program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\n{SRUN}")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    install_srun(f"#!{sys.executable}\n{SRUN}")
     job = {
         "JOB_ID": os.getpid(),
         "JOB_NUM_NODES": 2,
@@ -376,20 +377,32 @@ def test_srun_names_the_task_that_died(srun):
         (1, "", "--nodes=1"),
     ],
 )
-def test_srun_fills_nodes_of_a_larger_allocation(tmp_path, monkeypatch, ranks, tasks, options):
-    program = tmp_path / "srun"
-    program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/argv\n')
-    program.chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_NUM_NODES": "4",
-        "SLURM_TASKS_PER_NODE": tasks,
-    }
-    monkeypatch.setenv("PATH", environment["PATH"])
-    started = ranks_module.SlurmRanks(["command"], ranks, tmp_path, tmp_path, environment, 8)
-    started._srun.wait(60)
+def test_srun_fills_nodes_of_a_larger_allocation(install_srun, tmp_path, ranks, tasks, options):
+    install_srun(f'#!/bin/sh\necho "$*" > {tmp_path}/argv\n')
+    ended(ranks, tmp_path, SLURM_JOB_NUM_NODES="4", SLURM_TASKS_PER_NODE=tasks)
     said = (tmp_path / "argv").read_text().partition(" --distribution")[0]
     assert said == f"--ntasks={ranks} {options}".strip()
+
+
+def ended(ranks, folder, **environment):
+    """The exit codes of ranks that are srun's tasks, once all have ended."""
+    started = SlurmRanks(["command"], ranks, folder, folder, {**os.environ, **environment}, 8)
+    until(lambda: None not in started.codes())
+    return started.codes()
+
+
+def test_slurm_speaks_of_ends(install_srun, tmp_path):
+    says = {
+        "s 0,2-4, 7": ("Exited with exit code 75", 75),
+        " 1": ("Killed", -9),
+        " 5": ("Out Of Memory", -9),
+        " 6": ("Segmentation fault", -11),
+        " 8": ("Segmentation fault (core dumped)", -11),
+        " 9": ("Terminated", -15),
+    }
+    lines = "".join(f"echo 'srun: error: node1: task{tasks}: {how}'\n" for tasks, (how, _) in says.items())
+    install_srun(f"#!/bin/sh\n{lines}exit 1\n")
+    assert ended(11, tmp_path) == [75, -9, 75, 75, 75, -9, -11, 75, -11, -15, 0]
 
 
 def test_srun_passes_on_the_wish_to_stop(srun, ready, tmp_path):
@@ -403,19 +416,6 @@ def test_what_a_job_cannot_hold_is_one_line(srun, monkeypatch):
     monkeypatch.setenv("SLURM_TASKS_PER_NODE", "3,1")
     with pytest.raises(ValueError, match="the job a node with 1; submit it with --ntasks-per-node=2"):
         srun(ALONE)
-
-
-def test_slurm_speaks_of_ends():
-    assert ranks_module._tasks("0,2-4, 7") == [0, 2, 3, 4, 7]
-    words = {
-        "Exited with exit code 75": 75,
-        "Killed": -9,
-        "Out Of Memory": -9,
-        "Segmentation fault": -11,
-        "Terminated": -15,
-    }
-    assert {how: ranks_module._code(how) for how in words} == words
-    assert ranks_module._code("Segmentation fault (core dumped)") == -11
 
 
 def test_bad_surroundings_are_one_line():
@@ -441,70 +441,25 @@ def test_a_kill_for_want_of_memory_is_recognised(monkeypatch):
     assert say(signal.SIGSEGV, 0, [0, 0], oom_kill=True) == "was killed by SIGSEGV"
 
 
-class Clocks:
-    """Stands in for the clocks that the watch reads."""
+def test_only_time_awake_counts_for_a_hang(monkeypatch, tmp_path):
+    """Launcher and ranks are halted together (SIGSTOP of all, or a machine that sleeps while its clock goes on)."""
+    for rank in range(2):
+        (tmp_path / rank_name(rank)).touch()
+    now = 1000.0
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now)
+    watch = launcher._Watch(None, 2, Limits(hang_s=300), tmp_path, [0, 0], tmp_path)
 
-    def __init__(self, monkeypatch):
-        self.monotonic = self.wall = 1000.0
-        monkeypatch.setattr(launcher.time, "monotonic", lambda: self.monotonic)
-        monkeypatch.setattr(launcher.time, "time", lambda: self.wall)
-
-    def run(self, watch, seconds):
-        """Let time pass, the watch looking twice a second; ranks that hang according to it."""
-        for _ in range(int(2 * seconds)):
-            self.monotonic += 0.5
-            self.wall += 0.5
+    def hanging_after(seconds):
+        nonlocal now
+        for _ in range(2 * seconds):
+            now += 0.5
             watch.clock.read()
             if hanging := watch._hanging([None, None]):
                 return hanging
         return []
 
-
-@pytest.mark.parametrize(
-    ("monotonic", "wall"), [(0, 3600), (3600, 3600)], ids=["sleep, while the monotonic clock stands", "SIGSTOP of all"]
-)
-def test_a_suspended_machine_is_no_hang(monkeypatch, tmp_path, monotonic, wall):
-    for rank in range(2):
-        (tmp_path / rank_name(rank)).touch()
-    clocks = Clocks(monkeypatch)
-    watch = launcher._Watch(None, 2, Limits(hang_s=300), tmp_path, [0, 0], tmp_path)
-    assert clocks.run(watch, 200) == []
-    clocks.monotonic += monotonic
-    clocks.wall += wall
-    assert clocks.run(watch, 90) == [], "200 and 90 seconds awake are not 300"
+    assert hanging_after(200) == []
+    now += 3600
+    assert hanging_after(90) == [], "200 and 90 seconds awake are not 300"
     os.utime(tmp_path / rank_name(1), (5, 5))  # rank 1 gives a sign of life
-    assert clocks.run(watch, 60) == [0], "a rank that hangs after all is still found"
-
-
-def test_a_wall_clock_that_is_set_hides_no_hang(monkeypatch, tmp_path):
-    (tmp_path / rank_name(0)).touch()
-    clocks = Clocks(monkeypatch)
-    watch = launcher._Watch(None, 2, Limits(hang_s=300), tmp_path, [0, 0], tmp_path)
-    assert clocks.run(watch, 100) == []
-    clocks.wall -= 7200
-    assert clocks.run(watch, 190) == []
-    assert clocks.run(watch, 30) == [0]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs SIGSTOP of a session")
-def test_halting_launcher_and_ranks_is_no_hang(ranks, tmp_path):
-    """A launcher and its ranks are halted for longer than the limit, then go on: the run ends well."""
-    code = (
-        "import sys; from pathlib import Path; from moelab.engine.launch import Limits, launch\n"
-        "sys.exit(launch([sys.executable, '-c', sys.argv[2]], 2, Path(sys.argv[1]), limits=Limits(hang_s=7), how='local'))"
-    )
-    environment = {**os.environ, "MOELAB_TEST_MARK": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    launching = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), ALONE + "steps(4, 2.5)"], env=environment)
-    deadline = time.monotonic() + 120
-    while sum("hello" in log.read_text() for log in tmp_path.glob("rank-*.txt")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    halted = [launching.pid, *(p.pid for p in psutil.Process(launching.pid).children(recursive=True))]
-    assert len(halted) == 3
-    for pid in halted:
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(9)
-    for pid in halted:  # the launcher first: it must not judge by what it sees at once
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(1)
-    assert launching.wait(120) == process.FINISHED
+    assert hanging_after(60) == [0], "a rank that hangs after all is still found"

@@ -15,7 +15,6 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine import gradients, parallel
 from moelab.engine.collectives import all_reduce
 from moelab.engine.mesh import Mesh
-from moelab.engine.testing import Ranks
 from moelab.models import build
 from moelab.models.gpt import Output
 
@@ -42,12 +41,6 @@ GATED = replace(
 )  # fmt: skip
 BIASES = replace(GATED, decoder=DecoderConfig(feed_forward="swiglu"), expert=ExpertConfig(), residual=True)
 SEQUENCES, SEED = 8, 3
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks(8) as started:
-        yield started
 
 
 def batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,23 +94,27 @@ def largest(values: torch.Tensor) -> float:
     return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
+def trained(config: ModelConfig, layout: ParallelConfig, bf16: bool = False) -> tuple[parallel.ParallelModel, float]:
+    """On a rank: its part of the model with the step's gradients, and the mean loss of all ranks."""
+    mesh = Mesh(layout, config.experts)
+    model = parallel.build(config, SEED, mesh)
+    sync = gradients.GradientSync(model)
+    count = SEQUENCES // mesh.data.size
+    loss = torch.tensor(forward_backward(config, model.module, mesh.data.index * count, count, sync.arm, bf16))
+    sync.finish()
+    all_reduce(loss, mesh.data, "metrics")
+    return model, float(loss) / mesh.data.size
+
+
 def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
     """On a rank: largest differences from the model on one rank, relative to the largest value of each parameter's
     gradient.
     """
     whole_loss, whole = on_one_rank(config)
-    mesh = Mesh(layout, config.experts)
-    model = parallel.build(config, SEED, mesh)
-    sync = gradients.GradientSync(model)
-    count = SEQUENCES // mesh.data.size
-    loss = forward_backward(config, model.module, mesh.data.index * count, count, sync.arm)
-    sync.finish()
-    total = torch.tensor(loss)
-    if mesh.data.size > 1:
-        torch.distributed.all_reduce(total, group=mesh.data.handle)
-    difference = {"loss": abs(float(total) / mesh.data.size - whole_loss), "weights": 0.0, "gradients": 0.0}
-    trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
-    for name, p in trained.items():
+    model, loss = trained(config, layout)
+    difference = {"loss": abs(loss - whole_loss), "weights": 0.0, "gradients": 0.0}
+    parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+    for name, p in parameters.items():
         weight, grad = whole[name]
         pairs = parts(model, name, p, weight)
         difference["weights"] = max(difference["weights"], *(largest(ours - theirs) for ours, theirs in pairs))
@@ -126,8 +123,8 @@ def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
         difference["gradients"] = max(difference["gradients"], off / (largest(grad) + 1e-3))
     norm = float(torch.nn.utils.get_total_norm([g for _, g in whole.values()]))
     difference["norm"] = abs(gradients.clip(model, norm / 2) - norm) / norm
-    mesh.close()
-    clipped = max(largest(g.to_local() if isinstance(g := p.grad, DTensor) else g) for p in trained.values())
+    model.mesh.close()
+    clipped = max(largest(g.to_local() if isinstance(g := p.grad, DTensor) else g) for p in parameters.values())
     assert clipped <= max(largest(g) for _, g in whole.values()) / 2 * (1 + 1e-4)
     return difference
 
@@ -167,51 +164,33 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pr_moe_on_8_ranks_is_the_model_on_one(ranks, layout):
-    check(ranks, MODEL, LAYOUTS[layout])
+SOME = ["as many as experts", "hierarchical 2x4", "slicing 2", "tensor 2, coordinated"]
+MORE = [*SOME, "tensor 2, no exchange", "figure 7 in small", "recompute, shard, hierarchical"]
+HEADS = ["as many as experts", "tensor 2, no exchange", "tensor 2, coordinated", "recompute, tensor 2, coordinated"]
+MODELS = {
+    "PR-MoE": (MODEL, LAYOUTS),
+    "top-2, drop-free": (TOP2, SOME),
+    "2, 8 and 4 experts, dropping": (UNEVEN, SOME),
+    "sigmoid, head norm": (TODAY, MORE),
+    "shared": (GATED, MORE),
+    "residual, biases": (BIASES, MORE),
+    "norm of all heads": (ALL_HEADS, HEADS),
+}
 
 
-@pytest.mark.parametrize("layout", ["as many as experts", "hierarchical 2x4", "slicing 2", "tensor 2, coordinated"])
-@pytest.mark.parametrize("model", [TOP2, UNEVEN], ids=["top-2, drop-free", "2, 8 and 4 experts, dropping"])
-def test_other_models_too(ranks, layout, model):
-    check(ranks, model, LAYOUTS[layout])
+@pytest.mark.parametrize(("model", "layout"), [(name, layout) for name in MODELS for layout in MODELS[name][1]])
+def test_a_model_on_8_ranks_is_that_on_one(on_ranks, model, layout):
+    check(on_ranks, MODELS[model][0], LAYOUTS[layout])
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "as many as experts",
-        "hierarchical 2x4",
-        "slicing 2",
-        "tensor 2, coordinated",
-        "tensor 2, no exchange",
-        "figure 7 in small",
-        "recompute, shard, hierarchical",
-    ],
-)
-@pytest.mark.parametrize("model", [TODAY, GATED, BIASES], ids=["sigmoid, head norm", "shared", "residual, biases"])
-def test_gated_and_shared_experts_too(ranks, layout, model):
-    check(ranks, model, LAYOUTS[layout])
+def test_a_norm_over_all_heads_on_two_ranks(on_ranks):
+    check(on_ranks, ALL_HEADS, ParallelConfig(tensor=2))
+    for loss, gradient in on_ranks(2, step_in_bf16, replace(ALL_HEADS, top_k=1), ParallelConfig(tensor=2)):
+        assert loss < 1e-3 and gradient < 0.02
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["as many as experts", "tensor 2, no exchange", "tensor 2, coordinated", "recompute, tensor 2, coordinated"],
-)
-def test_a_norm_over_the_heads_of_all_tensor_ranks_too(ranks, layout):
-    check(ranks, ALL_HEADS, LAYOUTS[layout])
-
-
-def test_a_norm_over_all_heads_on_two_ranks():
-    with Ranks(2) as two:
-        check(two, ALL_HEADS, ParallelConfig(tensor=2))
-        for loss, gradient in two.run(step_in_bf16, replace(ALL_HEADS, top_k=1), ParallelConfig(tensor=2)):
-            assert loss < 1e-3 and gradient < 0.02
-
-
-def check(ranks: Ranks, model: ModelConfig, layout: ParallelConfig) -> None:
-    for rank, difference in enumerate(ranks.run(compare, model, layout)):
+def check(on_ranks, model: ModelConfig, layout: ParallelConfig) -> None:
+    for rank, difference in enumerate(on_ranks(layout.ranks, compare, model, layout)):
         assert difference["weights"] == 0, f"rank {rank}: initial weights depend on the layout"
         assert difference["loss"] < 1e-5 and difference["gradients"] < 1e-5 and difference["norm"] < 1e-5, (
             rank,
@@ -226,12 +205,8 @@ def pooled(config: ModelConfig, layout: ParallelConfig) -> float:
     torch.manual_seed(0)
     output = reference(tokens)
     (cross_entropy(output, targets) + output.routing_loss()).backward()
-    mesh = Mesh(layout, config.experts)
-    model = parallel.build(config, SEED, mesh)
-    sync = gradients.GradientSync(model)
-    forward_backward(config, model.module, mesh.data.index, 1, sync.arm)
-    sync.finish()
-    mesh.close()
+    model, _ = trained(config, layout)
+    model.mesh.close()
     return max(
         float((a.ffn.router.weight.grad - b.ffn.router.weight.grad).abs().max() / b.ffn.router.weight.grad.abs().max())
         for a, b in zip(model.module.blocks, reference.blocks, strict=True)
@@ -244,13 +219,7 @@ def step_in_bf16(config: ModelConfig, layout: ParallelConfig) -> tuple[float, fl
     one vector.
     """
     whole_loss, whole = on_one_rank(config, bf16=True)
-    mesh = Mesh(layout, config.experts)
-    model = parallel.build(config, SEED, mesh)
-    sync = gradients.GradientSync(model)
-    count = SEQUENCES // mesh.data.size
-    loss = torch.tensor(forward_backward(config, model.module, mesh.data.index * count, count, sync.arm, bf16=True))
-    sync.finish()
-    all_reduce(loss, mesh.data, "metrics")
+    model, loss = trained(config, layout, bf16=True)
     off = size = 0.0
     for name, p in model.module.named_parameters():
         for found, expected in parts(model, name, p.grad, whole[name][1]):
@@ -258,8 +227,8 @@ def step_in_bf16(config: ModelConfig, layout: ParallelConfig) -> tuple[float, fl
     model.module.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(cross_entropy(model.module(batch(config)[0]), batch(config)[1]))
-    mesh.close()
-    return abs(float(loss) / mesh.data.size - whole_loss) / whole_loss, (off / size) ** 0.5
+    model.mesh.close()
+    return abs(loss - whole_loss) / whole_loss, (off / size) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -273,17 +242,17 @@ def step_in_bf16(config: ModelConfig, layout: ParallelConfig) -> tuple[float, fl
     ],
     ids=lambda value: value if isinstance(value, str) else value.residual_mix,
 )
-def test_a_step_in_bf16_is_that_of_one_rank(ranks, model, layout):
-    for loss, gradient in ranks.run(step_in_bf16, model, LAYOUTS[layout]):
+def test_a_step_in_bf16_is_that_of_one_rank(on_ranks, model, layout):
+    for loss, gradient in on_ranks(8, step_in_bf16, model, LAYOUTS[layout]):
         assert loss < 1e-3 and gradient < 0.02
 
 
-def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(ranks):
+def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(on_ranks):
     routing = RoutingConfig(drop_tokens=False, aux_scope="step", aux_loss=1.0)
     model = replace(MODEL, routing=routing)
-    assert max(ranks.run(pooled, model, ParallelConfig(data=8))) < 1e-5
+    assert max(on_ranks(8, pooled, model, ParallelConfig(data=8))) < 1e-5
     per_rank = replace(model, routing=replace(routing, aux_scope="micro_batch"))
-    assert max(ranks.run(pooled, per_rank, ParallelConfig(data=8))) > 1e-3  # the choice matters
+    assert max(on_ranks(8, pooled, per_rank, ParallelConfig(data=8))) > 1e-3  # the choice matters
 
 
 def test_the_wrong_number_of_ranks_is_refused():

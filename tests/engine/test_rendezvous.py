@@ -40,14 +40,8 @@ def meet(size, folder=None):
 
 def test_local_ranks_meet_on_loopback_only(environment, tmp_path):
     elsewhere = other_address()
-    environment(
-        **{
-            "MOELAB_LAUNCHER": os.getppid(),
-            "MOELAB_RENDEZVOUS": tmp_path / "rendezvous.json",
-            "MASTER_ADDR": elsewhere,
-            "MASTER_PORT": 1,
-        }
-    )
+    places = {"MOELAB_RENDEZVOUS": tmp_path / "rendezvous.json", "MASTER_ADDR": elsewhere, "MASTER_PORT": 1}
+    environment(MOELAB_LAUNCHER=os.getppid(), **places)
     stores = meet(3)
     stores[0].set("key", "value")
     assert stores[2].get("key") == b"value"
@@ -106,13 +100,8 @@ def test_only_interfaces_that_carry_traffic_are_chosen(environment, monkeypatch)
         return [SimpleNamespace(family=socket.AF_INET, address=address)]
 
     port = [SimpleNamespace(family=psutil.AF_LINK, address="fe:e4:bc:7f:83:57")]
-    own = {
-        "lo": ip("127.0.0.1"),
-        "eno1": port,
-        "down0": ip("10.0.0.1"),
-        "usb0": ip("169.254.3.1"),
-        "ib0": ip("10.1.0.7"),
-    }
+    addresses = {"lo": "127.0.0.1", "down0": "10.0.0.1", "usb0": "169.254.3.1", "ib0": "10.1.0.7"}
+    own = {"eno1": port, **{name: ip(address) for name, address in addresses.items()}}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: own)
     monkeypatch.setattr(psutil, "net_if_stats", lambda: {n: SimpleNamespace(isup=n != "down0") for n in own})
     monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(own)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moelab.config import ModelConfig
 from moelab.engine.checkpoint.hf_formats import Format, Part
-from moelab.engine.placement import Placement
+from moelab.engine.placement import Placement, overlap
 from moelab.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -79,17 +79,13 @@ class Files:
         """Fill a rank's tensor of one of our parameters; read only the tensors that have something of it."""
         for part in self.kind.parts(name, placement.shape, config):
             box = _box(part, placement.shape)
-            tensor: Tensor | None = None
-            for shard in placement.shards:
-                ends = [(o, o + n) for o, n in zip(shard.offset, shard.size, strict=True)]
-                common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, ends, strict=True)]
-                if any(start >= end for start, end in common):
-                    continue
-                if tensor is None:
-                    tensor = self._part(part)
-                source = tuple(slice(i - a, j - a) for (i, j), (a, _) in zip(common, box, strict=True))
-                target = tuple(slice(i - c, j - c) for (i, j), (c, _) in zip(common, ends, strict=True))
-                shard.of(local)[target].copy_(tensor[source])
+            found = [(shard, overlap(*box, shard.offset, shard.size)) for shard in placement.shards]
+            if any(common for _, common in found):
+                tensor = self._part(part)
+                for shard, common in found:
+                    if common:
+                        source, target = common
+                        shard.of(local)[target].copy_(tensor[source])
 
     def _part(self, part: Part) -> Tensor:
         """Return a tensor of the format as the part of our parameter that it is, with all of its dims."""
@@ -109,14 +105,14 @@ class Files:
 
 def expected_shape(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape that a part of a parameter has in the format, a transposed matrix's as it is in our model."""
-    single = part.single()
-    return tuple(end - start for dim, (start, end) in enumerate(_box(part, shape)) if dim not in single)
+    _, size = _box(part, shape)
+    return tuple(n for dim, n in enumerate(size) if dim not in part.single())
 
 
-def _box(part: Part, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return (start, end) of a part along each dim of a parameter."""
-    box = [(0, n) for n in shape]
+def _box(part: Part, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Return the first element of a part in a parameter, and the part's size, along each dim of the parameter."""
+    start, size = [0] * len(shape), list(shape)
     for dim, index in enumerate(part.at):
-        start, end, _ = (index, index + 1, 1) if isinstance(index, int) else index.indices(shape[dim])
-        box[dim] = (start, end)
-    return box
+        first, end, _ = (index, index + 1, 1) if isinstance(index, int) else index.indices(shape[dim])
+        start[dim], size[dim] = first, end - first
+    return start, size

@@ -37,6 +37,7 @@ from moelab.engine.checkpoint.format import (
 )
 from moelab.engine.collectives import broadcast_json, gather_json
 from moelab.engine.groups import Group
+from moelab.engine.placement import Index, overlap
 from moelab.files import sha256_of, write_text
 from moelab.terminal import one_line
 
@@ -85,12 +86,12 @@ def read(path: Path, index: dict[str, Entry], pieces: Iterable[Piece]) -> None:
     Raises:
         CheckpointError: the checkpoint is unreadable, or does not have all of a piece.
     """
-    files: dict[str, list[tuple[str, tuple[slice, ...], Tensor]]] = {}
+    files: dict[str, list[tuple[str, Index, Tensor]]] = {}
     for piece in pieces:
         missing = piece.tensor.numel()
         for stored in index[piece.name]["pieces"]:
-            if (overlap := _overlap(piece, stored)) is not None:
-                source, target = overlap
+            if common := overlap(stored["at"], stored["size"], piece.offset, piece.tensor.shape):
+                source, target = common
                 missing -= math.prod(s.stop - s.start for s in target)
                 key = _key(piece.name, stored, piece.shape)
                 files.setdefault(stored["file"], []).append((key, source, piece.tensor[target]))
@@ -105,22 +106,7 @@ def read(path: Path, index: dict[str, Entry], pieces: Iterable[Piece]) -> None:
             raise CheckpointError(f"{path}: unreadable ({error})") from None
 
 
-def _overlap(piece: Piece, stored: dict[str, Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Return the overlap of a wanted piece with a stored one; None if there is none.
-
-    The overlap is a pair of indices, into the stored and into the wanted piece.
-    """
-    source, target = [], []
-    for want, length, at, size in zip(piece.offset, piece.tensor.shape, stored["at"], stored["size"], strict=True):
-        start, stop = max(want, at), min(want + length, at + size)
-        if start >= stop:
-            return None
-        source.append(slice(start - at, stop - at))
-        target.append(slice(start - want, stop - want))
-    return tuple(source), tuple(target)
-
-
-def _read_part(opened: Any, key: str, part: tuple[slice, ...]) -> Tensor:
+def _read_part(opened: Any, key: str, part: Index) -> Tensor:
     return opened.get_slice(key)[part] if part else opened.get_tensor(key)
 
 

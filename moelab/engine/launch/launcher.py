@@ -34,25 +34,22 @@ class ActiveClock:
     """Measures the seconds in which this process really ran; limits on ranks count these.
 
     When the machine sleeps (a closed laptop) or everything is halted (SIGSTOP of a whole session, a frozen container),
-    ranks and launcher stand still together, which is not a hang. Two readings of the clock are then further apart than
-    the watch's pauses ever are. The monotonic clock shows a halt; the wall clock shows sleep, during which Linux'
-    monotonic clock stands still.
+    ranks and launcher stand still together, which is not a hang. During sleep the monotonic clock stands still, too;
+    after a halt two readings of it are further apart than the watch's pauses ever are. The wall clock may be set, by
+    hours or backwards, and is not read.
     """
 
     LONGEST_STEP_S = 5.0  # between two readings; longer than a busy machine delays the watch
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._last = time.monotonic(), time.time()
+        self._last = time.monotonic()
 
     def read(self) -> float:
         """Return the active seconds so far; call it at least every second."""
-        now = time.monotonic(), time.time()
-        monotonic, wall = (new - old for new, old in zip(now, self._last, strict=True))
-        self._last = now
-        suspended = max(monotonic, wall) > self.LONGEST_STEP_S
-        # The wall clock may be set, by hours or backwards, so only the monotonic one counts, without suspended time.
-        self.seconds += 0.0 if suspended else monotonic
+        before, self._last = self._last, time.monotonic()
+        passed = self._last - before
+        self.seconds += passed if passed <= self.LONGEST_STEP_S else 0.0
         return self.seconds
 
 

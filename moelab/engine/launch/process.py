@@ -91,23 +91,13 @@ def find(environment: Mapping[str, str] = os.environ) -> Place | None:
     Raises:
         ValueError: the variables contradict each other; the message is one line.
     """
-    host = socket.gethostname()
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        place = Place(
-            _number(environment, "RANK"),
-            _number(environment, "WORLD_SIZE"),
-            _number(environment, "LOCAL_RANK", 0),
-            host,
-        )
+        rank, local_rank, world_size = "RANK", "LOCAL_RANK", _number(environment, "WORLD_SIZE")
     elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and _step_tasks(environment) > 1:
-        place = Place(
-            _number(environment, "SLURM_PROCID"),
-            _step_tasks(environment),
-            _number(environment, "SLURM_LOCALID", 0),
-            host,
-        )
+        rank, local_rank, world_size = "SLURM_PROCID", "SLURM_LOCALID", _step_tasks(environment)
     else:
         return None
+    place = Place(_number(environment, rank), world_size, _number(environment, local_rank, 0), socket.gethostname())
     if not 0 <= place.rank < place.world_size:
         raise ValueError(
             f"ranks: the environment says rank {place.rank} of {place.world_size}; allowed: 0 to world size - 1"

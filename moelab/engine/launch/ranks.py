@@ -26,8 +26,6 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 class LocalRanks:
     """P processes of this machine, each a session of its own, with the variables that torchrun would set."""
 
-    kind = "local"
-
     def __init__(
         self, command: Sequence[str], ranks: int, logs: Path, session: Path, environment: Mapping[str, str]
     ) -> None:
@@ -116,7 +114,6 @@ class LocalRanks:
 class SlurmRanks:
     """The tasks of one srun inside an allocation; Slurm kills all processes of an ended step, on all its nodes."""
 
-    kind = "srun"
     _ENDED = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[\d,\s-]+): (?P<how>.+)")
 
     def __init__(
@@ -128,7 +125,7 @@ class SlurmRanks:
         environment: Mapping[str, str],
         per_node: int,
     ) -> None:
-        self._ranks, self._said, self._session, self._per_node = ranks, session / "srun.txt", session, per_node
+        self._ranks, self._said, self._per_node = ranks, session / "srun.txt", per_node
         fewest = _fewest_tasks(environment.get("SLURM_TASKS_PER_NODE", ""), per_node)
         if ranks > per_node > fewest:
             # srun would silently fill the nodes unevenly, and groups that must stay in a node would not.
