@@ -8,6 +8,7 @@ import json
 import random
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from moelab.lab import Lab
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 
+matplotlib.use("Agg")
 HERE = Path(__file__).parent
 # `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [
@@ -156,9 +158,6 @@ def publish(tmp_path_factory, result):
 
     Equalities are judged by `gain`, in nats per token; without one the runs cannot tell.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     import nbformat
     import nbformat.v4 as nb
     import pandas as pd
