@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -13,15 +13,7 @@ from moelab.design.simulated import judge_simulated
 from moelab.files import write_json
 from moelab.report import ledger
 from moelab.report.summary import SUMMARY, parse, read_all
-
-FIGURES = ({"name": "curves"}, {"name": "gaps", "claims": ["moe128-beats-moe32"]})
-
-
-def publish(results, experiment, scale, date, verdicts, figures=FIGURES, **parameters):
-    """A published result in small: what `Publication` leaves."""
-    about = {"experiment": experiment, "scale": scale, "title": "A title", "finished": date, "parameters": parameters}
-    found = {"claims": [asdict(v) for v in verdicts], "figures": list(figures)}
-    write_json(results / experiment / scale / date / SUMMARY, {**about, **found})
+from tests.report.helpers import publish
 
 
 def entries(results):
@@ -162,13 +154,11 @@ def test_a_result_is_shown_by_todays_rule(tmp_path):
 
 
 def test_the_command_prints_table_and_json(tmp_path):
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
-    env = {"MOELAB_RESULTS": str(tmp_path), "MOELAB_HOME": str(tmp_path / "home"), "COLUMNS": "220"}
+    publish(tmp_path / "results", "pr-moe", "cpu", "2026-01-01", [LOWER])
 
     def moelab(*arguments):
-        return CliRunner().invoke(app, arguments, env=env, catch_exceptions=False).stdout
+        return CliRunner().invoke(app, arguments, env={"COLUMNS": "220"}, catch_exceptions=False).stdout
 
-    write_json(tmp_path / "pr-moe" / "cpu" / "2026-01-02" / SUMMARY, {"experiment": "pr-moe", "claims": 7})
     out = moelab("claims")
     assert out.index("measured: 1 reproduced") < out.index(ORDER.statement), "the tally comes first"
     one = moelab("claims", ORDER.id)

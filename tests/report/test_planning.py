@@ -5,20 +5,15 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from moelab import paths
 from moelab.cli import app
 from moelab.lab import Lab
 from moelab.report import planning
 from tests.experiments.helpers import final
 
 
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    return tmp_path / "results"
-
-
-def test_claims_and_arms_of_a_result(publish, results):
+def test_claims_and_arms_of_a_result(publish):
+    results = paths.results()
     publish(results, "pr-moe", "cpu", claims={"moe128-beats-moe32": (-0.02, -0.03, -0.01), "pr-moe-size": (0.3,)})
     found = planning.needs("pr-moe", "cpu", results)
     (row,) = found.to_dict("records")
@@ -38,8 +33,8 @@ def test_runs_at_hand():
     assert list(against["comparison"]) == ["a − b", "c − b"]
 
 
-def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish, results):
-    publish(results, "pr-moe", "cpu", claims={"moe128-beats-moe32": (-0.02, -0.3, 0.1)})
+def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish):
+    publish(paths.results(), "pr-moe", "cpu", claims={"moe128-beats-moe32": (-0.02, -0.3, 0.1)})
     text = " ".join(CliRunner().invoke(app, ["power", "pr-moe"], catch_exceptions=False).output.split())
     assert "moe128-beats-moe32 0.21 of 3 0.01, the smallest > 99 > 99 > 99" in text
     assert "80 % probability if the effect is there" in text

@@ -4,9 +4,9 @@ import re
 import zipfile
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 
 from moelab import paths
 from moelab.experiments import EXPERIMENTS
@@ -15,15 +15,6 @@ from moelab.report.publication import Publication
 from moelab.report.summary import SUMMARY
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore
-
-matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MOELAB_PUBLICATION", raising=False)
-
 
 NO_NAMES = (("pr-moe", "../../../victim"), ("..", "runs"), ("", ""), ("/", "victim"), ("pr-moe", "."), (None, "cpu"))
 
@@ -54,8 +45,6 @@ def test_a_link_out_of_the_drafts_is_not_followed(tmp_path):
 
 
 def test_figures_and_tables_stay_in_their_folder(tmp_path):
-    from matplotlib import pyplot as plt
-
     publication = Publication.open("pr-moe", "cpu", {})
     (publication.path / "old").touch()
     publication = Publication.open("pr-moe", "cpu", {})
