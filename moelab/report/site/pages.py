@@ -86,7 +86,6 @@ def build(root: Path) -> Built:
         "scales": sorted(used, key=lambda scale: (scale_rank(scale), scale)),
         "results": results,
         "runs": runs,
-        "repository": downloads.repository(),
         "unreadable": unreadable,
         **_VIEW,
     }
