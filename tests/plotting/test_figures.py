@@ -18,19 +18,14 @@ def legend(ax):
 
 
 def test_an_arm_has_one_colour_in_every_figure():
-    whole = figures.colors(list(pr_moe.ARMS))
-    for arms in (list(zero_shot.ARMS), list(top2_vs_residual.ARMS), ["MoE-128", "Dense"]):
-        some = figures.colors(arms)
-        assert list(some) == arms and all(some[arm] == whole[arm] for arm in arms if arm in whole)
-    assert figures.colors(list(scaling.ARMS))["350M+MoE-128"] == whole["MoE-128"]
-    for arms in (pr_moe.ARMS, top2_vs_residual.ARMS, scaling.ARMS):
-        assert len(set(figures.colors(list(arms)).values())) == len(arms)
     shown = ["Top-2", "Upcycled", "Upcycled, top-1, scaled", "MoE-32", "MoE-128", "Grown"]  # of notebook 27
-    whole = figures.colors(list(upcycling.ARMS))
-    assert figures.colors(shown) == {arm: whole[arm] for arm in shown} and len({whole[arm] for arm in shown}) == 6
-    ways = figures.colors(["hierarchical", "coordinated", "two bare all-to-alls", "coordinated + hierarchical"])
-    assert len(set(ways.values())) == 4
-    assert all(ways[way] == color for way, color in layer.EXCHANGE_COLORS.items() if way != "flat")
+    ways = ["hierarchical", "coordinated", "two bare all-to-alls", "coordinated + hierarchical"]
+    every = figures.colors(list(upcycling.ARMS)) | layer.EXCHANGE_COLORS
+    every["350M+MoE-128"] = every["MoE-128"]
+    for arms in (pr_moe.ARMS, zero_shot.ARMS, top2_vs_residual.ARMS, scaling.ARMS, ["MoE-128", "Dense"], shown, ways):
+        found = figures.colors(list(arms))
+        assert list(found) == list(arms) and len(set(found.values())) == len(arms)
+        assert {arm: every.setdefault(arm, color) for arm, color in found.items()} == found
 
 
 def test_every_value_of_the_paper_is_a_hollow_diamond(ax):

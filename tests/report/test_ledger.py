@@ -175,12 +175,27 @@ def test_the_command_prints_table_and_json(tmp_path):
 
 
 WHOLE = {"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026"}
-WRONG = ({"experiment": 1}, {"claims": [{"claim": ORDER.id}]}, {"claims": {"a": 1}})
-NO_JSON = ("", "[]", "7", '{"experiment": "pr-moe"', '{"scale": "cpu"}', "\udcff", "[" * 100_000)
+RUN = {"id": "a", "label": "a"}
+WRONG = (
+    ({"experiment": 1}, "experiment"),
+    ({"claims": [{"claim": ORDER.id}]}, "claims.0"),
+    ({"claims": {"a": 1}}, "claims"),
+    ({"runs": [{**RUN, "result": {"tokens": None}}]}, "tokens must be a number, got None"),
+    ({"runs": [{**RUN, "provenance": {"sessions": [7]}}]}, "summary.runs.0.provenance.sessions"),
+)
+NO_JSON = ("", '{"experiment": "pr-moe"', "\udcff", "[" * 100_000)
+NO_SUMMARY = ("[]", "7", '{"scale": "cpu"}')
 
 
-@pytest.mark.parametrize("text", [*NO_JSON, *(json.dumps(WHOLE | wrong) for wrong in WRONG)])
-def test_a_malformed_summary_is_named_and_the_others_count(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *((text, "not valid JSON") for text in NO_JSON),
+        *((text, "summary") for text in NO_SUMMARY),
+        *((json.dumps(WHOLE | wrong), said) for wrong, said in WRONG),
+    ],
+)
+def test_a_malformed_summary_is_named_and_the_others_count(text, said, tmp_path):
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
     folder = tmp_path / "pr-moe" / "cpu" / "2026-01-02"
     folder.mkdir()
@@ -188,6 +203,7 @@ def test_a_malformed_summary_is_named_and_the_others_count(text, tmp_path):
     assert entries(tmp_path)["moe128-beats-moe32"].verdict == claims.REPRODUCED
     found, (line,) = read_all(tmp_path)
     assert len(found) == 1 and line.startswith("pr-moe/cpu/2026-01-02/summary.json: ") and "\n" not in line
+    assert said in line.partition(": ")[2]
 
 
 def test_only_names_of_files_in_the_folder_are_links():
