@@ -37,7 +37,8 @@ def dark_color(color: str) -> str:
     rgb = to_rgb(color)
     hue, lightness, saturation = colorsys.rgb_to_hls(*rgb)
     if max(rgb) - min(rgb) < 0.06:
-        return to_hex([i + (g - i) * lightness for g, i in zip(to_rgb(GROUND), to_rgb(INK), strict=True)])
+        red, green, blue = (i + (g - i) * lightness for g, i in zip(to_rgb(GROUND), to_rgb(INK), strict=True))
+        return to_hex((red, green, blue))
     while contrast(color, GROUND) < 4.5 and lightness < 1:
         lightness = min(1.0, lightness + 0.02)
         color = to_hex(colorsys.hls_to_rgb(hue, lightness, saturation))

@@ -39,8 +39,6 @@ def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish):
     assert "moe128-beats-moe32 0.21 of 3 0.01, the smallest > 99 > 99 > 99" in text
     assert "80 % probability if the effect is there" in text
     for arguments, part in (
-        ("nosuch", "no experiment 'nosuch'; allowed: start"),
-        ("pr-moe --scale huge", "no scale 'huge'; allowed: smoke"),
         ("pr-moe --scale gpu", "no result of pr-moe at scale gpu to take a spread from; `moelab run pr-moe"),
         ("pr-moe --against MoE-7", "no arm 'MoE-7' in these runs; there are 350M, 350M+MoE-128"),
         ("pr-moe --effect -1", "effect must be a positive number of nats per token, got -1.0"),

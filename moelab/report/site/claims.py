@@ -146,7 +146,7 @@ def claims_of(result: Result) -> list[ClaimRow]:
     """Return what a result says about the paper's claims; claims that this version does not know are left out."""
     known = {claim.id: claim for claim in paper.claims()}
     said = (restate(known[v.claim], v, result.summary.scale) for v in result.summary.claims if v.claim in known)
-    return [_row(known[v.claim], v, result, result.scale, note=v.text) for v in said]
+    return [_row(known[v.claim], v, result, result.scale, v.text) for v in said]
 
 
 def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[ClaimRow]:
@@ -162,7 +162,7 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
         shown = [e for e in entry.evidence if e is deciding or e.judged or e.ours is not None]
         for e in sorted(shown, key=lambda e: e is not deciding):
             result, figure = by_path[e.result], e.figure.removeprefix(f"{e.result}/").removesuffix(".svg")
-            row = _row(claim, e, result, e.scale, note=e.note, figure=figure)
+            row = _row(claim, e, result, e.scale, e.note, figure)
             if e is deciding:
                 note = f"{e.note} {_outlook(claim, result, entry)}".strip()
                 alone = entry.verdict if entry.adjusted != entry.verdict else ""
@@ -179,7 +179,9 @@ def _outlook(claim: paper.Claim, result: Result, entry: Entry) -> str:
     return power.outlook(claim, replace(restate(claim, stored, result.scale), verdict=entry.adjusted))
 
 
-def _row(claim: paper.Claim, said: Verdict | Evidence, result: Result, scale: str, **more: str) -> ClaimRow:
+def _row(
+    claim: paper.Claim, said: Verdict | Evidence, result: Result, scale: str, note: str, figure: str = ""
+) -> ClaimRow:
     values = (said.ours, said.low, said.high)
     ours, low, high = (value if value is not None and math.isfinite(value) else None for value in values)
-    return ClaimRow(claim, said.verdict, result, scale, ours, low, high, said.samples, kind=said.kind, **more)
+    return ClaimRow(claim, said.verdict, result, scale, ours, low, high, said.samples, note, figure, kind=said.kind)
