@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import random
 from pathlib import Path
@@ -9,12 +11,16 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
 from moelab.data import TokenData, prepare
+from moelab.engine import checkpoint
+from moelab.files import read_json
 from moelab.lab import Lab
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
+from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
 matplotlib.use("Agg")
 HERE = Path(__file__).parent
@@ -138,6 +144,30 @@ def trained(tiny_spec, workspace, monkeypatch) -> Run:
     """The finished run of `tiny_spec`, trained once a module."""
     monkeypatch.setenv("MOELAB_HOME", str(workspace))
     return Lab().run([tiny_spec], executor="inline")[0]
+
+
+CLOCK = ("time_s", "tokens_per_s", "seconds")
+"""Numbers that differ between equal trainings."""
+
+
+def numbers(folder: Path, after: int = -1) -> dict:
+    """All that a training left in its folder but the clock's numbers: two equal ones were the same bit for bit.
+
+    These are the rows of metrics after a step, the result where there is one, and the tensors of the last checkpoint.
+    """
+    rows = {file: [row for row in read_rows(folder / file) if row["step"] > after] for file in (TRAIN, VALIDATION)}
+    rows["result.json"] = [read_json(folder / "result.json") or {}]
+    found = {file: [{k: v for k, v in row.items() if k not in CLOCK} for row in part] for file, part in rows.items()}
+    for file in checkpoint.latest(folder / "checkpoints").path.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            found[f"{file.name} {name}"] = (tensor.shape, hashlib.sha256(tensor.numpy()).hexdigest())
+    return found
+
+
+def stop_after(steps: int):
+    """A `should_stop` of `train` and `execute` that says yes when it is asked the nth time, after n steps."""
+    asked = itertools.count(1)
+    return lambda: next(asked) >= steps
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from moelab.engine.collectives import Collective, observe
 from moelab.models import GPT
@@ -33,6 +34,7 @@ class Clock:
         self._cuda = device == "cuda"
         self._stack, self._since = ["rest"], time.perf_counter()
         self._attached: list[tuple[Any, str, Any]] = []
+        self._hooks: list[RemovableHandle] = []
         self.reset()
 
     def reset(self) -> None:
@@ -55,15 +57,6 @@ class Clock:
         now = self._now()
         self.seconds[self._stack[-1]] += now - self._since
         self._since = now
-
-    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call` with its time on `part`."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self._part(part):
-                return call(*args, **kwargs)
-
-        return run
 
     @contextlib.contextmanager
     def _part(self, part: str) -> Iterator[None]:
@@ -90,13 +83,13 @@ class Clock:
             if ffn.mlp is not None:
                 self._replace(ffn.mlp, "forward", "feed-forward")
             self._replace(ffn.router, "forward", "gate")
-            ffn.router.__dict__["forward"] = self._counting(
-                ffn.router.forward, lambda routing: int((routing.load_E > 0).sum())
-            )
+            self._hooks.append(ffn.router.register_forward_hook(self._count))
         self._replace(model, "head", "head")
 
     def detach(self) -> None:
         """Restore the model as it was."""
+        while self._hooks:
+            self._hooks.pop().remove()
         while self._attached:
             owner, name, before = self._attached.pop()
             if before is None:
@@ -106,7 +99,7 @@ class Clock:
 
     def _replace(self, owner: Any, name: str, part: str) -> None:
         self._attached.append((owner, name, owner.__dict__.get(name)))
-        setattr(owner, name, self.timed(part, getattr(owner, name)))
+        setattr(owner, name, self._part(part)(getattr(owner, name)))
 
     @contextlib.contextmanager
     def communication(self) -> Iterator[None]:
@@ -118,10 +111,5 @@ class Clock:
         self.collectives += 1
         return self._part("all-to-all" if call.operation == "all_to_all" else "sums")
 
-    def _counting(self, call: Callable[..., Any], distinct: Callable[[Any], int]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            result = call(*args)
-            self.distinct.append(distinct(result))
-            return result
-
-        return run
+    def _count(self, _: Any, __: Any, routing: Any) -> None:
+        self.distinct.append(int((routing.load_E > 0).sum()))

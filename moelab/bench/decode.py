@@ -181,14 +181,12 @@ def empty_collective(mesh: Mesh, timing: Timing) -> float:
     )
 
 
-def measure_ranks(
-    config: ModelConfig, ranks: list[int], batch: int, settings: DecodeSettings, exchange: str = "flat"
-) -> list[Row]:
+def measure_ranks(config: ModelConfig, ranks: list[int], batch: int, settings: DecodeSettings) -> list[Row]:
     """Return the rows of one model over numbers of ranks of this machine; its experts are spread over all of them."""
     inputs.text()  # once, before the ranks ask for it
     measured = []
     for size in ranks:
-        parallel = ParallelConfig(data=size, exchange=exchange)  # type: ignore[arg-type]  # the class checks it
+        parallel = ParallelConfig(data=size)
         with Ranks(size, threads=1) as pool:
             answers = pool.run(measure_rank, config, parallel, batch, settings, timeout_s=900)
         name = f"{machine.cpu()}, {size} ranks of 1 thread"

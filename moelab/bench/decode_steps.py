@@ -91,15 +91,8 @@ def weight_bytes(config: ModelConfig, distinct: float, itemsize: int = 4) -> flo
 
 def cache_bytes(config: ModelConfig, batch: int, settings: DecodeSettings, itemsize: int = 4) -> float:
     """Return the bytes of keys and values that a step reads, at the middle of the output."""
-    return (
-        itemsize
-        * batch
-        * 2
-        * config.layers
-        * config.kv_heads
-        * config.head_size
-        * (settings.prompt + settings.output / 2)
-    )
+    tokens = batch * (settings.prompt + settings.output / 2)
+    return itemsize * 2 * config.layers * config.kv_heads * config.head_size * tokens
 
 
 @dataclass(frozen=True)

@@ -123,13 +123,13 @@ class HiddenStates:
         self.made: list[tuple[float, int]] = []
 
     @torch.enable_grad()
-    def _balanced(self, weight_EM: Tensor, steps: int = 30) -> Tensor:
-        """Return the gate's weights after `steps` steps of Adam on the load-balancing loss alone."""
+    def _balanced(self, weight_EM: Tensor) -> Tensor:
+        """Return the gate's weights after 30 steps of Adam on the load-balancing loss alone."""
         other = TextBatches(8, CONTEXT)
         seen = [self._hidden(other.batch(10_000 + i)[0]) for i in range(3)]
         weight_EM.requires_grad_()
         optimizer = torch.optim.Adam([weight_EM], lr=1e-3)
-        for step in range(steps):
+        for step in range(30):
             optimizer.zero_grad()
             gate(F.linear(seen[step % len(seen)], weight_EM), 1).aux_loss.backward()
             optimizer.step()

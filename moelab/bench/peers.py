@@ -37,12 +37,6 @@ def gated_width(ffn: int) -> int:
     return max(ffn * 2 // 3 // 16, 1) * 16
 
 
-def top_k_gate(x_SM: Tensor, gate_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return probabilities [S, E], and weight and expert of each choice [S, K], in fp32; not normalised."""
-    probs_SE = F.softmax(F.linear(x_SM.float(), gate_EM.float()), -1)
-    return probs_SE, *probs_SE.topk(top_k, -1)
-
-
 def gates() -> dict[str, Callable[[Tensor], Tensor]]:
     """Return DeepSpeed's top-1 gates: its mask form, and its table form where the release has one.
 
@@ -116,7 +110,8 @@ class MixtralLayer(nn.Module):
     def forward(self, x_SM: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
         """Return the output [S, M] and a stand-in for the load-balancing loss, which Mixtral computes elsewhere."""
         self.config._experts_implementation = implementation
-        probs_SE, weight_SK, expert_SK = top_k_gate(x_SM, self.gate, self.config.num_experts_per_tok)
+        probs_SE = F.softmax(F.linear(x_SM.float(), self.gate.float()), -1)
+        weight_SK, expert_SK = probs_SE.topk(self.config.num_experts_per_tok, -1)
         return self.experts(x_SM, expert_SK, weight_SK.to(x_SM.dtype)), probs_SE.mean()
 
 

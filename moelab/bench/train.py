@@ -76,16 +76,14 @@ def training_loop(
 
 def turns(steps: Mapping[str, Step], count: int, timing: Timing) -> dict[str, list[float]]:
     """Return each candidate's seconds a step, round by round: `count` steps a round, on the same batches for all."""
-
-    def run(step: Step) -> Callable[[Iterable[int]], None]:
-        def steps_of_round(numbers: Iterable[int]) -> None:
-            for number in numbers:
-                step(number)
-
-        return steps_of_round
-
-    times = harness.in_turns({name: run(step) for name, step in steps.items()}, _numbers(count), timing)
+    calls = {name: functools.partial(_train, step) for name, step in steps.items()}
+    times = harness.in_turns(calls, _numbers(count), timing)
     return {name: [t / count for t in rounds] for name, rounds in times.items()}
+
+
+def _train(step: Step, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        step(number)
 
 
 def _numbers(count: int) -> Callable[[int], range]:
@@ -121,8 +119,7 @@ def _turn(make: Callable[[], Step], numbers: Sequence[int]) -> float:
         process.keep_freed_memory()
         _STEPS.append(make())
     started = time.perf_counter()
-    for number in numbers:
-        _STEPS[0](number)
+    _train(_STEPS[0], numbers)
     return (time.perf_counter() - started) / len(numbers)
 
 
@@ -138,19 +135,15 @@ def apart(made: Mapping[str, Callable[[], Step]], count: int, threads: int, timi
     with contextlib.ExitStack() as stack:
         ranks = {name: stack.enter_context(Ranks(1, threads=threads)) for name in made}
 
-        def turn(name: str) -> Callable[[Sequence[int]], float]:
-            def run(numbers: Sequence[int]) -> float:
-                try:
-                    (measured,) = ranks[name].run(_turn, made[name], numbers, timeout_s=TURN_S)
-                except RankError as error:
-                    raise ValueError(f"bench train: {name}: {str(error).splitlines()[-1]}") from error
-                return measured
+        def turn(name: str, numbers: Sequence[int]) -> float:
+            try:
+                (measured,) = ranks[name].run(_turn, made[name], numbers, timeout_s=TURN_S)
+            except RankError as error:
+                raise ValueError(f"bench train: {name}: {str(error).splitlines()[-1]}") from error
+            return measured
 
-            return run
-
-        return harness.in_turns(
-            {name: turn(name) for name in made}, _numbers(count), timing, lambda run, numbers: run(numbers)
-        )
+        calls = {name: functools.partial(turn, name) for name in made}
+        return harness.in_turns(calls, _numbers(count), timing, lambda call, numbers: call(numbers))
 
 
 # -- the benchmarks ----------------------------------------------------------------------------------------------------
@@ -197,9 +190,9 @@ def measure(
         )
         teacher = twin(TEACHERS[family], width) if family in TEACHERS else None
         ours = functools.partial(training_loop, model, config, T, teacher)
-        candidates = {family: ours} | (
-            {BARE: functools.partial(bare_loop, model, config, T)} if family == "dense" else {}
-        )
+        candidates = {family: ours}
+        if family == "dense":
+            candidates[BARE] = functools.partial(bare_loop, model, config, T)
         if device == "cpu" and dtype == "fp32" and onednn_is_faster():
             candidates[f"{family}{DEFAULT}"] = functools.partial(_by_default_products, ours)
         for label, make in candidates.items():

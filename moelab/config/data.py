@@ -14,7 +14,7 @@ class DataConfig:
 
     Attributes:
         corpus: ``sotu`` (embedded, 12 MB), ``mix5`` (five domains, 64 MB), ``mix15`` (these and ten more, 310 MB),
-            ``made`` (5 MB by a fixed rule), ``folder:PATH`` or ``hf:NAME[:CONFIG]``.
+            ``made`` (5 MB by a fixed rule), ``folder:PATH`` or ``hf:NAME[:CONFIG][@REVISION]``.
         tokenizer: ``bpe-N``, trained on the corpus's training split with N entries, or ``gpt2``.
         context: tokens per sequence, T.
         text_field: the text column of an ``hf:`` data set, or the field of a line in a folder's .jsonl files.

@@ -65,14 +65,8 @@ class TrainBatches:
         Raises:
             ValueError: a negative step.
         """
-        starts = self.starts(step)
-        out = np.empty((starts.size, self.context + 1), np.int64)
-        for row, start in zip(out, starts, strict=True):
-            piece = self._train[start : start + self.context + 1]
-            row[: piece.size] = piece
-            if piece.size < row.size:  # the window crosses the end of the circle
-                row[piece.size :] = self._train[: row.size - piece.size]
-        window = torch.from_numpy(out)
+        places = self.starts(step)[:, None] + np.arange(self.context + 1)
+        window = torch.from_numpy(self._train.take(places, mode="wrap").astype(np.int64))
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
     def starts(self, step: int) -> np.ndarray:

@@ -7,7 +7,8 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
     mix15              these and ten more domains, 310 MB (`mix15.py`); 21 more packages
     made               5 MB made by a fixed rule (`made.py`), for machines that have no text and no network
     folder:/path       .txt, .md and .jsonl files (`user_text.py`), recursively; the first subfolder is the domain
-    hf:NAME[:CONFIG]   a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
+    hf:NAME[:CONFIG][@REVISION]
+                       a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
 
 A document is wholly training or wholly validation, chosen by its name or text and never by its position; only a text
 that is a folder's domain alone is cut. The user's own texts go by a bound on their hash, so that reading more of them
@@ -54,14 +55,9 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
         return hugging_face(config, where)
     if config.max_documents:
         raise ValueError(f"data: max_documents bounds hf: corpora only; bound {config.corpus!r} with max_bytes")
-    if config.corpus == "sotu":
-        corpus = _sotu()
-    elif config.corpus == "mix5":
-        corpus = _mix5(cache)
-    elif config.corpus == "mix15":
-        corpus = _mix15(cache)
-    elif config.corpus == "made":
-        corpus = _made()
+    packaged = {"sotu": _sotu, "mix5": _mix5, "mix15": _mix15, "made": _made}
+    if config.corpus in packaged:
+        corpus = packaged[config.corpus](cache)
     elif kind == "folder" and where:
         try:
             corpus = folder(config, Path(where).expanduser())
@@ -70,7 +66,7 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
     else:
         raise UnknownCorpus(
             f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'mix15', 'made', 'folder:/path' "
-            "and 'hf:NAME[:CONFIG]'"
+            "and 'hf:NAME[:CONFIG][@REVISION]'"
         )
     if config.max_bytes:
         return replace(corpus, documents=functools.partial(_miniature, corpus, config.max_bytes))
@@ -95,7 +91,7 @@ def _miniature(corpus: Corpus, max_bytes: int) -> Iterator[Document]:
 # ---- sotu
 
 
-def _sotu() -> Corpus:
+def _sotu(_: Path) -> Corpus:
     return Corpus(
         name="sotu",
         licence=SOTU_LICENCE,
@@ -212,7 +208,7 @@ def held_out_groups(domain: str, texts: list[mix15.Text]) -> Iterator[Document]:
 # ---- made
 
 
-def _made() -> Corpus:
+def _made(_: Path) -> Corpus:
     return Corpus(
         name="made",
         licence="public domain: it is nobody's text",

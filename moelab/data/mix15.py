@@ -55,16 +55,20 @@ class Once:
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
 
-    def new(self, paragraph: str) -> bool:
-        """Return whether a paragraph is short or was not asked for before; white space does not matter."""
-        return self._new(" ".join(paragraph.split()))
+    def rest(self, paragraphs: Iterable[str]) -> list[str]:
+        """Return the paragraphs that are short or were not there before; white space does not matter."""
+        return [p for p in paragraphs if self._new(" ".join(p.split()))]
 
-    def new_words(self, paragraph: str) -> bool:
-        """Return the same, comparing the words in lower case alone.
+    def documentation(self, paragraphs: Iterable[str]) -> list[str]:
+        """Return the paragraphs of at least `WORDS` words, compared by their words in lower case alone.
 
         Documentation has many paragraphs that differ in nothing but the name of what they describe.
         """
-        return self._new(" ".join(word for word in re.split(r"[\s.,;:()]+", paragraph) if _ORDINARY.fullmatch(word)))
+
+        def ordinary(paragraph: str) -> str:
+            return " ".join(word for word in re.split(r"[\s.,;:()]+", paragraph) if _ORDINARY.fullmatch(word))
+
+        return [p for p in paragraphs if len(p.split()) >= WORDS and self._new(ordinary(p))]
 
     def _new(self, key: str) -> bool:
         if len(key) < REPEATED:
@@ -74,14 +78,6 @@ class Once:
             return False
         self._seen.add(digest)
         return True
-
-    def rest(self, paragraphs: Iterable[str]) -> list[str]:
-        """Return the new ones of the paragraphs."""
-        return [paragraph for paragraph in paragraphs if self.new(paragraph)]
-
-    def documentation(self, paragraphs: Iterable[str]) -> list[str]:
-        """Return the paragraphs of at least `WORDS` words whose words are new."""
-        return [p for p in paragraphs if len(p.split()) >= WORDS and self.new_words(p)]
 
 
 @dataclass(frozen=True)

@@ -86,15 +86,11 @@ def bible_documents(root: Path) -> Iterator[tuple[str, str]]:
 
 def strings(node: object, key: str | None = None) -> Iterator[str]:
     """Yield all strings of a JSON tree, or those stored under `key`, in file order."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
     if isinstance(node, dict):
         for name, value in node.items():
             if isinstance(value, str) and key in (None, name):
-                yield value
-            else:
-                yield from strings(value, key)
-    elif isinstance(node, list):
-        for value in node:
-            if isinstance(value, str) and key is None:
                 yield value
             else:
                 yield from strings(value, key)

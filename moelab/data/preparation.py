@@ -1,19 +1,23 @@
 """Tokenize a corpus once: `prepare` returns its `TokenData`, made on the first call and opened ever after.
 
-The folder of a corpus and tokenizer appears whole or not at all: any number of processes may ask for it at once.
+The folder of a corpus and tokenizer appears whole or not at all: any number of processes may ask for it at once. What a
+build had encoded when it was killed, or failed for its disk or network, the next call takes over.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import os
 import re
 import shutil
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +27,7 @@ from moelab.config import DataConfig
 from moelab.data.corpus import open_corpus
 from moelab.data.documents import Corpus, Document
 from moelab.data.tokens import TokenData, fingerprint
-from moelab.files import sha256_of, sweep
+from moelab.files import read_json, sha256_of, sweep, write_json
 
 if TYPE_CHECKING:
     from moelab.data.tokenizer import Tokenizer
@@ -32,6 +36,8 @@ FORMAT = 1  # part of a folder's name: a change of what is written makes new fol
 TOKENIZER_CHARACTERS = 200_000_000  # of training text, after which a tokenizer has learned enough
 PIECE = 1 << 20  # characters encoded at a time; longer documents are cut at line ends
 BATCH = 8 << 20  # characters handed to all cores at once
+PROGRESS = "progress.json"  # of a build: how many documents are encoded, and what was counted about them
+SAVE_S = 60.0  # seconds of encoding that a killed build loses at most
 
 
 def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | None = None) -> TokenData:
@@ -142,24 +148,33 @@ def _slug(name: str) -> str:
 
 
 def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str], None]) -> None:
+    from moelab.data.tokenizer import Tokenizer
+
     started = time.monotonic()
     sweep(folder.parent, older_s=7 * 86_400)  # what killed builds left; a build of a large corpus may take days
     scratch = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
+    progress, spool = scratch / PROGRESS, scratch / "spool.jsonl"
     try:
         if _open(folder, warn=False) is not None:
             return  # on a network file system it is seen only after the folder around it has changed
-        documents = corpus.documents
-        if corpus.slow and config.tokenizer != "gpt2":  # learning and encoding are two readings
-            say(f"{corpus.name}: reading")
-            documents = _spooled(corpus, scratch / "spool.jsonl")
-        say(f"{corpus.name}: learning {config.tokenizer}" if config.tokenizer != "gpt2" else "loading gpt2")
-        tokenizer = _make_tokenizer(config, documents, folder.parent)
-        tokenizer.save(scratch / "tokenizer.json")
-        say(f"{corpus.name}: encoding")
-        meta = _encode(config, documents(), tokenizer, scratch)
-        (scratch / "spool.jsonl").unlink(missing_ok=True)
+        done = _take_over(folder, scratch)
+        if done:
+            tokenizer = Tokenizer.load(scratch / "tokenizer.json")
+            say(f"{corpus.name}: continuing after {done['documents']:,} documents")
+        else:
+            if corpus.slow and config.tokenizer != "gpt2":  # learning and encoding are two readings
+                say(f"{corpus.name}: reading")
+                _write_spool(spool, corpus.documents())
+            say(f"{corpus.name}: learning {config.tokenizer}" if config.tokenizer != "gpt2" else "loading gpt2")
+            documents = functools.partial(_spooled, spool) if spool.exists() else corpus.documents
+            tokenizer = _make_tokenizer(config, documents, folder.parent)
+            tokenizer.save(scratch / "tokenizer.json")
+            say(f"{corpus.name}: encoding")
+        meta = _encode(config, _spooled(spool) if spool.exists() else corpus.documents(), tokenizer, scratch, done)
         files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(scratch.iterdir())
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            for file in sorted(scratch.iterdir())
+            if file not in (progress, spool)
         }
         meta |= {
             "files": files,
@@ -175,6 +190,8 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
         }
         (scratch / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         scratch.chmod(0o755)  # mkdtemp's folders are private; prepared data may be shared
+        for file in (spool, progress):
+            file.unlink(missing_ok=True)
         if _open(folder, warn=False) is not None:
             return  # another machine was faster; its data is the same, and jobs may have mapped it
         if folder.exists():  # a broken one: renamed away, since processes may still have it open
@@ -186,21 +203,40 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
             if not folder.exists():  # else another machine was faster, and its data is the same
                 raise
         say(f"{corpus.name}: {meta['train']['tokens']:,} training tokens in {meta['seconds']:.1f} s")
+    except ValueError:  # of the text or its settings: another try would end in the same way
+        progress.unlink(missing_ok=True)
+        raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not progress.exists():
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _spooled(corpus: Corpus, path: Path) -> Callable[[], Iterator[Document]]:
+def _take_over(folder: Path, scratch: Path) -> dict[str, Any] | None:
+    """Move what an unfinished build of `folder` had encoded to `scratch`, and return its progress; None without one.
+
+    The caller holds the lock, so that build is dead. Where locks do not hold between machines, it fails at its next
+    save, for its folder is gone; until then it writes the bytes that this one writes to the same places.
+    """
+    for left in folder.parent.glob(f".building-{folder.name}-*/{PROGRESS}"):
+        with contextlib.suppress(ValueError):
+            done = read_json(left)
+            if done and done["versions"] == _versions("tokenizers", "datasets"):
+                left.parent.rename(scratch)  # in place of the empty folder
+                sweep(scratch, older_s=-1)  # half a progress file
+                return done
+    return None
+
+
+def _write_spool(path: Path, documents: Iterable[Document]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for document in corpus.documents():
+        for document in documents:
             file.write(json.dumps([document.domain, document.split, document.text, document.name]) + "\n")
 
-    def documents() -> Iterator[Document]:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                yield Document(*json.loads(line))
 
-    return documents
+def _spooled(path: Path) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield Document(*json.loads(line))
 
 
 def _make_tokenizer(config: DataConfig, documents: Callable[[], Iterator[Document]], cache: Path) -> "Tokenizer":
@@ -223,19 +259,25 @@ def _training_texts(documents: Iterable[Document]) -> Iterator[str]:
 
 
 class _Part:
-    """One growing .npy file with what is counted about it."""
+    """One growing .npy file with what is counted about it; it goes on from `done`, what `save` returned for it."""
 
-    def __init__(self, path: Path, vocab_size: int):
+    def __init__(self, path: Path, vocab_size: int, done: Mapping[str, Any] | None = None):
         self.path = path
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         self.counts = np.zeros(vocab_size, np.int64)  # of each id
-        self.bytes: Counter[str] = Counter()  # of text, by domain
-        self.tokens: Counter[str] = Counter()
-        self.documents: Counter[str] = Counter()
-        self.ranges: list[list[Any]] = []  # [start, end, domain]
-        self.size = 0
-        self._file = path.open("wb")
+        done = done or {"size": 0, "bytes": {}, "tokens": {}, "documents": {}, "ranges": []}
+        self.bytes = Counter[str](done["bytes"])  # of text, by domain
+        self.tokens = Counter[str](done["tokens"])
+        self.documents = Counter[str](done["documents"])
+        self.ranges: list[list[Any]] = done["ranges"]  # [start, end, domain]
+        self.size: int = done["size"]
+        self._file = path.open("r+b" if self.size else "w+b")
         self._write_header()
+        for start in range(0, self.size, BATCH):
+            n = min(BATCH, self.size - start)
+            ids = np.frombuffer(self._file.read(n * self.dtype.itemsize), self.dtype)
+            self.counts += np.bincount(ids, minlength=vocab_size)
+        self._file.truncate()  # what was written after the last save
 
     def append(self, document: Document, ids: np.ndarray) -> None:
         self._file.write(ids.astype(self.dtype).tobytes())
@@ -249,6 +291,12 @@ class _Part:
         self.tokens[document.domain] += ids.size
         self.documents[document.domain] += 1
 
+    def save(self) -> dict[str, Any]:
+        """Wait until all tokens are on the disk, and return what is counted about them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {name: getattr(self, name) for name in ("size", "bytes", "tokens", "documents", "ranges")}
+
     def close(self) -> None:
         self._file.seek(0)
         self._write_header()
@@ -260,18 +308,35 @@ class _Part:
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
-def _encode(config: DataConfig, documents: Iterable[Document], tokenizer: "Tokenizer", folder: Path) -> dict[str, Any]:
-    """Write the token files, and return the part of `meta.json` about them."""
-    train = _Part(folder / "train.npy", tokenizer.vocab_size)
+def _encode(
+    config: DataConfig, documents: Iterable[Document], tokenizer: "Tokenizer", folder: Path, done: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Write the token files, and return the part of `meta.json` about them; `done` is the progress of a dead build."""
+    done = done or {"documents": 0, "train": None, "validation": {}}
+    train = _Part(folder / "train.npy", tokenizer.vocab_size, done["train"])
     validation: dict[str, _Part] = {}
-    for document, ids in _encoded(documents, tokenizer):
-        part = train
-        if document.split == "validation":
-            part = validation.get(document.domain) or validation.setdefault(
-                document.domain,
-                _Part(folder / f"validation-{len(validation):02d}-{_slug(document.domain)}.npy", tokenizer.vocab_size),
-            )
-        part.append(document, ids)
+
+    def part_of(domain: str, done: Mapping[str, Any] | None = None) -> _Part:
+        if domain not in validation:
+            path = folder / f"validation-{len(validation):02d}-{_slug(domain)}.npy"
+            validation[domain] = _Part(path, tokenizer.vocab_size, done)
+        return validation[domain]
+
+    for domain, counted in done["validation"].items():
+        part_of(domain, counted)
+    saved = time.monotonic()
+    rest = itertools.islice(documents, done["documents"], None)
+    for read, (document, ids) in enumerate(_encoded(rest, tokenizer), done["documents"] + 1):
+        (train if document.split == "train" else part_of(document.domain)).append(document, ids)
+        if time.monotonic() - saved >= SAVE_S:
+            progress = {
+                "documents": read,
+                "train": train.save(),
+                "validation": {domain: part.save() for domain, part in validation.items()},
+                "versions": _versions("tokenizers", "datasets"),
+            }
+            write_json(folder / PROGRESS, progress, durable=True)
+            saved = time.monotonic()
     for part in [train, *validation.values()]:
         part.close()
     if not train.size or not validation:

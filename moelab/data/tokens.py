@@ -72,7 +72,9 @@ class TokenData:
 
     def bytes_per_token(self, domain: str | None = None) -> float:
         """UTF-8 bytes of validation text per token, of one domain or all; end-of-text tokens count, with no bytes."""
-        parts = self._parts(domain)
+        if domain not in (None, *self.validation):
+            raise ValueError(f"data: no validation text of domain {domain!r}; there is {sorted(self.validation)}")
+        parts = [part for name, part in self.meta["validation"].items() if domain in (None, name)]
         return sum(part["bytes"] for part in parts) / sum(part["tokens"] for part in parts)
 
     def training_ranges(self) -> list[tuple[int, int, str]]:
@@ -130,13 +132,6 @@ class TokenData:
                     f"data: context {context} is too long for {self.meta['corpus']!r}: its {name} text has "
                     f"{tokens.size} tokens, so at most {tokens.size - 1} is allowed"
                 )
-
-    def _parts(self, domain: str | None) -> list[dict[str, Any]]:
-        if domain is None:
-            return list(self.meta["validation"].values())
-        if domain not in self.validation:
-            raise ValueError(f"data: no validation text of domain {domain!r}; there is {sorted(self.validation)}")
-        return [self.meta["validation"][domain]]
 
 
 def _verify(folder: Path, meta: dict[str, Any]) -> None:

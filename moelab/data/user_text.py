@@ -16,7 +16,7 @@ from moelab.terminal import one_line
 FOLDER_VALIDATION = 0.05
 HF_VALIDATION = 0.01
 MAX_DOMAINS = 500  # of a folder: each has a file of validation tokens that stays open, and a process may open 1024
-_HF_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[^/:]+)?")
+_HF_NAME = re.compile(r"([A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?)(?::([^/:@]+))?(?:@([\w.-]+))?")
 
 
 def folder(config: DataConfig, root: Path) -> Corpus:
@@ -114,40 +114,45 @@ def _listing(root: Path, files: list[Path]) -> str:
 
 
 def hugging_face(config: DataConfig, where: str) -> Corpus:
-    """Return the corpus of a data set: of the folder or the name before the colon in `where`, its configuration after.
+    """Return the corpus of a data set: of a folder or of a published name, with a configuration after a colon.
+
+    After an @, a name may have a revision of the data set: a commit, a tag or a branch.
 
     Raises:
         ValueError: one line: it is neither (`UnknownCorpus`), or it is streamed without a bound.
     """
     name, _, subset = where.partition(":")
-    local = Path(name).is_dir()
-    if not local and (not _HF_NAME.fullmatch(where) or ".." in name or "--" in name):
-        raise UnknownCorpus(
-            f"data: corpus {config.corpus!r}: {where!r} is neither a folder nor the name of a Hugging Face data set "
-            "(OWNER/NAME[:CONFIG])"
-        )
-    if not (local or config.max_documents or config.max_bytes):
-        raise ValueError(
-            f"data: corpus {config.corpus!r} is streamed and needs a bound: set max_documents or max_bytes"
-        )
-    state = "remote"
-    if local:
+    revision, state = "", "remote"
+    if Path(name).is_dir():
         state = _listing(Path(name), sorted(file for file in Path(name).rglob("*") if file.is_file()))
+    else:
+        match = _HF_NAME.fullmatch(where)
+        if match is None or ".." in where or "--" in where:
+            raise UnknownCorpus(
+                f"data: corpus {config.corpus!r}: {where!r} is neither a folder nor the name of a Hugging Face data "
+                "set (OWNER/NAME[:CONFIG][@REVISION])"
+            )
+        if not (config.max_documents or config.max_bytes):
+            raise ValueError(
+                f"data: corpus {config.corpus!r} is streamed and needs a bound: set max_documents or max_bytes"
+            )
+        name, subset, revision = (part or "" for part in match.groups())
+    given = {"configuration": subset, "revision": revision, "split": "train"}
     return Corpus(
         name=config.corpus,
         licence="as stated on the data set's page",
-        source=f"Hugging Face data set {name}" + (f", configuration {subset}" if subset else "") + ", split train",
+        source=", ".join([f"Hugging Face data set {name}", *(f"{k} {v}" for k, v in given.items() if v)]),
         state=state,
-        documents=functools.partial(_hf_documents, config, name, subset or None),
-        slow=not local,
+        documents=functools.partial(_hf_documents, config, name, subset or None, revision or None),
+        slow=state == "remote",
     )
 
 
-def _hf_documents(config: DataConfig, name: str, subset: str | None) -> Iterator[Document]:
+def _hf_documents(config: DataConfig, name: str, subset: str | None, revision: str | None) -> Iterator[Document]:
     """About 1 % is validation, by the hash of the text: copies of a document end up on the same side."""
     domain = Path(name).name
     size = 0
-    for number, record in enumerate(_hf_records(name, subset)):
+    for number, record in enumerate(_hf_records(name, subset, revision)):
         if (config.max_documents and number >= config.max_documents) or (config.max_bytes and size >= config.max_bytes):
             return
         text = record.get(config.text_field, 0)
@@ -160,13 +165,13 @@ def _hf_documents(config: DataConfig, name: str, subset: str | None) -> Iterator
             yield Document(domain, split, text, f"{number}")
 
 
-def _hf_records(name: str, subset: str | None) -> Iterator[dict]:
+def _hf_records(name: str, subset: str | None, revision: str | None) -> Iterator[dict]:
     try:
         import datasets
     except ImportError:
         raise CorpusUnavailable("hf: corpora need the package datasets: pip install 'moelab[hf]'") from None
     try:
-        yield from datasets.load_dataset(name, subset, split="train", streaming=True)
+        yield from datasets.load_dataset(name, subset, revision=revision, split="train", streaming=True)
     except Exception as error:  # the library raises many kinds, most of them pages long
         raise CorpusUnavailable(
             f"cannot read Hugging Face data set {name!r}: {type(error).__name__}: {one_line(error)}"

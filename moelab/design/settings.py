@@ -144,15 +144,16 @@ FULL_RATES: dict[str, Rates] = {
 """Base -> rates at `full`, from the published sweep on seeds 100 and 101. The shared rate is the MoE families' own, so
 that only dense arms are trained at two."""
 
+PILE = "hf:monology/pile-uncopyrighted@3be90335b66f24456a5d6659d9c8d208c0357119"
+
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=600_000),
     "quick": DataConfig(corpus="mix5", tokenizer="bpe-2048", context=128),
     "cpu": DataConfig(corpus="mix5", tokenizer="bpe-2048", context=128),
     "full": DataConfig(corpus="mix15", tokenizer="bpe-2048", context=128),
-    "gpu": DataConfig(
-        corpus="hf:monology/pile-uncopyrighted", tokenizer="bpe-8192", context=512, max_bytes=2_000_000_000
-    ),
-    "paper": DataConfig(corpus="hf:monology/pile-uncopyrighted", tokenizer="gpt2", context=2048),
+    "gpu": DataConfig(corpus=PILE, tokenizer="bpe-8192", context=512, max_bytes=2_000_000_000),
+    # All of it: the Pile has 825 GiB (arXiv 2101.00027).
+    "paper": DataConfig(corpus=PILE, tokenizer="gpt2", context=2048, max_bytes=1_000_000_000_000),
 }
 
 

@@ -62,15 +62,16 @@ class Choices:
         """The gate's probabilities, fp32: scores divided by their sum over the experts."""
         return self._router(self.top_k, self.rules)._probabilities(self.logits_SE)
 
-    def route(self, top_k: int | None = None, capacity_factor: float | None = None, *, by_chance: bool = True) -> Gate:
+    def route(self, top_k: int | None = None, capacity_factor: float | None = None) -> Gate:
         """Route by the same scores under another rule, with the code that training uses; the weights stay the same.
+
+        An expert over its capacity keeps tokens at random.
 
         Args:
             top_k: by default the model's own.
             capacity_factor: None drops nothing.
-            by_chance: an expert over its capacity keeps tokens at random, else the earliest.
         """
-        rules = replace(self._rules(capacity_factor), random_token_selection=by_chance)
+        rules = replace(self._rules(capacity_factor), random_token_selection=True)
         return self._router(top_k or self.top_k, rules).route(self.logits_SE)
 
     def _rules(self, capacity_factor: float | None) -> RoutingConfig:

@@ -23,9 +23,6 @@ from moelab.evaluation.requests import Requests
 MAX_NEW_TOKENS = 256
 """Bound on a continuation's tokens if the task sets none, as in lm-eval."""
 
-OnProgress = Callable[[int, int], None]
-"""Called with (requests done, all requests) after each batch."""
-
 
 class RunLM(TemplateLM):
     """Provide a model and its tokenizer through lm-eval's interface.
@@ -38,6 +35,7 @@ class RunLM(TemplateLM):
 
     Attributes:
         cut: number of requests so far whose context lost its beginning, computed or stored.
+        on_progress: called with (requests done, all requests) after each batch.
     """
 
     def __init__(
@@ -47,7 +45,6 @@ class RunLM(TemplateLM):
         *,
         batch: int = 16,
         requests: Requests | None = None,
-        on_progress: OnProgress = lambda done, total: None,
     ) -> None:
         super().__init__()
         if batch < 1:
@@ -58,7 +55,7 @@ class RunLM(TemplateLM):
             )
         self.model, self.texts, self.batch = model, tokenizer, batch
         self.answers = Requests() if requests is None else requests  # not `or`: an empty store is falsy
-        self.on_progress = on_progress
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self.cut = 0
         self._device = str(model.device)
         self._stops: dict[tuple[str, ...], list[int]] = {}

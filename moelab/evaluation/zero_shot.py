@@ -129,7 +129,7 @@ def evaluate(
     """
     if limit < 0 or limit == 1:
         raise ValueError(f"eval: limit must be 0 (all items) or at least 2, got {limit}")
-    manager = _manager(tasks)
+    _manager(tasks)  # an unknown task is told before a model is opened
     from moelab.evaluation.lm import RunLM
     from moelab.evaluation.models import open_evaluated
 
@@ -142,22 +142,18 @@ def evaluate(
         score = _read(file, task)
         if score is None:
             lm.on_progress = functools.partial(on_progress, task)
-            score = run_task(lm, task, cache=cache, limit=limit, manager=manager)
+            score = run_task(lm, task, cache=cache, limit=limit)
             write_json(file, asdict(score))
         on_progress(task, score.requests, score.requests)
         scores.append(score)
     return scores
 
 
-def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = None) -> Score:
-    """Return the score of any lm-eval model on one task; see `evaluate`.
-
-    Args:
-        manager: lm-eval's `TaskManager`; None makes one.
-    """
+def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
+    """Return the score of any lm-eval model on one task; see `evaluate`."""
     import lm_eval
 
-    manager = manager or _manager([task])
+    manager = _manager([task])
     asked = _packaged(task, cache, limit) if task in PACKAGED else task
     cut, started = getattr(lm, "cut", None), time.monotonic()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -174,7 +170,8 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
         # Not `simple_evaluate`, which lists all installed packages with pip at each call.
         results = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
     kind = results["configs"][task]["output_type"]
-    rows = _first_filter(results["samples"][task])
+    samples = results["samples"][task]
+    rows = [row for row in samples if row["filter"] == samples[0]["filter"]]
     metric = next(name for name in ("exact_match", "acc") if name in rows[0])
     right = [float(row[metric]) for row in rows]
     chosen = kind == "multiple_choice" and metric == "acc"
@@ -250,10 +247,6 @@ def _read(file: Path, task: str) -> Score | None:
     if not isinstance(record, dict) or record.get("version") != version(task):
         return None
     return from_json(Score, record, str(file))
-
-
-def _first_filter(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["filter"] == rows[0]["filter"]]
 
 
 def _first(target: Any) -> Any:

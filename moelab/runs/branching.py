@@ -12,7 +12,6 @@ nearest checkpoint before.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,8 +162,3 @@ def shorter(trunk: RunSpec, tokens: int) -> RunSpec:
         "keep_at": (),
     }
     return replace(trunk, train=replace(train, **own))
-
-
-def remove_prefix(folder: Path) -> None:
-    """Remove what `starting_point` has trained for a run that is finished."""
-    shutil.rmtree(folder / "prefix", ignore_errors=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
 
 from moelab.config import DataConfig
 from moelab.lazy import pd
@@ -23,24 +22,8 @@ class NoResult(RuntimeError):
         self.runs = runs
 
 
-class Runs(Sequence[Run]):
+class Runs(tuple[Run, ...]):
     """The runs of one `lab.run`, in the order of the specs."""
-
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = list(runs)
-
-    def __len__(self) -> int:
-        return len(self._runs)
-
-    @overload
-    def __getitem__(self, index: int) -> Run: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Run]: ...
-    def __getitem__(self, index: int | slice) -> Run | list[Run]:
-        return self._runs[index]
-
-    def __iter__(self) -> Iterator[Run]:
-        return iter(self._runs)
 
     @property
     def seeds(self) -> int:
@@ -50,12 +33,12 @@ class Runs(Sequence[Run]):
     @property
     def finished(self) -> Runs:
         """Runs that have a result."""
-        return Runs([run for run in self if run.finished])
+        return Runs(run for run in self if run.finished)
 
     @property
     def missing(self) -> Runs:
         """Runs without a result; `status.reason` and `log_tail()` say why."""
-        return Runs([run for run in self if not run.finished])
+        return Runs(run for run in self if not run.finished)
 
     def require_results(self, before: Sequence[Run] = (), *, every_arm: bool = True) -> None:
         """Check that every arm, the runs of one title, has a result of at least one seed, and that texts are the same.

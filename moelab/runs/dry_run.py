@@ -26,32 +26,30 @@ class PlannedRun:
         spec: what it is.
         state: "finished", "stopped" and so on, as the store knows it; "new".
         done: share of its steps that is done.
-        steps: its own optimiser steps, without a trunk's.
-        parameters, active: of the model.
-        ranks: GPUs or processes.
-        micro_batches: forward passes a data rank takes in a step.
-        state_bytes: of the fullest rank's share of weights, gradients and moments; no activations.
-        flops: of the whole training, forward and backward, and a teacher's forward passes.
-        gpu_hours: at the operations per second and GPU that the paper's Table 3 implies (A100); None off a GPU.
     """
 
     spec: RunSpec
     state: str
     done: float
-    steps: int
-    parameters: int
-    active: int
-    ranks: int
-    micro_batches: int
-    state_bytes: int
-    flops: float
-    gpu_hours: float | None
+
+    @property
+    def steps(self) -> int:
+        """Its own optimiser steps, without a trunk's."""
+        return self.spec.train.steps(self.spec.data.context) - self.spec.first_step
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """At the operations per second and GPU that the paper's Table 3 implies (A100); None off a GPU."""
+        return self.spec.cost / paper_rate() / 3600 if self.spec.train.device == "cuda" else None
 
 
-def planned_runs(specs: Sequence[RunSpec], store: RunStore | None = None) -> list[PlannedRun]:
+def planned_runs(specs: Sequence[RunSpec]) -> list[PlannedRun]:
     """One row a run, teachers and trunks before the runs that need them. Writes nothing."""
-    store = store or RunStore()
-    return [_planned(spec, store) for spec in closure(specs).values()]
+    store = RunStore()
+    runs = [Run(spec, store.root / spec.id) for spec in closure(specs).values()]
+    return [
+        PlannedRun(run.spec, run.status.state if run.path.exists() else "new", Snapshot.of([run]).done) for run in runs
+    ]
 
 
 def paper_rate() -> float:
@@ -73,25 +71,6 @@ def state_bytes(spec: RunSpec) -> int:
     return STATE_BYTES * (experts + (others // layout.data if layout.shard else others))
 
 
-def _planned(spec: RunSpec, store: RunStore) -> PlannedRun:
-    train, layout = spec.train, spec.parallel
-    run = Run(spec, store.root / spec.id)
-    on_gpu = train.device == "cuda"
-    return PlannedRun(
-        spec=spec,
-        state=run.status.state if run.path.exists() else "new",
-        done=Snapshot.of([run]).done,
-        steps=train.steps(spec.data.context) - spec.first_step,
-        parameters=spec.model.parameters(),
-        active=spec.model.active_parameters(),
-        ranks=layout.ranks,
-        micro_batches=train.batch_size // (train.micro_batch or train.batch_size) // layout.data,
-        state_bytes=state_bytes(spec),
-        flops=spec.cost,
-        gpu_hours=spec.cost / paper_rate() / 3600 if on_gpu else None,
-    )
-
-
 def show(runs: Sequence[PlannedRun]) -> None:
     """Print the plan, two lines for the seeds of an arm, with totals."""
     from rich.padding import Padding
@@ -102,17 +81,20 @@ def show(runs: Sequence[PlannedRun]) -> None:
         return
     seeds: dict[tuple[str, str, str, str], list[int]] = {}
     for r in runs:
-        size = f"{r.state_bytes / 2**30:.1f} GiB" if r.state_bytes > 2**30 else f"{r.state_bytes / 2**20:.0f} MiB"
-        cost = f"{r.flops:.2g} FLOPs" + (f", {_hours(r.gpu_hours)}" if r.gpu_hours is not None else "")
+        spec, model, train, ranks = r.spec, r.spec.model, r.spec.train, r.spec.parallel.ranks
+        size = state_bytes(spec)
+        memory = f"{size / 2**30:.1f} GiB" if size > 2**30 else f"{size / 2**20:.0f} MiB"
+        cost = f"{spec.cost:.2g} FLOPs" + (f", {_hours(r.gpu_hours)}" if r.gpu_hours is not None else "")
+        passes = train.batch_size // (train.micro_batch or train.batch_size) // spec.parallel.data
         numbers = (
-            f"{_short(r.parameters)} parameters, {_short(r.active)} active; "
-            f"{_short(r.spec.own_tokens)} tokens in {r.steps:,} steps; "
-            f"{r.ranks} rank{'s' * (r.ranks > 1)} x {r.micro_batches}, {size}; {cost}"
+            f"{_short(model.parameters())} parameters, {_short(model.active_parameters())} active; "
+            f"{_short(spec.own_tokens)} tokens in {r.steps:,} steps; "
+            f"{ranks} rank{'s' * (ranks > 1)} x {passes}, {memory}; {cost}"
         )
-        seeds.setdefault((r.spec.title, _name(r.spec), r.state, numbers), []).append(r.spec.train.seed)
+        seeds.setdefault((spec.title, _name(spec), r.state, numbers), []).append(train.seed)
     console = terminal.console()
-    for (arm, model, state, numbers), which in seeds.items():
-        head = Text(arm, "bold").append(f" · {model}" * (model != arm), "not bold")
+    for (arm, name, state, numbers), which in seeds.items():
+        head = Text(arm, "bold").append(f" · {name}" * (name != arm), "not bold")
         head.append(f" · seed{'s' * (len(which) > 1)} {_ranges(which)} · {state}", "not bold")
         console.print(head)
         console.print(Padding(numbers, (0, 0, 0, 2)), highlight=False)
@@ -134,21 +116,20 @@ def show(runs: Sequence[PlannedRun]) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -> list[str]:
+def on_this_machine(runs: Sequence[PlannedRun]) -> list[str]:
     """Return in a line each how long unfinished runs on a CPU take, and which of them are published.
 
     The time of a run is that of the FLOPs it has left, at the rate of finished runs here of nearly its cost, or of
     published ones where there are none.
     """
-    store = store or RunStore()
     left = [run for run in runs if run.gpu_hours is None and run.state != "finished"]
     known = records.published()
     there = [run.spec for run in left if run.spec.id in known]
     lines = []
-    timed, whose = _timed(store, known) if left else ([], "")
+    timed, whose = _timed(known) if left else ([], "")
     if timed:
-        rates = {cost: _rate(cost, timed) for cost in {run.flops for run in left}}
-        hours = sum(run.flops * (1 - run.done) / rates[run.flops] for run in left) / 3600
+        rates = {cost: _rate(cost, timed) for cost in {run.spec.cost for run in left}}
+        hours = sum(run.spec.cost * (1 - run.done) / rates[run.spec.cost] for run in left) / 3600
         took = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.0f} minutes" if hours > 1 / 60 else "a minute"
         lines.append(f"about {took} on one core, at the speed of {whose}")
     if there:
@@ -157,9 +138,9 @@ def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -
     return lines
 
 
-def _timed(store: RunStore, known: Mapping[str, records.Archive]) -> tuple[list[tuple[RunSpec, float]], str]:
+def _timed(known: Mapping[str, records.Archive]) -> tuple[list[tuple[RunSpec, float]], str]:
     """Return finished runs on a CPU with the seconds of each, and whose they are: published ones if none is here."""
-    timed = []
+    timed, store = [], RunStore()
     for name in store.ids(file="result.json"):
         with contextlib.suppress(ValueError, RuntimeError, OSError):  # a damaged run tells nothing
             run = store.at(name)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.files import write_json
-from moelab.runs.measurements import FORMAT, as_json, code, file_digest, read_record
+from moelab.runs.measurements import FORMAT, as_json, code, file_digest, prefix, read_record
 from moelab.runs.provenance import provenance
 from moelab.runs.store import Run
 from moelab.terminal import announced
@@ -102,8 +102,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _file(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Path:
     digest = hashlib.sha256(json.dumps([_name(function), as_json(arguments)]).encode()).hexdigest()[:12]
-    module = function.__module__.rpartition(".")[2]
-    return run.path / FOLDER / f"{module}-{function.__name__}-{digest}.json".replace("_", "-")
+    return run.path / FOLDER / f"{prefix(function)}-{digest}.json"
 
 
 def _name(function: Callable[..., Any]) -> str:

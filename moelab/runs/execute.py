@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from moelab.config import to_json
 from moelab.engine.launch import process
 from moelab.files import read_json, sweep, write_json
 from moelab.runs import sessions
-from moelab.runs.branching import remove_prefix, starting_point
+from moelab.runs.branching import starting_point
 from moelab.runs.provenance import provenance
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
@@ -45,7 +46,6 @@ def execute(
     *,
     should_stop: ShouldStop = lambda: False,
     on_progress: OnProgress = lambda _: None,
-    cache: Path | None = None,
 ) -> None:
     """Train a run to its end in this process, or find it finished. Waits while another process trains it.
 
@@ -62,13 +62,10 @@ def execute(
     if (place.world_size if place else 1) != ranks:
         there = f"this is {place}" if place else "this process is not one of several"
         raise ValueError(f"run {run.spec.id} is for {ranks} ranks, {there}")
-    cache = cache or paths.home() / "data"
     if ranks == 1:
-        if place is not None:
-            process.show_stacks_when_asked()  # several ranks: in `join`
         with _trainer_of(run, should_stop):
             if not run.finished:
-                _train(run, should_stop, on_progress, cache)
+                _train(run, should_stop, on_progress)
         return
 
     from moelab.training.loop import TrainingStopped
@@ -76,16 +73,16 @@ def execute(
     place = process.join(device=run.spec.train.device, folder=run.path)
     try:
         if place.rank == 0:
-            _train_as_first(run, should_stop, on_progress, cache)
+            _train_as_first(run, should_stop, on_progress)
         elif _from_first("run") == "train":
-            _train_along(run, should_stop, cache)
+            _train_along(run, should_stop)
     except (TrainingStopped, StoppedAtStart):  # all ranks at the same step
         process.leave()
         raise
     process.leave()
 
 
-def _train_as_first(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Path) -> None:
+def _train_as_first(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
     """Train as rank 0, which holds the lock and tells the others what is to be done."""
     with contextlib.ExitStack() as held:
         try:
@@ -96,7 +93,7 @@ def _train_as_first(run: Run, should_stop: ShouldStop, on_progress: OnProgress, 
         todo = not run.finished
         process.publish("run", "train" if todo else "finished")
         if todo:
-            _train(run, should_stop, on_progress, cache)
+            _train(run, should_stop, on_progress)
 
 
 def _from_first(key: str) -> str:
@@ -149,7 +146,7 @@ def _holder(run: Run) -> str:
     return "another process"
 
 
-def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Path) -> None:
+def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
     """Train and write all about it; the caller holds the lock."""
     from moelab.data import prepare
     from moelab.training.loop import TrainingStopped
@@ -168,7 +165,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
     try:
         sessions.begin(run.path, record)
         _stop_others(run, should_stop)
-        data = prepare(spec.data, cache)
+        data = prepare(spec.data, paths.home() / "data")
         _stop_others(run, should_stop)
         if spec.parallel.ranks > 1:
             process.publish("data", data.fingerprint)
@@ -179,7 +176,8 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename or run.path}"
         reason += " (earlier checkpoints are kept; make room and run again)"
-        _try_status(run, Status("failed", **state, reason=reason))
+        with contextlib.suppress(OSError):  # the disk that is full is the one the status lives on; the log says it
+            run.set_status(Status("failed", **state, reason=reason))
         raise
     except BaseException as error:
         run.set_status(Status("failed", **state, reason=one_line(error)))
@@ -195,7 +193,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
         record["start"]["trained_again"] = (run.path / "prefix").exists()
     write_json(run.path / "provenance.json", record, durable=True)  # never written again once there is a result
     write_json(run.path / "result.json", result, durable=True)
-    remove_prefix(run.path)
+    shutil.rmtree(run.path / "prefix", ignore_errors=True)  # of a trunk that was trained again
     run.set_status(Status("finished", **{**state, "step": state["steps"]}))
 
 
@@ -206,12 +204,12 @@ def _stop_others(run: Run, should_stop: ShouldStop) -> None:
         raise StoppedAtStart("stopped before the training began")
 
 
-def _train_along(run: Run, should_stop: ShouldStop, cache: Path) -> None:
+def _train_along(run: Run, should_stop: ShouldStop) -> None:
     """Train as a rank after the first, on the data that rank 0 has prepared."""
     from moelab.data import prepare
 
     fingerprint = _from_first("data")
-    data = prepare(run.spec.data, cache)
+    data = prepare(run.spec.data, paths.home() / "data")
     if data.fingerprint != fingerprint:
         raise ValueError(f"run {run.spec.id}: this rank's data are {data.fingerprint}, rank 0's {fingerprint}")
     _call_train(run, data, should_stop, lambda _: None)
@@ -257,11 +255,6 @@ def _train_in(spec: RunSpec, folder: Path, runs: Path, data: TokenData, **option
     branch = Branch(spec.start.tokens, spec.start.warmup_tokens, spec.start.upcycle) if spec.start else None
     given: dict[str, Any] = {"parallel": spec.parallel, "teacher": teacher, "branch": branch, **options}
     return train(spec.model, spec.train, data, spec.data.context, folder, **given)
-
-
-def _try_status(run: Run, status: Status) -> None:
-    with contextlib.suppress(OSError):  # the disk that is full is the one the status lives on; the log says it
-        run.set_status(status)
 
 
 def _iso(seconds: float) -> str:

@@ -60,11 +60,13 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
             for worker in [worker for worker in going if worker.poll() is not None]:
                 going.pop(worker).ended(worker.returncode)
             taken = sum(session.run.spec.parallel.ranks for session in going.values())
-            while (run := _next(waiting, workers - taken, alone=not going)) is not None:
-                waiting.remove(run)
-                session = _Session.of(run)
-                going[start(run)] = session
-                taken += run.spec.parallel.ranks
+            for run in list(waiting):
+                ranks = run.spec.parallel.ranks
+                if not going or ranks <= workers - taken:
+                    waiting.remove(run)
+                    session = _Session.of(run)
+                    going[start(run)] = session
+                    taken += ranks
             tick()
             time.sleep(poll_s)
     except BaseException:
@@ -127,11 +129,6 @@ def _stop_s() -> float:
         return Limits.read().stop_s
     except ValueError:  # the runs' processes have said so
         return Limits().stop_s
-
-
-def _next(waiting: Sequence[Run], free: int, *, alone: bool) -> Run | None:
-    """Return the first run that fits; the first of all when none is running."""
-    return next((run for run in waiting if alone or run.spec.parallel.ranks <= free), None)
 
 
 def start(run: Run) -> subprocess.Popen[bytes]:

@@ -69,10 +69,10 @@ class Measurement:
 
 
 class MeasurementStore:
-    """All measurements below one folder."""
+    """All measurements below one folder, that of the home when this object is made."""
 
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = root or paths.home() / "measurements"
+    def __init__(self) -> None:
+        self.root = paths.home() / "measurements"
 
     def measure(
         self,

@@ -105,8 +105,8 @@ def in_notebook(view: Any) -> Any:
 class NotebookProgress:
     """Keeps one table up to date in a notebook cell (or prints nothing outside one)."""
 
-    def __init__(self, runs: Sequence[Run], every_s: float = 2.0) -> None:
-        self._runs, self._every, self._shown = runs, every_s, 0.0
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs, self._shown = runs, 0.0
         self._estimate = Estimate(Snapshot.of(runs))
         self._handle = in_notebook(self._table())
 
@@ -115,7 +115,7 @@ class NotebookProgress:
         return table(self._runs, snapshot, self._estimate.seconds_left(snapshot))
 
     def __call__(self, final: bool = False) -> None:
-        """Update the table, unless that was done a moment ago; `final` updates it in any case."""
-        if self._handle is not None and (final or time.monotonic() - self._shown > self._every):
+        """Update the table, unless that was done less than two seconds ago; `final` updates it in any case."""
+        if self._handle is not None and (final or time.monotonic() - self._shown > 2.0):
             self._shown = time.monotonic()
             self._handle.update(self._table())

@@ -19,7 +19,7 @@ import contextlib
 import difflib
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -338,6 +338,3 @@ class RunStore:
         """Return the run in the directory of that name."""
         path = self.root / name / "spec.json"
         return Run(RunSpec.from_json(read_json(path), where=str(path)), path.parent)
-
-    def __iter__(self) -> Iterator[Run]:
-        return (self.at(run) for run in self.ids())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from moelab.engine.launch import Limits, RankFailed, launch
+from moelab.engine.launch import RankFailed, launch
 from moelab.engine.launch.postmortem import lost_connection
 from moelab.engine.launch.process import FINISHED, rank_name
 from moelab.runs.store import Run, Status
@@ -21,7 +21,6 @@ def supervise(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     tick: Callable[[], None] = lambda: None,
-    limits: Limits | None = None,
     command: Sequence[str] | None = None,
     how: Literal["auto", "local", "srun"] = "auto",
     per_node: int | None = None,
@@ -59,7 +58,6 @@ def supervise(
             [*(command or (sys.executable, "-m", "moelab.runs.worker")), str(run.path)],
             parallel.ranks,
             logs,
-            limits=limits,
             should_stop=should_stop,
             tick=tick,
             environment={**os.environ, "OMP_NUM_THREADS": str(run.spec.train.threads)},

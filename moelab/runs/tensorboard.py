@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -77,26 +78,23 @@ class Events:
 
 def serve(runs: Sequence[Path], port: int) -> int:
     """Run TensorBoard on 127.0.0.1 until Ctrl-C and follow runs that are training; return its exit code."""
-    with tempfile.TemporaryDirectory(prefix="moelab-tensorboard-") as folder:  # its own: several may be served at once
-        return _serve(Events(runs, Path(folder)), len(runs), port)
-
-
-def _serve(events: Events, runs: int, port: int) -> int:
-    rows = events.update()
-    print(f"{runs} runs, {rows} rows; Ctrl-C ends", flush=True)
-    arguments = ("--logdir", str(events.folder), "--host", "127.0.0.1", "--port", str(port))
-    process = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments])
-    try:
-        while True:
-            try:
-                return process.wait(timeout=FOLLOW_S)
-            except subprocess.TimeoutExpired:
-                events.update()
-    except KeyboardInterrupt:
-        process.terminate()
-        return process.wait()
-    finally:
-        if process.poll() is None:  # the metrics of a run cannot be read
+    with (
+        tempfile.TemporaryDirectory(prefix="moelab-tensorboard-") as folder,  # its own: several may be served at once
+        contextlib.closing(Events(runs, Path(folder))) as events,
+    ):
+        print(f"{len(runs)} runs, {events.update()} rows; Ctrl-C ends", flush=True)
+        arguments = ("--logdir", folder, "--host", "127.0.0.1", "--port", str(port))
+        process = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments])
+        try:
+            while True:
+                try:
+                    return process.wait(timeout=FOLLOW_S)
+                except subprocess.TimeoutExpired:
+                    events.update()
+        except KeyboardInterrupt:
             process.terminate()
-            process.wait()
-        events.close()
+            return process.wait()
+        finally:
+            if process.poll() is None:  # the metrics of a run cannot be read
+                process.terminate()
+                process.wait()

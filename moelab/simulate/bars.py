@@ -118,31 +118,36 @@ def layout(model: ModelConfig, gpus: int, tensor: int, program: str) -> Parallel
     )
 
 
-def pr_moe(model: ModelConfig, experts: tuple[int, int] = (64, 128)) -> ModelConfig:
-    """Return the PR-MoE of a standard MoE: residual, with `experts` (first, last two) in its MoE layers.
+def pr_moe(model: ModelConfig) -> ModelConfig:
+    """Return the PR-MoE of a standard MoE: residual, with 64 experts in its MoE layers, and 128 in the last two.
 
-    The last two MoE layers have the second number of experts, the others the first. The defaults are those of the 1.3B
-    base; the authors' script (`SCRIPT`) has the same numbers for the large models, with 20 and 22 MoE layers.
+    These are the numbers of the 1.3B base; the authors' script (`SCRIPT`) has the same for the large models, with 20
+    and 22 MoE layers.
     """
     places = [i for i, e in enumerate(model.experts) if e]
-    counts = dict.fromkeys(places, experts[0]) | dict.fromkeys(places[-2:], experts[1])
+    counts = dict.fromkeys(places, 64) | dict.fromkeys(places[-2:], 128)
     listed = tuple(counts.get(i, 0) for i in range(model.layers))
     base = str(model).split("+")[0]
-    return replace(model, experts=listed, residual=True, name=f"{base}+PR-MoE-{experts[0]}/{experts[1]}")
+    return replace(model, experts=listed, residual=True, name=f"{base}+PR-MoE-64/128")
 
 
-def student(model: ModelConfig, cut: float = 0.125) -> ModelConfig:
+def student(model: ModelConfig) -> ModelConfig:
     """Return the Mixture-of-Students of a PR-MoE: its depth is cut by an eighth.
 
     That is 24 -> 21 layers, and in `SCRIPT` 40 -> 35 and 44 -> 38. The last two MoE layers keep the larger number of
     experts.
     """
-    layers = round(model.layers * (1 - cut))
+    layers = round(model.layers * 7 / 8)
     few, many = min(e for e in model.experts if e), max(model.experts)
     places = range(1, layers, 2)
     counts = dict.fromkeys(places, few) | dict.fromkeys(list(places)[-2:], many)
     listed = tuple(counts.get(i, 0) for i in range(layers))
     return replace(model, layers=layers, experts=listed, name=f"{model}+L{layers}")
+
+
+def family(plain: ModelConfig) -> dict[str, ModelConfig]:
+    """Return a standard MoE and its variants: "MoE", "PR-MoE", "PR-MoE+MoS"."""
+    return {"MoE": plain, "PR-MoE": pr_moe(plain), "PR-MoE+MoS": student(pr_moe(plain))}
 
 
 def standard_1_5t() -> ModelConfig:
@@ -174,7 +179,7 @@ def fig11() -> list[Bar]:
     for name, gpus in (("8B+MoE-128", 128), ("24B+MoE-128", 256), ("47B+MoE-128", 256)):
         for program, count in (("pytorch", 128), ("deepspeed", gpus)):
             if (name, program) not in have:
-                bars.append(_bar("fig-11", name, program, count, None, "no bar at hand"))
+                bars.append(_bar("fig-11", name, program, count, "no bar at hand"))
     order = ["2.4B+MoE-128", "8B+MoE-128", "24B+MoE-128", "47B+MoE-128"]
     return sorted(bars, key=lambda b: (order.index(b.label), b.system != "pytorch"))
 
@@ -185,35 +190,24 @@ def tutorial() -> list[Bar]:
     return [b for b in _measured("tutorial") if (b.label, b.gpus) not in repeated]
 
 
-def variants(names: tuple[str, ...] = ("1.3B", "2.4B", "8B", "24B", "47B"), gpus: int = 128) -> list[Bar]:
+def variants(names: tuple[str, ...] = ("1.3B", "2.4B", "8B", "24B", "47B")) -> list[Bar]:
     """Return the bars of Fig 13: standard MoE, PR-MoE and PR-MoE + MoS of every size on DeepSpeed.
 
     GPU counts are as in Fig 11. The paper's values are not available.
     """
     bars = []
     for base in names:
-        plain = ModelConfig.parse(f"{base}+MoE-128")
-        count = 256 if base in ("24B", "47B") else gpus
-        for kind, model in (("MoE", plain), ("PR-MoE", pr_moe(plain)), ("PR-MoE+MoS", student(pr_moe(plain)))):
+        gpus = 256 if base in ("24B", "47B") else 128
+        for kind, model in family(ModelConfig.parse(f"{base}+MoE-128")).items():
             assumed = "" if kind == "MoE" or base in ("1.3B", "8B") else "experts 64/128 as in the sizes that are known"
-            bars.append(
-                _bar("fig-13", f"{base} {kind}", "deepspeed", count, None, assumed, model=model, tensor=TENSOR[base])
-            )
+            bars.append(_bar("fig-13", f"{base} {kind}", "deepspeed", gpus, assumed, model=model, tensor=TENSOR[base]))
     return bars
 
 
 def fig14() -> list[Bar]:
     """Return the bars of Fig 14: 6.7B dense on one GPU, and the 52B family on 128."""
-    dense = ModelConfig.parse("6.7B")
-    plain = ModelConfig.parse("1.3B+MoE-128")
-    small = student(pr_moe(plain))
-    return [
-        _bar("fig-14", "6.7B dense", "pytorch", 1, None, model=dense, tensor=1),
-        _bar("fig-14", "52B MoE", "pytorch", 128, None, model=plain, tensor=1),
-        _bar("fig-14", "52B MoE", "deepspeed", 128, None, model=plain, tensor=1),
-        _bar("fig-14", "PR-MoE", "deepspeed", 128, None, model=pr_moe(plain), tensor=1),
-        _bar("fig-14", "PR-MoE+MoS", "deepspeed", 128, None, model=small, tensor=1),
-    ]
+    dense = _bar("fig-14", "6.7B dense", "pytorch", 1, model=ModelConfig.parse("6.7B"), tensor=1)
+    return [dense, *_family_bars("fig-14", "52B MoE", 128, ModelConfig.parse("1.3B+MoE-128"), 1)]
 
 
 def fig15() -> list[Bar]:
@@ -221,24 +215,16 @@ def fig15() -> list[Bar]:
 
     GPU counts are not in the paper; the authors' script (`SCRIPT`) has 32 nodes.
     """
-    dense, plain = ModelConfig.parse("175B"), standard_1_5t()
-    guess = "shape and GPU count from the authors' script"
-    return [
-        _bar("fig-15", "175B dense", "pytorch", 16, None, model=dense, tensor=16),
-        _bar("fig-15", "1.5T MoE", "pytorch", 256, None, guess, model=plain, tensor=8),
-        _bar("fig-15", "1.5T MoE", "deepspeed", 256, None, guess, model=plain, tensor=8),
-        _bar("fig-15", "PR-MoE", "deepspeed", 256, None, guess, model=pr_moe(plain), tensor=8),
-        _bar(
-            "fig-15",
-            "PR-MoE+MoS",
-            "deepspeed",
-            256,
-            None,
-            guess,
-            model=student(pr_moe(plain)),
-            tensor=8,
-        ),
-    ]
+    dense = _bar("fig-15", "175B dense", "pytorch", 16, model=ModelConfig.parse("175B"), tensor=16)
+    assumed = "shape and GPU count from the authors' script"
+    return [dense, *_family_bars("fig-15", "1.5T MoE", 256, standard_1_5t(), 8, assumed)]
+
+
+def _family_bars(figure: str, label: str, gpus: int, plain: ModelConfig, tensor: int, assumed: str = "") -> list[Bar]:
+    """Return the bars of a standard MoE on both systems, and of its variants on DeepSpeed."""
+    variants = {label if kind == "MoE" else kind: model for kind, model in family(plain).items()}
+    served = [(label, "pytorch", plain), *((name, "deepspeed", model) for name, model in variants.items())]
+    return [_bar(figure, name, program, gpus, assumed, model=model, tensor=tensor) for name, program, model in served]
 
 
 def _measured(figure: str) -> list[Bar]:
@@ -246,7 +232,7 @@ def _measured(figure: str) -> list[Bar]:
     bars: dict[tuple[str, str, int], Bar] = {}
     for row in rows:
         if row.system in ("pytorch", "deepspeed") and row.gpus and row.how.startswith("read off"):
-            bars.setdefault((row.model, row.system, row.gpus), _bar(figure, row.model, row.system, row.gpus, row))
+            bars.setdefault((row.model, row.system, row.gpus), _bar(figure, row.model, row.system, row.gpus, row=row))
     return list(bars.values())
 
 
@@ -255,9 +241,9 @@ def _bar(
     label: str,
     program: str,
     gpus: int,
-    row: paper.InferenceResult | None,
     assumed: str = "",
     *,
+    row: paper.InferenceResult | None = None,
     model: ModelConfig | None = None,
     tensor: int | None = None,
 ) -> Bar:

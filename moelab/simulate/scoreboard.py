@@ -12,7 +12,6 @@ from moelab.config.parallel import ParallelConfig
 from moelab.simulate import bars
 from moelab.simulate.calibrate import fit
 from moelab.simulate.constants import Constants
-from moelab.simulate.decoding import DecodeEstimate
 from moelab.simulate.search import least_gpus
 from moelab.simulate.step import TrainingEstimate, training
 
@@ -89,31 +88,25 @@ def speedups(constants: Constants | None = None) -> dict[str, float]:
 def against_dense(constants: Constants | None = None) -> dict[str, float]:
     """Return Figs 14 and 15: PR-MoE+MoS on DeepSpeed over the dense model on PyTorch, in latency and cost.
 
-    Cost is GPU time per token.
+    Cost is GPU time per token: both sides rent the same machines.
     """
     ratios = {}
     for figure, found in (("fig-14", bars.fig14()), ("fig-15", bars.fig15())):
         dense, small = (found[i].simulate(constants=constants) for i in (0, -1))
         ratios[f"{figure}:speedup"] = dense.latency_ms / small.latency_ms
-        ratios[f"{figure}:cost-saving"] = gpu_ms_per_token(dense) / gpu_ms_per_token(small)
+        ratios[f"{figure}:cost-saving"] = small.tokens_per_s_per_gpu / dense.tokens_per_s_per_gpu
     return ratios
-
-
-def gpu_ms_per_token(estimate: DecodeEstimate) -> float:
-    """Return the GPU time of a token, which stands for its cost: both sides rent the same machines."""
-    return 1e3 / estimate.tokens_per_s_per_gpu
 
 
 def fig12() -> dict[str, ModelConfig]:
     """Return the 349B model and its variants."""
-    plain = ModelConfig.parse("8B+MoE-128")
-    return {"MoE": plain, "PR-MoE": bars.pr_moe(plain), "PR-MoE+MoS": bars.student(bars.pr_moe(plain))}
+    return bars.family(ModelConfig.parse("8B+MoE-128"))
 
 
 TABLE3_ASSUMED = "batch, micro-batch and slicing of the released scripts, recomputation as there"
 
 
-def table3(constants: Constants | None = None, program: str = "pytorch") -> dict[str, TrainingEstimate]:
+def table3(constants: Constants | None = None) -> dict[str, TrainingEstimate]:
     """Return Table 3: both models on 128 A100, with the released scripts' batch, micro-batch, slicing, recomputation.
 
     The scripts' 64 GPUs become 128 by data parallelism, so a rank's micro-batch is at most its share of the batch.
@@ -128,7 +121,6 @@ def table3(constants: Constants | None = None, program: str = "pytorch") -> dict
             bars.CLUSTER,
             batch=settings.batch_seqs,
             micro_batch=min(settings.micro_batch_seqs, settings.batch_seqs // data),
-            program=program,
             zero=settings.zero_stage,
             constants=constants,
         )

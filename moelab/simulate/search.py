@@ -45,9 +45,7 @@ def layouts(model: ModelConfig, gpus: Sequence[int], gpus_per_node: int) -> Layo
             for W, X, exchange in product(slicing, parallel, range(len(EXCHANGES))):
                 if X * W <= P:
                     rows.append((L, P // L, X, W, gpus_per_node, exchange))
-    if not rows:
-        return Layouts(*(np.zeros(0, dtype=np.int64) for _ in range(6)))
-    found = Layouts(*np.array(rows, dtype=np.int64).T)
+    found = Layouts(*np.array(rows, dtype=np.int64).reshape(-1, 6).T)
     return found[found.valid(model)]
 
 

@@ -27,8 +27,7 @@ class System:
         exchange: its default all-to-all.
         min_capacity: the least number of slots that every expert gets from every rank; 0 means no slots: exactly the
             routed tokens travel, and only experts that got any are read. With slots, all experts of a rank are read,
-            chosen or
-            not: their weights are multiplied with empty slots.
+            chosen or not: their weights are multiplied with empty slots.
         grouped: whether two grouped products compute all experts of a rank, instead of a loop over experts.
         graph: whether kernels are replayed from a CUDA graph.
         layer_waits: whether the host waits for the device in every layer, before its feed-forward.
@@ -63,6 +62,26 @@ class System:
     source: str = ""
 
 
+_DEEPSPEED = System(
+    name="deepspeed",
+    attention=4,
+    dense=2,
+    residual=3,
+    gate=2,
+    dispatch=1,
+    combine=1,
+    expert=1,
+    once=1,
+    transform=1,
+    step=8,
+    exchange="coordinated-hierarchical",
+    min_capacity=1,
+    source="The full system: fused inference kernels (DeepSpeed-Inference: norm+product, attention, product, "
+    "bias+residual), one gating kernel and table-driven transforms (section 5.4), hierarchical and coordinated "
+    "all-to-all (5.3), experts in a loop and min_capacity 1 (defaults of moe_inference.py). A gate of one "
+    "kernel has no counts to copy, so the host does not wait.",
+)
+
 SYSTEMS = {
     s.name: s
     for s in (
@@ -89,43 +108,15 @@ SYSTEMS = {
             "Megatron-DeepSpeed of 2022-01-19 (a599d072, transformer.py) makes two scalars on the GPU from Python "
             "numbers, which in PyTorch copies and waits for the stream.",
         ),
-        System(
-            name="deepspeed",
-            attention=4,
-            dense=2,
-            residual=3,
-            gate=2,
-            dispatch=1,
-            combine=1,
-            expert=1,
-            once=1,
-            transform=1,
-            step=8,
-            exchange="coordinated-hierarchical",
-            min_capacity=1,
-            source="The full system: fused inference kernels (DeepSpeed-Inference: norm+product, attention, product, "
-            "bias+residual), one gating kernel and table-driven transforms (section 5.4), hierarchical and coordinated "
-            "all-to-all (5.3), experts in a loop and min_capacity 1 (defaults of moe_inference.py). A gate of one "
-            "kernel has no counts to copy, so the host does not wait.",
-        ),
-        System(
+        _DEEPSPEED,
+        replace(
+            _DEEPSPEED,
             name="moelab",
-            attention=4,
-            dense=2,
-            residual=3,
-            gate=2,
-            dispatch=1,
-            combine=1,
-            expert=1,
-            once=1,
-            transform=1,
-            step=8,
-            exchange="coordinated-hierarchical",
             min_capacity=0,
             grouped=True,
             graph=True,
-            source="What this project's engine aims at: drop-free routing, grouped products over the experts that got "
-            "tokens, a CUDA graph.",
+            source="What this project's engine aims at: the kernels of deepspeed with drop-free routing, grouped "
+            "products over the experts that got tokens, a CUDA graph.",
         ),
         System(
             name="engine",

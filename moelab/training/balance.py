@@ -71,7 +71,7 @@ def layer_statistics(load: Sequence[int], ranks: int = 1) -> dict[str, float]:
     return values
 
 
-def percentiles(load: Sequence[int]) -> list[float]:
+def percentiles(load: Sequence[float]) -> list[float]:
     """Return the `PERCENTILES` of a layer's load relative to its mean (the nearest expert, without interpolation)."""
     mean = sum(load) / len(load) or 1.0
     return [float(x) / mean for x in np.percentile(load, PERCENTILES, method="nearest")]

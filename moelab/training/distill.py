@@ -154,10 +154,6 @@ class Distiller:
             cache = LogitCache(teacher.run_dir / "logits" / key, teacher.distill.cache_bytes)
         return cls(built.module, teacher.distill, config, context, cache)
 
-    def weight(self, step: int) -> float:
-        """Return the schedule's weight of the KL divergence in the step after `step` steps."""
-        return self.distill.weight_at(step, step * self.config.batch_size * self.context)
-
     def loss(self, tokens_BT: Tensor, step: int, part: int) -> LogitsLoss | None:
         """Return what computes a micro-batch's distillation loss, weight * T^2 * KL in nats, from the student's logits.
 
@@ -167,7 +163,7 @@ class Distiller:
             step: number of steps before this one.
             part: number of the micro-batch in the step, over all ranks.
         """
-        weight = self.weight(step)
+        weight = self.distill.weight_at(step, step * self.config.batch_size * self.context)
         if weight == 0.0:
             return None
         t = self.distill.temperature

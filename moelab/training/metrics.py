@@ -16,7 +16,7 @@ from typing import Any
 
 from moelab.config import ModelConfig
 from moelab.files import read_bytes, write_bytes
-from moelab.training.balance import PERCENTILES, max_violation, statistics
+from moelab.training.balance import PERCENTILES, max_violation, percentiles, statistics
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
 _NUMBERS = ("step", "tokens", "time_s", "loss", "bits_per_byte", "tokens_per_s", "lr")
@@ -151,9 +151,8 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
         for name, value in balance.items():
             yield f"balance/layer{layer}/{name}", value
     for layer, load in row.get("expert_load", {}).items():
-        ordered = sorted(load)
-        for percent in PERCENTILES:
-            yield f"expert_load/layer{layer}/p{percent}", ordered[round(percent / 100 * (len(load) - 1))] * len(load)
+        for percent, value in zip(PERCENTILES, percentiles(load), strict=True):
+            yield f"expert_load/layer{layer}/p{percent}", value
 
 
 def objection(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> str | None:

@@ -46,12 +46,9 @@ def test_the_command_on_ranks(tmp_path):
     assert "time / flat" not in (tmp_path / "rank-00003.txt").read_text()
 
 
-def test_layouts_follow_the_nodes_there_are():
+def test_layouts_follow_the_nodes_there_are_and_cover_every_way():
     assert bench.layouts(128, 8)["flat"].gpus_per_node == 8 and "hierarchical 16x8" in bench.layouts(128, 8)
     assert bench.layouts(16, 16) == bench.layouts(16), "one node alone is cut as ranks of one machine are"
-
-
-def test_layouts_cover_every_way():
     for ranks in (8, 16, 32):
         assert {config.exchange for config in bench.layouts(ranks).values()} == set(EXCHANGES)
         assert {config.ranks for config in bench.layouts(ranks).values()} == {ranks}

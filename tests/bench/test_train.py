@@ -11,6 +11,14 @@ from moelab.bench.harness import Timing
 from moelab.config import ModelConfig, TrainConfig
 
 QUICK = Timing(2, clock="cpu", warm_up=1)
+GIVEN = dict(families=["dense"], dtypes=["fp32"], steps=1, threads=1, sequences=2, timing=QUICK)
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch):
+    """Measuring takes longer than all the rest; PyTorch's own products are the fastest."""
+    monkeypatch.setattr(train, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
 
 
 def test_twins_have_the_papers_experts():
@@ -25,9 +33,8 @@ def test_twins_have_the_papers_experts():
 def test_the_command_names_a_dtype_for_each_family(another, tmp_path, monkeypatch, capsys):
     """With `another` library than PyTorch's for fp32 products, both are measured."""
     monkeypatch.setattr(train, "onednn_is_faster", lambda: another)
-    monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
-    given = dict(widths=[32], families=["dense", "PR-MoE-32/64"], dtypes=["fp32", "bf16"], steps=1, threads=1)
-    train.main(**given, timing=QUICK, out=tmp_path, sequences=2)
+    wanted = dict(families=["dense", "PR-MoE-32/64"], dtypes=["fp32", "bf16"])
+    train.main(**GIVEN | wanted, widths=[32], out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     names = [
         "dense, fp32", "dense, bare loop, fp32", "dense, PyTorch's products, fp32", "dense, bf16", "dense, bare loop, bf16",
@@ -43,13 +50,10 @@ def test_the_command_names_a_dtype_for_each_family(another, tmp_path, monkeypatc
 
 
 def test_a_student_has_a_teacher(monkeypatch):
-    monkeypatch.setattr(train, "onednn_is_faster", lambda: False)
-    monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
     heard = []
     further = train.Distiller.loss
     monkeypatch.setattr(train.Distiller, "loss", lambda *given: heard.append(further(*given)) or heard[-1])
-    given = dict(families=["PR-MoE-32/64", "PR-MoE+L21 + KD"], dtypes=["fp32"], steps=1, threads=1, sequences=2)
-    teacher, student = train.measure(32, **given, timing=QUICK)
+    teacher, student = train.measure(32, **GIVEN | dict(families=["PR-MoE-32/64", "PR-MoE+L21 + KD"]))
     assert len(heard) == 3 and None not in heard, "a warm-up and two rounds"
     flops = train.twin("PR-MoE+L21 + KD", 32).flops_per_token() + train.twin("PR-MoE-32/64", 32).flops_per_token() / 3
     assert student.floor_ms == pytest.approx(2 * 128 * flops / 1e11 * 1e3) and student.floor_ms > teacher.floor_ms
@@ -91,17 +95,14 @@ def test_side_by_side_returns_a_speed_each_round():
     ],
 )
 def test_bad_settings(wrong, message):
-    given = dict(widths=[32], families=["dense"], dtypes=["fp32"], steps=1, threads=1, timing=QUICK, out=None)
     with pytest.raises(ValueError, match=message):
-        train.main(**(given | wrong))
+        train.main(**GIVEN | dict(widths=[32], out=None) | wrong)
 
 
 @pytest.mark.multiprocess
 def test_each_candidate_has_a_process(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
-    given = dict(widths=[32], families=["dense"], dtypes=["fp32"], steps=1, threads=1, out=tmp_path)
-    train.main(**given, sequences=2, timing=Timing(1, warm_up=0))
+    train.main(**GIVEN | dict(timing=Timing(1, warm_up=0)), widths=[32], out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     names = ["dense, fp32", "dense, bare loop, fp32", "dense, PyTorch's products, fp32"]
     assert [row["candidate"] for row in rows] == names and all(row["apart"] and row["median_ms"] > 0 for row in rows)

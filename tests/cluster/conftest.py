@@ -90,9 +90,10 @@ def spec(data_config) -> RunSpec:
 @pytest.fixture(scope="session")
 def undisturbed(spec, tmp_path_factory) -> Run:
     """The same run in this process, never interrupted."""
-    home = tmp_path_factory.mktemp("undisturbed")
-    run = RunStore(home / "runs").run(spec)
-    execute(run, cache=home / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOELAB_HOME", str(tmp_path_factory.mktemp("undisturbed")))
+        run = RunStore().run(spec)
+        execute(run)
     return run
 
 

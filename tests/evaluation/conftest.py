@@ -52,6 +52,18 @@ def cache(tmp_path):
 
 
 @pytest.fixture
+def place(tmp_path, cache, monkeypatch):
+    """A home in which the package of questions lies already."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "data").symlink_to(cache)
+    monkeypatch.setenv("MOELAB_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    return tmp_path
+
+
+@pytest.fixture
 def tokenizer():
     return Tokenizer.train(TEXT * 3, 300)
 

@@ -21,19 +21,14 @@ matplotlib.use("Agg")
 TEXT = "wave salt ship mast wind gull."
 
 
-@pytest.fixture(autouse=True)
-def _theme():
-    """The notebooks' theme, which puts titles left, and nobody else's after it."""
-    with matplotlib.rc_context():
-        figures.theme()
-        yield
-
-
 @pytest.fixture
 def ax():
-    fig, ax = plt.subplots()
-    yield ax
-    plt.close(fig)
+    """Axes in the notebooks' theme, which puts titles left."""
+    with matplotlib.rc_context():
+        figures.theme()
+        fig, ax = plt.subplots()
+        yield ax
+        plt.close(fig)
 
 
 def choices(experts: list[int], count: int = 4, top_k: int = 1) -> Choices:
@@ -48,8 +43,7 @@ def test_a_full_expert_drops_what_does_not_fit():
     assert lopsided.dropped() == 0
     assert lopsided.dropped(capacity_factor=1.0) == pytest.approx(5 / 12)
     assert lopsided.dropped(capacity_factor=2.0) == pytest.approx(3 / 12)
-    first = lopsided.route(capacity_factor=1.0, by_chance=False)
-    assert first.slot_SK[:9, 0].tolist() == [0, 1, 2, 3, -1, -1, -1, -1, -1]
+    assert sorted(lopsided.route(capacity_factor=1.0).slot_SK[:9, 0].tolist()) == [-1, -1, -1, -1, -1, 0, 1, 2, 3]
 
 
 def test_more_choices_double_the_capacity_and_share_the_weight():

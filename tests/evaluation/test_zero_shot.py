@@ -284,10 +284,7 @@ def test_other_weights_are_evaluated_anew(exported, tokenizer):
     assert zero_shot.fingerprint(Ours(model, tokenizer.eot), tokenizer) != before
 
 
-def test_the_command(lm_eval, exported, cache, tmp_path, monkeypatch):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "data").symlink_to(cache)
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+def test_the_command(lm_eval, exported, place, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     command = ["eval", str(exported()), "--tasks", "packaged_piqa,packaged_nq", "--limit", "4"]
     shown = CliRunner().invoke(app, command)

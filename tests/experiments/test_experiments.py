@@ -247,16 +247,17 @@ def test_pairing_takes_the_common_part_out():
     assert not len(one) and "two seeds" in seeds.headline(one), "one seed has no spread"
 
 
-def test_a_plan_counts_state_and_hours(tmp_path):
+def test_a_plan_counts_state_and_hours(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
     specs = EXPERIMENTS["distillation"].specs("paper", arms=["L21 + KD"])
-    teacher, student = planned_runs(specs, RunStore(tmp_path))
+    teacher, student = planned_runs(specs)
     assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())
-    assert teacher.gpu_hours == pytest.approx(teacher.flops / paper_rate() / 3600) and student.gpu_hours > 0
+    assert teacher.gpu_hours == pytest.approx(teacher.spec.cost / paper_rate() / 3600) and student.gpu_hours > 0
     one = settings.spec("1.3B+MoE-128", "paper")
     experts = 12 * 2 * (2 * 2048 * 8192 + 8192 + 2048)  # 128 experts on 64 ranks: two a layer
     shared = ModelConfig.parse("1.3B+MoE-128").parameters() - 64 * experts
     assert state_bytes(one) == 16 * (experts + shared)
-    assert planned_runs(EXPERIMENTS["half-moe"].specs("cpu"), RunStore(tmp_path))[0].gpu_hours is None
+    assert planned_runs(EXPERIMENTS["half-moe"].specs("cpu"))[0].gpu_hours is None
 
 
 def test_summary_and_gaps():

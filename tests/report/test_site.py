@@ -219,7 +219,7 @@ def test_long_code_and_tables_are_folded_and_a_formula_nobody_can_read_stays(tmp
         for text in ("Output()", "VBox(children=(IntSlider(value=1),))")
     ]
     cells = [
-        nb.new_markdown_cell("$$\\ell_i = -\\sum_v p_v \\log q_v$$"),
+        nb.new_markdown_cell("$$\\ell_i = -\\sum_v p_v \\log q_v$$ and [another notebook](02_half_moe.ipynb)"),
         nb.new_code_cell("x = 1\n" * 20, outputs=widgets),
         nb.new_code_cell("y = 2", metadata={"jupyter": {"source_hidden": True}}),
         *(nb.new_code_cell("table", outputs=[table(rows)]) for rows in (4, 40)),
@@ -227,6 +227,7 @@ def test_long_code_and_tables_are_folded_and_a_formula_nobody_can_read_stays(tmp
     (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
     page = site.convert(tmp_path / "notebook.ipynb").read_text()
     assert 'display="block"' in page and "<summary>20 lines of code</summary>" in page
+    assert 'href="../../../figures.html#half-moe">another notebook' in page
     assert "<summary>1 line of code</summary>" in page, "what JupyterLab hides"
     assert "<summary>Table of 40 rows</summary>" in page and page.count('<details class="table">') == 1
     assert "Controls to play with" in page and "VBox" not in page and "Output()" not in page

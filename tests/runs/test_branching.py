@@ -2,10 +2,7 @@
 
 import json
 import shutil
-import signal
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,28 +13,24 @@ from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint
 from moelab.lab import Lab
-from moelab.runs import dry_run, records
+from moelab.models import build
+from moelab.runs import dry_run, executors, records
 from moelab.runs.branching import shorter, starting_point, token_budgets
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
-from moelab.runs.executors import start
 from moelab.runs.progress import Snapshot
 from moelab.runs.spec import RunSpec, Start, closure
 from moelab.runs.store import Run, RunStore, Status
 from moelab.training.loop import TrainingStopped
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 from moelab.training.optimizer import make_optimizer
+from tests.conftest import numbers, stop_after
+from tests.runs.conftest import record, until
 
 pytestmark = pytest.mark.slow
 
 STEP = 4 * 32
 """Tokens of a step."""
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -57,44 +50,17 @@ def branch(trunk, short) -> RunSpec:
     return replace(short, start=Start(trunk, 10 * STEP))
 
 
-def test_a_shorter_run_whose_decay_begins_in_the_warm_up_begins_anew(trunk):
-    """In whole steps; in tokens the warm-up ends just before."""
-    train = replace(trunk.train, tokens=8000 * STEP, cooldown_tokens=1600 * STEP, warmup_tokens=50_200)
-    trunk = replace(trunk, train=train)
-    with pytest.raises(ValueError, match="decays from 50176 on"):
-        token_budgets(trunk, [62_760])
-    own = shorter(trunk, 62_760)
-    assert own.start is None and own.train.tokens == 62_760
-    assert shorter(trunk, 64_000).start is not None
-
-
 def assert_same_from(step: int, run: Run, whole: Run) -> None:
     """Rows after `step`, result, last weights and optimizer state are equal, bit for bit."""
-    clock = ("time_s", "tokens_per_s", "seconds")
-
-    def numbers(of: Run):
-        rows = [row for file in (TRAIN, VALIDATION) for row in read_rows(of.path / file) if row["step"] > step]
-        last = checkpoint.latest(of.path / "checkpoints")
-        tensors = {}
-        for part in ("model", "optimizer"):
-            found = load_file(last.path / f"{part}-00000.safetensors")
-            tensors |= {f"{part}/{name}": tensor for name, tensor in found.items()}
-        return [{k: v for k, v in row.items() if k not in clock} for row in (*rows, of.result)], tensors
-
-    (rows, tensors), (expected_rows, expected) = numbers(run), numbers(whole)
-    assert len(rows) > 2 and rows == expected_rows
-    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[k], expected[k]) for k in expected)
-
-
-def stop_after(steps):
-    done = iter(range(1, 10_000))
-    return lambda: next(done) >= steps
+    found = numbers(run.path, after=step)
+    assert found[TRAIN] and found[VALIDATION] and run.finished and found == numbers(whole.path, after=step)
 
 
 def test_a_branch_is_the_run_from_scratch(trunk, short, branch):
-    lab = Lab()
-    whole, run, stem = lab.run([short, branch, trunk], executor="inline")
+    """In processes, which read of the checkpoint to be kept in the trunk's spec; in this process in the other tests."""
+    whole, run, stem = Lab().run([short, branch, trunk], executor="processes", workers=2)
     assert_same_from(10, run, whole)
+    assert "trained again" not in run.log_tail()
     assert min(row["step"] for row in read_rows(run.path / TRAIN)) == 12
     assert [row["step"] for row in read_rows(run.path / VALIDATION)] == [10, 14], "metrics begin at the branch"
     assert run.provenance["start"] == {"run": trunk.id, "tokens": 10 * STEP, "trained_again": False}
@@ -119,12 +85,6 @@ def test_a_branch_does_not_need_the_metrics_of_its_trunk(damaged, trunk, short, 
     assert file.exists() == (damaged == "torn"), "the trunk's files are left as they are"
 
 
-def test_a_branch_of_processes_is_the_run_from_scratch(trunk, short, branch):
-    whole, run = Lab().run([short, branch], executor="processes", workers=2)
-    assert_same_from(10, run, whole)
-    assert "trained again" not in run.log_tail()
-
-
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_stopped_branch_goes_on(steps, trunk, short, branch):
     lab = Lab()
@@ -137,27 +97,41 @@ def test_a_stopped_branch_goes_on(steps, trunk, short, branch):
     assert_same_from(10, run, whole)
 
 
-def test_a_branch_that_is_asked_for_later_trains_the_trunk_again(trunk, short, branch, capsys):
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_a_killed_branch_goes_on(trunk, short):
+    """Killed while the trunk is trained again, and after that."""
+    trunk = replace(trunk, train=replace(trunk.train, tokens=60 * STEP))
+    often = replace(short.train, tokens=50 * STEP, cooldown_tokens=20 * STEP, checkpoint_every=1)
     lab = Lab()
-    (whole, _) = lab.run([short, trunk], executor="inline")
-    (run,) = lab.run([branch], executor="inline")
-    assert f"the trunk {trunk.id} has kept no checkpoint after 1280 tokens" in capsys.readouterr().out
-    assert_same_from(10, run, whole)
-    assert run.provenance["start"]["trained_again"] and not (run.path / "prefix").exists()
+    (whole, _) = lab.run([replace(short, train=often), trunk], executor="inline")
+    run = lab.store.run(replace(short, train=often, start=Start(trunk, 30 * STEP)))
+    for folder, step in (("prefix/checkpoints", 10), ("checkpoints", 33), ("checkpoints", 40)):
+        process = executors.start(run)
+        until(lambda: process.poll() is not None or (run.path / folder / f"step-{step:08d}").exists())  # noqa: B023
+        process.kill()
+        process.wait()
+        assert not run.finished and (run.path / "checkpoints").exists() == (step > 30)
+    execute(run)
+    assert_same_from(30, run, whole)
 
 
-def test_training_again_goes_on_after_a_stop_and_from_the_nearest_checkpoint(trunk, short, branch, capsys):
+def test_a_branch_that_is_asked_for_later_trains_the_trunk_again(trunk, short, branch, capsys):
+    """From the nearest checkpoint, and going on after a stop."""
     lab = Lab()
     (whole, _) = lab.run([short, trunk.with_checkpoints([5 * STEP])], executor="inline")
     run = lab.store.run(branch)
     with pytest.raises(TrainingStopped):
         execute(run, should_stop=stop_after(2))
-    assert "from its step 5; on the kind of processor that trained it first" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"the trunk {trunk.id} has kept no checkpoint after 1280 tokens" in said
+    assert "from its step 5; on the kind of processor that trained it first" in said
     assert checkpoint.latest(run.path / "prefix" / "checkpoints").step == 7
     assert Snapshot.of([run]).done == 0, "steps of the trunk are not its own"
     execute(run)
     assert "from its step 7; on the kind" in capsys.readouterr().out
     assert_same_from(10, run, whole)
+    assert run.provenance["start"]["trained_again"] and not (run.path / "prefix").exists()
 
 
 def test_training_again_that_leaves_no_checkpoint_is_one_line(branch, tmp_path):
@@ -218,16 +192,15 @@ def test_a_trunk_that_no_layout_fits_is_one_line(trunk, short, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_branch_of_an_imported_trunk(trunk, short, branch, tmp_path):
+def test_a_branch_of_an_imported_trunk(trunk, short, branch, tmp_path, theirs):
     lab = Lab()
     (whole, stem) = lab.run([short, trunk], executor="inline")
-    archive = records.archives_in(*records.write([stem], tmp_path))[0]
+    archive = record(stem, tmp_path)
     shutil.rmtree(stem.path)
     assert records.read(archive, lab.store).finished
     (run,) = lab.run([branch], executor="inline")
     assert_same_from(10, run, whole)
-    packed = records.archives_in(*records.write([run], tmp_path / "packs"))[0]
-    taken = records.read(packed, RunStore(tmp_path / "theirs"))
+    taken = records.read(record(run, tmp_path), theirs)
     assert taken.spec == branch and taken.spec.start.run == trunk and taken.provenance["start"]["trained_again"]
 
 
@@ -260,12 +233,21 @@ def test_staged_distillation_is_a_branch_of_the_distilled_student(tiny_spec):
     assert "distill_loss" not in read_rows(runs[0].path / TRAIN)[-1]
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_dense_run_is_upcycled(residual, trunk):
+@pytest.fixture
+def dense(trunk) -> RunSpec:
+    return replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
+
+
+@pytest.mark.parametrize(
+    ("residual", "decoder"),
+    [(False, DecoderConfig()), (True, DecoderConfig()), (False, DecoderConfig(feed_forward="swiglu", ffn=48))],
+    ids=["plain", "residual", "gated"],
+)
+def test_a_dense_run_is_upcycled(residual, decoder, dense):
     """With normalised weights two equal experts are the dense feed-forward; the router breaks the tie from then on."""
-    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
+    dense = replace(dense, model=replace(dense.model, decoder=decoder))
     routing = RoutingConfig(drop_tokens=False)
-    model = replace(trunk.model, experts=(0, 4, 0, 2), residual=residual, top_k=2, routing=routing)
+    model = replace(dense.model, experts=(0, 4, 0, 2), residual=residual, top_k=2, routing=routing)
     branch = replace(dense, model=model, start=Start(dense, 16 * STEP))
     stem, run = Lab().run([dense, branch], executor="inline")
     first = read_rows(run.path / VALIDATION)[0]
@@ -279,14 +261,8 @@ def test_a_dense_run_is_upcycled(residual, trunk):
     assert not torch.equal(experts[0], experts[1]), "they learn apart"
 
 
-def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run.path / "checkpoints" / f"step-{step:08d}" / "model-00000.safetensors")
-
-
 def filled(trunk: RunSpec, branch: RunSpec):
-    """Return the trunk's weights where the branch starts, and the branch's before its first step."""
-    from moelab.models import build
-
+    """Return the trunk's weights at the start, the branch's before its first step, and which of these have a state."""
     (stem,) = Lab().run([trunk.with_checkpoints([branch.start.tokens])], executor="inline")
     model = build(branch.model, branch.train.seed)
     found = checkpoint.latest(stem.path / "checkpoints", up_to=branch.first_step)
@@ -294,15 +270,15 @@ def filled(trunk: RunSpec, branch: RunSpec):
     scores = branch.model.routing.scores
     checkpoint.load(found, model, optimizer, upcycle=branch.start.upcycle, seed=branch.train.seed, scores=scores)
     named = dict(model.named_parameters())
-    return weights(stem, branch.first_step), named, {n for n, p in named.items() if p in optimizer.state}, model
+    before = load_file(stem.path / "checkpoints" / f"step-{branch.first_step:08d}" / "model-00000.safetensors")
+    return before, named, {n for n, p in named.items() if p in optimizer.state}
 
 
-def test_copies_have_noise_of_their_own(trunk):
+def test_copies_have_noise_of_their_own(trunk, dense):
     """Of a share of the copied tensor's deviation, another for each expert; without it they are equal."""
-    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
     for noise in (0.0, 0.5):
         start = Start(dense, 16 * STEP, upcycle=UpcycleConfig(noise=noise, scale=2.0))
-        before, after, _, _ = filled(dense, replace(dense, model=trunk.model, start=start))
+        before, after, _ = filled(dense, replace(dense, model=trunk.model, start=start))
         for part, factor in (("up", 1.0), ("down", 2.0)):
             source = before[f"blocks.1.ffn.{part}.weight"].T * factor
             moved = after[f"blocks.1.ffn.experts.{part}"].detach() - source
@@ -312,21 +288,10 @@ def test_copies_have_noise_of_their_own(trunk):
 
 
 @pytest.mark.parametrize("expert", [ExpertConfig(shared=1, shared_ffn=64), ExpertConfig(ffn=32)])
-def test_a_feed_forward_of_another_size_is_not_copied(expert, trunk):
-    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
+def test_a_feed_forward_of_another_size_is_not_copied(expert, trunk, dense):
     model = replace(trunk.model, residual=False, expert=expert)
     with pytest.raises(checkpoint.CheckpointError, match=r"a dense feed-forward of \(128, 32\) does not become"):
         filled(dense, replace(dense, model=model, start=Start(dense, 16 * STEP)))
-
-
-def test_gated_feed_forwards_are_copied_with_their_gates(trunk):
-    decoder = DecoderConfig(feed_forward="swiglu", ffn=48)
-    dense = replace(trunk, model=replace(trunk.model, experts=(0,) * 4, residual=False, decoder=decoder))
-    model = replace(dense.model, experts=(0, 4, 0, 2), top_k=2, routing=RoutingConfig(drop_tokens=False))
-    upcycled = replace(dense, model=model, start=Start(dense, 16 * STEP))
-    stem, run = Lab().run([dense, upcycled], executor="inline")
-    before = next(row for row in read_rows(stem.path / VALIDATION) if row["step"] == 16)
-    assert read_rows(run.path / VALIDATION)[0]["loss"] == pytest.approx(before["loss"], abs=1e-5)
 
 
 BIAS = {"balance_rate": 1e-3, "aux_loss": 0.0}
@@ -339,19 +304,12 @@ def test_an_moe_grows_its_experts(rules, trunk):
         trunk.model, experts=(0, 4, 0, 2), residual=False, routing=RoutingConfig(drop_tokens=False, **rules)
     )
     few = replace(trunk, model=model)
-    shared = (
-        1.0 if "scores" in rules else 3.0
-    )  # of softmax scores, which experts divide among them, copies have a third
+    shared = 1.0 if "scores" in rules else 3.0  # of softmax scores, which experts divide, copies have a third
     start = Start(few, 16 * STEP, upcycle=UpcycleConfig(noise=1e-3, scale=shared))
     grown = replace(few, model=replace(model, experts=(0, 12, 0, 6)), start=start)
-    before, after, kept_state, _ = filled(few, grown)
-    for part in (
-        "router.weight",
-        "experts.up",
-        "experts.up_bias",
-        "experts.down",
-        *(["router.balance_bias"] * bool(rules)),
-    ):
+    before, after, kept_state = filled(few, grown)
+    biases = ["router.balance_bias"] if rules else []
+    for part in ("router.weight", "experts.up", "experts.up_bias", "experts.down", *biases):
         old, new = before[f"blocks.1.ffn.{part}"], after[f"blocks.1.ffn.{part}"].detach()
         old = old * {"experts.down": shared, "router.balance_bias": 1 / shared}.get(part, 1.0)
         assert torch.equal(new[:4], old)
@@ -367,9 +325,8 @@ def test_an_moe_grows_its_experts(rules, trunk):
     loads = [row["expert_load"] for row in read_rows(run.path / TRAIN)]
     for layer, few_experts, many in (("2", 4, 12), ("4", 2, 6)):
         load = [sum(row[layer][i] for row in loads) for i in range(many)]
-        assert len(loads[0][layer]) == many and sum(load[few_experts:]) > sum(load) / 3, (
-            "copies take their part of the tokens"
-        )
+        assert len(loads[0][layer]) == many
+        assert sum(load[few_experts:]) > sum(load) / 3, "copies take their part of the tokens"
 
 
 def test_the_rate_of_a_branch_rises_again(trunk, branch):
@@ -381,38 +338,22 @@ def test_the_rate_of_a_branch_rises_again(trunk, branch):
     assert rows[-1]["lr"] == others[-1]["lr"]
 
 
-@pytest.mark.parametrize(
-    ("experts", "start", "part"),
-    [
-        ((0, 12, 0, 2), {}, "a layer grows from 4 to 12 experts; allowed are multiples of 4, with"),
-        ((0, 6, 0, 2), {"upcycle": UpcycleConfig(noise=0.1)}, "grows from 4 to 6 experts"),
-        ((0, 4, 0, 2), {"upcycle": UpcycleConfig(noise=0.1)}, "no layer has more of them than in"),
-        ((0, 4, 0, 2), {"warmup_tokens": 9 * STEP}, "start.warmup_tokens must be between 0 and the branch's own 512"),
-    ],
-)
-def test_copies_that_cannot_be_are_refused(experts, start, part, trunk, short):
-    few = replace(trunk, model=replace(trunk.model, experts=(0, 4, 0, 2)))
-    with pytest.raises(ValueError) as error:
-        replace(short, model=replace(few.model, experts=experts), start=Start(few, 10 * STEP, **start))
-    assert str(error.value).startswith("spec: ") and part in str(error.value) and "\n" not in str(error.value)
-
-
 @pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("few", "layout"), [(0, ParallelConfig(data=2, expert_slicing=2)), (2, ParallelConfig(data=2, shard=True))]
 )
-def test_upcycling_on_ranks_is_that_of_one_process(few, layout, trunk):
+def test_upcycling_on_ranks_is_that_of_one_process(few, layout, trunk, theirs):
     """Noise belongs to the expert, not to the rank: of a dense layer, and of one that grows from two experts."""
     trunk = replace(trunk, train=replace(trunk.train, micro_batch=2))
     stem = replace(trunk, model=replace(trunk.model, experts=(0, few, 0, few), residual=bool(few)))
     start = Start(stem, 16 * STEP, upcycle=UpcycleConfig(noise=0.3, scale=1.5))
     branch = replace(trunk, model=replace(trunk.model, experts=(0, 4, 0, 8)), start=start)
-    lab = Lab(RunStore(Path("one").absolute()))
+    lab = Lab()
     one = lab.run([branch], executor="inline")[0]
-    trained, folder = lab.store.run(start.run).path, Path("two").absolute()
-    shutil.copytree(trained, folder / trained.name)  # the ranks go on from the checkpoint of one process
-    run = Lab(RunStore(folder)).run([replace(branch, parallel=layout)])[0]
+    trained = lab.store.run(start.run).path
+    shutil.copytree(trained, theirs.root / trained.name)  # the ranks go on from the checkpoint of one process
+    run = Lab(theirs).run([replace(branch, parallel=layout)])[0]
     assert "trained again" not in run.log_tail(40)
     rows, expected = read_rows(run.path / VALIDATION), read_rows(one.path / VALIDATION)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
@@ -437,33 +378,12 @@ def test_rows_begin_anew_where_the_trunks_do_not_fit(trunk, branch):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_a_killed_branch_goes_on(trunk, short):
-    """Killed while the trunk is trained again, and after that."""
-    trunk = replace(trunk, train=replace(trunk.train, tokens=60 * STEP))
-    often = replace(short.train, tokens=50 * STEP, cooldown_tokens=20 * STEP, checkpoint_every=1)
-    lab = Lab()
-    (whole, _) = lab.run([replace(short, train=often), trunk], executor="inline")
-    run = lab.store.run(replace(short, train=often, start=Start(trunk, 30 * STEP)))
-    for folder, step in (("prefix/checkpoints", 10), ("checkpoints", 33), ("checkpoints", 40)):
-        process = start(run)
-        while process.poll() is None and not (run.path / folder / f"step-{step:08d}").exists():
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not run.finished and (run.path / "checkpoints").exists() == (step > 30)
-    execute(run)
-    assert_same_from(30, run, whole)
-
-
-@pytest.mark.multiprocess
-@pytest.mark.slow
-def test_a_branch_on_ranks(trunk, short):
+def test_a_branch_on_ranks(dense, short):
     """Two data ranks go on from a trunk of one, whose checkpoint is there or is trained again by both.
 
     Dense, because the rounding of two ranks may send a token to another expert.
     """
-    model = replace(trunk.model, experts=(0, 0, 0, 0), residual=False)
-    trunk, short = (replace(s, model=model, train=replace(s.train, micro_batch=2)) for s in (trunk, short))
+    trunk, short = (replace(s, model=dense.model, train=replace(s.train, micro_batch=2)) for s in (dense, short))
     branch = replace(short, start=Start(trunk, 10 * STEP), parallel=ParallelConfig(data=2))
     lab = Lab()
     whole, run = lab.run([short, branch], executor="inline")
@@ -500,13 +420,10 @@ def test_what_a_branch_requires_and_costs(trunk, branch):
     found = closure([branch, other, replace(trunk, label="asked for")])
     assert list(found) == [trunk.id, branch.id, other.id]
     assert found[trunk.id].train.keep_at == (8 * STEP, 10 * STEP) and found[trunk.id].label == "asked for"
-    assert [[r.spec.id for r in g] for g in Lab._generations([Run(s, None) for s in found.values()])] == [
-        [trunk.id],
-        [branch.id, other.id],
-    ]
+    assert [spec.depth for spec in found.values()] == [0, 1, 1]
     assert branch.cost * 24 == trunk.cost * 4
     rows = dry_run.planned_runs([branch])
-    assert [(row.steps, row.flops) for row in rows] == [(24, trunk.cost), (4, branch.cost)]
+    assert [(row.spec.id, row.steps) for row in rows] == [(trunk.id, 24), (branch.id, 4)]
     store = RunStore()
     assert not store.root.exists(), "a dry run writes nothing"
     run = store.run(branch)
@@ -514,38 +431,41 @@ def test_what_a_branch_requires_and_costs(trunk, branch):
     assert Snapshot.of([run]).done == 0.5
 
 
-def test_the_store_keeps_what_was_ever_asked_for(trunk):
-    store = RunStore()
-    store.run(trunk.with_checkpoints([STEP]))
-    assert store.run(trunk.with_checkpoints([3 * STEP])).spec.train.keep_at == (STEP, 3 * STEP)
-    assert store.run(trunk).spec.train.keep_at == (STEP, 3 * STEP) == store.at(trunk.id).spec.train.keep_at
-
-
 @pytest.mark.parametrize(
-    ("tokens", "change", "part"),
+    ("own", "start", "part"),
     [
-        (10 * STEP + 1, {}, "start.tokens must be a multiple of a step's 128 tokens and above 0, got 1281"),
-        (0, {}, "above 0, got 0; nearest: 128 and 256"),
-        (25 * STEP, {"tokens": 40 * STEP}, "start.tokens must be above 0 and at most 3072"),
-        (14 * STEP, {}, "leave nothing of 1792 tokens to train"),
-        (20 * STEP, {"tokens": 30 * STEP}, "are in the decay of tiny-s0"),
-        (10 * STEP, {"seed": 1}, "train.seed of a branch must be the trunk's, got 1 and 0: its steps go on"),
-        (10 * STEP, {"batch_size": 2}, "train.batch_size of a branch must be the trunk's"),
-        (10 * STEP, {"micro_batch": 2}, "train.micro_batch of a branch"),
-        (10 * STEP, {"threads": 2}, "train.threads of a branch must be the trunk's, got 2 and 1: its numbers"),
-        (10 * STEP, {"dtype": "bf16"}, "train.dtype of a branch"),
-        (10 * STEP, {"keep_at": (5,)}, "train.keep_at must be a multiple of a step's 128 tokens"),
+        ({}, {"tokens": 10 * STEP + 1}, "start.tokens must be a multiple of a step's 128 tokens and above 0, got 1281"),
+        ({}, {"tokens": 0}, "above 0, got 0; nearest: 128 and 256"),
+        ({"train": {"tokens": 40 * STEP}}, {"tokens": 25 * STEP}, "start.tokens must be above 0 and at most 3072"),
+        ({}, {"tokens": 14 * STEP}, "leave nothing of 1792 tokens to train"),
+        ({"train": {"tokens": 30 * STEP}}, {"tokens": 20 * STEP}, "are in the decay of tiny-s0"),
+        ({"train": {"seed": 1}}, {}, "train.seed of a branch must be the trunk's, got 1 and 0: its steps go on"),
+        ({"train": {"batch_size": 2}}, {}, "train.batch_size of a branch must be the trunk's"),
+        ({"train": {"micro_batch": 2}}, {}, "train.micro_batch of a branch"),
+        ({"train": {"threads": 2}}, {}, "train.threads of a branch must be the trunk's, got 2 and 1: its numbers"),
+        ({"train": {"dtype": "bf16"}}, {}, "train.dtype of a branch"),
+        ({"train": {"keep_at": (5,)}}, {}, "train.keep_at must be a multiple of a step's 128 tokens"),
+        ({"data": {"max_bytes": 1000}}, {}, "data differ"),
+        ({}, {"warmup_tokens": 9 * STEP}, "start.warmup_tokens must be between 0 and the branch's own 512"),
+        ({}, {"upcycle": UpcycleConfig(noise=0.1)}, "no layer has more of them than in"),
+        (
+            {"model": {"experts": (0, 12, 0, 2)}},
+            {},
+            "a layer grows from 4 to 12 experts; allowed are multiples of 4, with",
+        ),
+        ({"model": {"experts": (0, 6, 0, 2)}}, {"upcycle": UpcycleConfig(noise=0.1)}, "grows from 4 to 6 experts"),
     ],
 )
-def test_branches_that_cannot_be_are_refused(tokens, change, part, trunk, short):
+def test_branches_that_cannot_be_are_refused(own, start, part, trunk, short):
+    model = replace(trunk.model, experts=(0, 4, 0, 2))
+    trunk, branch = replace(trunk, model=model), replace(short, model=model)
+    changed = {name: replace(getattr(branch, name), **fields) for name, fields in own.items()}
     with pytest.raises(ValueError) as error:
-        replace(short, train=replace(short.train, **change), start=Start(trunk, tokens))
+        replace(branch, **changed, start=Start(trunk, **{"tokens": 10 * STEP, **start}))
     assert str(error.value).startswith("spec: ") and part in str(error.value) and "\n" not in str(error.value)
 
 
-def test_data_schedule_and_trunk_are_checked(trunk, short):
-    with pytest.raises(ValueError, match="data differ"):
-        replace(short, data=replace(short.data, max_bytes=1000), start=Start(trunk, 10 * STEP))
+def test_schedule_and_trunk_are_checked(trunk, short):
     late = replace(trunk, model=replace(trunk.model, dropout=0.0), start=Start(trunk, 20 * STEP))
     assert late.first_step == 20, "within the decay, with the same schedule"
     cosine = replace(trunk, train=replace(trunk.train, cooldown_tokens=0))
@@ -568,3 +488,14 @@ def test_token_budgets(trunk):
     for budget in (2 * STEP, 30 * STEP):
         with pytest.raises(ValueError, match="is constant from 256 to 2304"):
             token_budgets(trunk, [budget])
+
+
+def test_a_shorter_run_whose_decay_begins_in_the_warm_up_begins_anew(trunk):
+    """In whole steps; in tokens the warm-up ends just before."""
+    train = replace(trunk.train, tokens=8000 * STEP, cooldown_tokens=1600 * STEP, warmup_tokens=50_200)
+    trunk = replace(trunk, train=train)
+    with pytest.raises(ValueError, match="decays from 50176 on"):
+        token_budgets(trunk, [62_760])
+    own = shorter(trunk, 62_760)
+    assert own.start is None and own.train.tokens == 62_760
+    assert shorter(trunk, 64_000).start is not None

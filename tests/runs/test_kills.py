@@ -22,10 +22,10 @@ from moelab.engine.checkpoint.format import directories
 from moelab.files import read_json, sweep
 from moelab.runs.store import Run, RunStore
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
+from tests.conftest import CLOCK
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
-CLOCK = ("time_s", "tokens_per_s", "seconds")
 ELSEWHERE = {"log.txt", "run.lock", "holder.json"}
 """Files that say who trained a run; with the logs of ranks, all that may differ."""
 
@@ -120,15 +120,10 @@ def contents(run: Run) -> dict:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_times_it_ends_as_undisturbed(ranks, kills, tiny_spec, tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     train = replace(tiny_spec.train, tokens=60 * 128, micro_batch=1, checkpoint_every=7, eval_every=25)
-    spec = replace(
-        tiny_spec,
-        model=replace(tiny_spec.model, dropout=0.0),
-        train=train,
-        parallel=ParallelConfig(data=ranks),
-    )
+    model = replace(tiny_spec.model, dropout=0.0)
+    spec = replace(tiny_spec, model=model, train=train, parallel=ParallelConfig(data=ranks))
     undisturbed = RunStore(tmp_path / "undisturbed").run(spec)
     finish(undisturbed)
     expected = contents(undisturbed)

@@ -27,9 +27,9 @@ timing.__module__ = "moelab.testing"  # a measurement is stored under moelab's c
 
 
 @pytest.fixture
-def store(tmp_path):
+def store():
     CALLS.clear()
-    return MeasurementStore(tmp_path)
+    return MeasurementStore()
 
 
 def test_the_same_is_read_back_and_said_so(store):
@@ -49,10 +49,7 @@ def test_other_arguments_are_another_measurement(store, arguments):
     assert store.measure(timing, 8, "smoke").id != store.measure(timing, *arguments).id and len(CALLS) == 2
 
 
-@pytest.mark.parametrize(
-    ("what", "now"),
-    [("code", "another"), ("machine", {"cpu": "another"}), ("FORMAT", 2)],
-)
+@pytest.mark.parametrize(("what", "now"), [("code", "another"), ("machine", {"cpu": "another"}), ("FORMAT", 2)])
 def test_other_code_or_another_machine_measures_anew(store, monkeypatch, what, now):
     first = store.measure(timing, 8)
     monkeypatch.setattr(measurements, what, now if what == "FORMAT" else lambda: now)
@@ -68,7 +65,6 @@ def test_the_code_is_all_source_with_the_kernels_and_their_tables(tmp_path, monk
         place = [str(tmp_path / "kernels")]
         return SimpleNamespace(submodule_search_locations=place) if name == "moelab.kernels" else find(name)
 
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     seen = [measurements.code.__wrapped__()]
     assert seen == [measurements.code.__wrapped__()]
     monkeypatch.setattr(measurements, "find_spec", changed)
@@ -148,8 +144,7 @@ def test_what_nothing_can_be_stored_by_is_refused(store, function, arguments, wh
     assert "\n" not in str(refused.value) and not CALLS
 
 
-def test_a_publication_lists_what_its_lab_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+def test_a_publication_lists_what_its_lab_measured(capsys):
     CALLS.clear()
     for again in (False, False, True):
         lab = Lab(measure_again=again)
@@ -164,15 +159,14 @@ def test_a_publication_lists_what_its_lab_measured(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("where", ["stored", "published"])
-def test_a_lab_says_what_it_measures_and_how_long_that_took_before(tmp_path, monkeypatch, capsys, where):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+def test_a_lab_says_what_it_measures_and_how_long_that_took_before(home, tmp_path, monkeypatch, capsys, where):
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
     lab = Lab()
     lab.publish("throughput", "smoke")
     lab.measure(timing, 7)
     assert "timing: measures now; it may take minutes. timing\n" in capsys.readouterr().out
     if where == "stored":
-        (file,) = (tmp_path / "measurements").glob("*.json")
+        (file,) = (home / "measurements").glob("*.json")
         file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 61.0}))
     else:
         listed = {"id": "testing-timing-0", "measured": "2026-01-01", "seconds": 61.0, "read_back": False}

@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import time
-from collections import namedtuple
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +19,8 @@ from moelab.runs.store import RunStore
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+def _results(tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
-    return tmp_path / "home"
 
 
 def on_cuda(spec, ranks=1):
@@ -88,9 +86,7 @@ def test_a_text_of_hugging_face_needs_its_package_until_it_is_prepared(tiny_spec
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     for config in (local, remote):
         spec = replace(tiny_spec, data=config)
-        with pytest.raises(
-            ValueError, match=r"is read by the package datasets, which .* lacks: pip install -e '.\[hf\]'"
-        ):
+        with pytest.raises(ValueError, match=r"by the package datasets, which .* lacks: pip install -e '.\[hf\]'"):
             preflight.check([spec])
         preflight.check([spec], same_packages=False)
         preflight.check([spec], executor="read")
@@ -118,26 +114,18 @@ def test_folders_that_cannot_be_written_are_refused(variable, publish, tiny_spec
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypatch):
-    needed = preflight.ROOM + 3 * 12 * tiny_spec.model.parameters()
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
-    preflight.check([tiny_spec])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
-    with pytest.raises(ValueError, match=r"GiB free, .* GiB needed for the checkpoints of 1 runs"):
-        preflight.check([tiny_spec])
+    """Three of a run, one more of a trunk, which a branch starts from."""
+    train = replace(tiny_spec.train, cooldown_tokens=6 * 128)
+    trunk = replace(tiny_spec, train=train)
+    short = replace(train, tokens=14 * 128, cooldown_tokens=4 * 128)
+    branch = replace(trunk, train=short, start=Start(trunk, 10 * 128))
+    for specs, checkpoints in (([branch, trunk], 7), ([tiny_spec], 3)):
+        needed = preflight.ROOM + checkpoints * 12 * tiny_spec.model.parameters()
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed: SimpleNamespace(free=free))
+        preflight.check(specs)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed: SimpleNamespace(free=free - 1))
+        with pytest.raises(ValueError, match=rf"GiB free, .* needed for the checkpoints of {len(specs)} runs"):
+            preflight.check(specs)
     (written := RunStore().run(tiny_spec).path / "checkpoints" / "step-00000005").mkdir(parents=True)
     (written / "model.safetensors").write_bytes(bytes(100))
     preflight.check([tiny_spec])  # the checkpoints of a run that was stopped are there
-
-
-def test_a_trunk_needs_room_for_the_checkpoint_that_it_keeps(tiny_spec, monkeypatch):
-    train = replace(tiny_spec.train, cooldown_tokens=6 * 128)
-    trunk = replace(tiny_spec, train=train)
-    branch = replace(
-        trunk, train=replace(train, tokens=14 * 128, cooldown_tokens=4 * 128), start=Start(trunk, 10 * 128)
-    )
-    seen = []
-    monkeypatch.setattr(preflight, "_check_space", lambda specs, store, publish: seen.extend(specs))
-    preflight.check([branch, trunk])
-    assert [spec.id for spec in seen] == [trunk.id, branch.id]
-    assert preflight._checkpoint_bytes(seen[0]) == preflight._checkpoint_bytes(trunk) * 4 // 3

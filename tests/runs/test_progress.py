@@ -6,7 +6,6 @@ import pytest
 from rich.console import Console
 
 from moelab.runs.progress import Estimate, Snapshot, table
-from moelab.runs.spec import Start
 from moelab.runs.store import RunStore, Status
 
 
@@ -49,20 +48,10 @@ def test_brackets_of_a_reason_are_no_markup(runs):
     assert all(reason in shown.get() for reason in reasons)
 
 
-def test_a_branch_is_done_by_its_own_steps(tiny_spec, tmp_path):
-    train = replace(tiny_spec.train, cooldown_tokens=6 * 128)
-    trunk = replace(tiny_spec, train=train)
-    short = replace(train, tokens=14 * 128, cooldown_tokens=4 * 128)
-    run = RunStore(tmp_path).run(replace(trunk, train=short, start=Start(trunk, 10 * 128)))
-    run.set_status(Status("stopped", 11, 14))
-    assert Snapshot.of([run]).shares == (0.25,)
-
-
 def test_a_failure_shortens_the_time_left(runs, monkeypatch):
     clock = iter((0.0, 10.0, 10.0))
     monkeypatch.setattr("moelab.runs.progress.time.monotonic", lambda: next(clock))
     estimate = Estimate(describe(runs, *[("running", 0)] * 4)[0])
-    assert estimate.seconds_left(describe(runs, ("finished", 24), *[("running", 0)] * 3)[0]) == pytest.approx(30)
-    assert estimate.seconds_left(describe(runs, ("finished", 24), ("failed", 0), *[("running", 0)] * 2)[0]) == (
-        pytest.approx(20)
-    )
+    for failed, left in ((0, 30), (1, 20)):
+        now, _ = describe(runs, ("finished", 24), *[("failed", 0)] * failed, *[("running", 0)] * (3 - failed))
+        assert estimate.seconds_left(now) == pytest.approx(left)

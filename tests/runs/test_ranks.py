@@ -1,30 +1,25 @@
 """Runs on several ranks, through the worker, the executors and the lab. The ranks do all but the training, which is a stand-in."""
 
-import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.launch import Limits, RankFailed
-from moelab.files import read_json
+from moelab.engine.launch import RankFailed
 from moelab.lab import Lab
 from moelab.runs import executors, supervisor
-from moelab.runs.collection import NoResult, Runs
+from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
+from moelab.runs.executors import start
 from moelab.runs.store import Run, RunStore, Status
 from moelab.runs.supervisor import supervise
 from moelab.slurm import attempt
-
-LIMITS = Limits(hang_s=10, death_s=4, stop_s=20, collective_s=30)
+from tests.runs.conftest import until, wait_for_step
 
 # What is imported in every process of a test before its own program: `train` replaced, as Python's start-up hook allows.
 STAND_IN = '''
@@ -63,7 +58,6 @@ def _stand_in(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -78,34 +72,9 @@ def spec(tiny_spec):
     )
 
 
-def worker(run: Run, **options) -> subprocess.Popen:
-    with open(run.path / "log.txt", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "moelab.runs.worker", str(run.path)], stdout=log, stderr=log, **options
-        )
-
-
-def wait_for_step(run: Run, step: int) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        record = read_json(run.path / "status.json")
-        if record and record["step"] >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the ranks did not start")
-
-
-def assert_trained_on_two(runs: Runs) -> None:
-    assert runs[0].finished, runs.explain_missing()
-    assert (runs[0].result["ranks"], runs[0].result["steps"]) == (2, 24) and runs[0].status.state == "finished"
-    assert runs[0].provenance["parallel"]["data"] == 2
-    assert "trains with 2 ranks as 0" in runs[0].log_tail(100)
-    assert "trains with 2 ranks as 1" in (runs[0].path / "logs" / "rank-00001.txt").read_text()
-
-
-@pytest.mark.multiprocess
-def test_a_lab_runs_it_in_its_own_process_and_reads_it_back(spec):
-    assert_trained_on_two(Lab().run([spec], executor="inline"))
+@pytest.fixture
+def run(spec) -> Run:
+    return RunStore().run(spec)
 
 
 @pytest.mark.multiprocess
@@ -119,13 +88,17 @@ def test_the_dead_rank_is_the_status(spec, monkeypatch):
     assert status.reason.startswith("rank 1 of 2 on ") and "failed with ValueError: expert 7 is lost" in status.reason
     assert "the last lines of rank-00001.txt" in runs[0].log_tail(60) and "expert 7 is lost" in runs.explain_missing()
     with pytest.raises(RankFailed, match="expert 7 is lost"):
-        supervise(runs[0], limits=LIMITS)
+        supervise(runs[0])
     monkeypatch.setenv("MOELAB_HANG_S", "long")
     with pytest.raises(NoResult, match="MOELAB_HANG_S must be a number of seconds, got 'long'"):
         Lab().run([spec])
     monkeypatch.delenv("MOELAB_HANG_S")
     monkeypatch.delenv("STAND_IN_DIES")
-    assert_trained_on_two(Lab().run([spec]))  # the next try may do better
+    (run,) = Lab().run([spec], executor="inline")  # the next try may do better
+    assert (run.result["ranks"], run.result["steps"]) == (2, 24) and run.status.state == "finished"
+    assert run.provenance["parallel"]["data"] == 2
+    assert "trains with 2 ranks as 0" in run.log_tail(100)
+    assert "trains with 2 ranks as 1" in (run.path / "logs" / "rank-00001.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -137,9 +110,8 @@ def test_the_dead_rank_is_the_status(spec, monkeypatch):
         (None, "ended with exit code 1", False),
     ],
 )
-def test_rank_0_is_believed_where_no_log_names_an_error(spec, tmp_path, monkeypatch, said, how, kept):
+def test_rank_0_is_believed_where_no_log_names_an_error(run, monkeypatch, said, how, kept):
     """The class of an exception may have any name, which no traceback shows to be an error's."""
-    run = RunStore(tmp_path).run(spec)
     run.set_status(Status("failed", reason="of the time before"))
 
     def launch(*_, **__):
@@ -155,30 +127,11 @@ def test_rank_0_is_believed_where_no_log_names_an_error(spec, tmp_path, monkeypa
     assert attempt.judge(caught.value, run) == ("failed", reason, "node1")
 
 
-def test_an_only_rank_shows_where_it_stands(spec, tmp_path):
-    """As a rank of several does: its launcher asks for the stacks when it hangs."""
-    run = RunStore(tmp_path).run(replace(spec, parallel=ParallelConfig()))
-    code = (
-        "import os, signal, sys; from pathlib import Path\n"
-        "from moelab.runs import execute as module; from moelab.runs.store import RunStore\n"
-        "def stuck(*_): os.kill(os.getpid(), signal.SIGUSR2)\n"
-        "module._train = stuck\n"
-        "module.execute(RunStore(Path(sys.argv[1])).at(sys.argv[2]))"
-    )
-    alone = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), run.spec.id], env=alone, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, "the signal is handled"
-    assert re.search(r'File "<string>", line 3 in stuck\n.* in execute', done.stderr)
-
-
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_stops_all_ranks_with_a_checkpoint(spec, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])  # SIGTERM: in the tests that follow
+def test_a_signal_stops_all_ranks_with_a_checkpoint(run, monkeypatch, number):
     monkeypatch.setenv("STAND_IN_SLEEP", "0.5")
-    run = RunStore(tmp_path).run(spec)
-    process = worker(run)
+    process = start(run)
     wait_for_step(run, 2)
     loaded = psutil.Process(process.pid).memory_maps() if sys.platform == "linux" else []
     assert not any("libtorch" in m.path for m in loaded), "the supervisor waits without torch"
@@ -188,26 +141,18 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint(spec, tmp_path, monkeypatch,
     assert not run.locked
 
 
-def wait_for_file(path: Path) -> None:
-    deadline = time.monotonic() + 300
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert path.exists()
-
-
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("file", "later_s"),
     [("logs/rank-00001.txt", 0), ("holder.json", 0), ("status.json", 0), ("status.json", 0.3)],
     ids=["ranks start", "rank 0 has the lock", "rank 0 prepares the data", "the data are prepared"],
 )
-def test_a_signal_while_it_starts_stops_all_ranks(spec, tmp_path, monkeypatch, file, later_s):
+def test_a_signal_while_it_starts_stops_all_ranks(run, monkeypatch, file, later_s):
     """Where the ranks are exactly differs from time to time; none is left alone by the others."""
     monkeypatch.setenv("STAND_IN_SLEEP", "0.5")
     monkeypatch.setenv("MOELAB_DEATH_S", "10")
-    run = RunStore(tmp_path).run(spec)
-    process = worker(run)
-    wait_for_file(run.path / file)
+    process = start(run)
+    until((run.path / file).exists)
     time.sleep(later_s)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 75, run.log_tail(40)
@@ -216,13 +161,10 @@ def test_a_signal_while_it_starts_stops_all_ranks(spec, tmp_path, monkeypatch, f
 
 
 @pytest.mark.multiprocess
-def test_a_signal_while_it_waits_for_another_process_stops_all_ranks(spec, tmp_path):
-    run = RunStore(tmp_path).run(spec)
+def test_a_signal_while_it_waits_for_another_process_stops_all_ranks(run):
     with run.lock():
-        process = worker(run)
-        deadline = time.monotonic() + 300
-        while "waits for another process" not in run.log_tail() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        process = start(run)
+        until(lambda: "waits for another process" in run.log_tail())
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=300) == 75, run.log_tail(40)
     assert "stopped while another process trains this run" in run.log_tail(40)
@@ -231,17 +173,15 @@ def test_a_signal_while_it_waits_for_another_process_stops_all_ranks(spec, tmp_p
 
 
 @pytest.mark.multiprocess
-def test_two_that_ask_for_one_run_train_it_once(spec, tmp_path, monkeypatch):
+def test_two_that_ask_for_one_run_train_it_once(run, monkeypatch):
     monkeypatch.setenv("STAND_IN_SLEEP", "0.08")
-    run = RunStore(tmp_path).run(spec)
-    both = [worker(run), worker(run)]
+    both = [start(run), start(run)]
     assert [p.wait(timeout=300) for p in both] == [0, 0]
     assert (run.path / "log.txt").read_text().count("trains with 2 ranks as 0") == 1
 
 
 @pytest.mark.multiprocess
-def test_torchrun_starts_ranks_as_well(spec, tmp_path):
-    run = RunStore(tmp_path).run(spec)
+def test_torchrun_starts_ranks_as_well(run):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "moelab.runs.worker", str(run.path)],
         capture_output=True, text=True, timeout=600,
@@ -250,8 +190,7 @@ def test_torchrun_starts_ranks_as_well(spec, tmp_path):
     assert run.result["ranks"] == 2
 
 
-def test_a_wrong_number_of_ranks_is_one_line(spec, tmp_path, monkeypatch):
-    run = RunStore(tmp_path).run(spec)
+def test_a_wrong_number_of_ranks_is_one_line(run, monkeypatch):
     with pytest.raises(ValueError, match="is for 2 ranks, this process is not one of several"):
         execute(run)
     monkeypatch.setenv("RANK", "0")
@@ -260,34 +199,30 @@ def test_a_wrong_number_of_ranks_is_one_line(spec, tmp_path, monkeypatch):
         execute(run)
 
 
-def test_ranks_count_as_workers(spec, tmp_path, monkeypatch):
+def test_ranks_count_as_workers(spec, monkeypatch):
     """Sleeping stand-ins for workers: what goes at a time."""
-    seen, lock = [], threading.Lock()
+    seen, most = [], []
 
-    def start(run):
-        with lock:
-            seen.append(run.spec.parallel.ranks)
+    def started(run):
+        seen.append(run.spec.parallel.ranks)
         return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(0.3)"])
 
-    monkeypatch.setattr(executors, "start", start)
-    most, going = [], []
-
-    def tick():
-        most.append(len(seen))
-
-    store = RunStore(tmp_path)
-    specs = [replace(spec, train=replace(spec.train, seed=s), parallel=p) for s, p in enumerate((
-        ParallelConfig(data=2), ParallelConfig(), ParallelConfig(), ParallelConfig(data=2)))]  # fmt: skip
-    executors.processes([store.run(s) for s in specs], 3, tick, poll_s=0.05)
-    assert sorted(seen) == [1, 1, 2, 2] and most[0] == 2 and not going
+    monkeypatch.setattr(executors, "start", started)
+    specs = [
+        replace(spec, train=replace(spec.train, seed=s), parallel=ParallelConfig(data=n))
+        for s, n in enumerate((2, 1, 1, 2))
+    ]
+    runs = [RunStore().run(s) for s in specs]
+    executors.processes(runs, 3, lambda: most.append(len(seen)), poll_s=0.05)
+    assert sorted(seen) == [1, 1, 2, 2] and most[0] == 2
     seen.clear()
-    executors.processes([store.run(specs[0])], 1, poll_s=0.05)
+    executors.processes(runs[:1], 1, poll_s=0.05)
     assert seen == [2], "one always goes"
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("limit", "code"), [("60", 75), ("0.5", -signal.SIGKILL)])
-def test_an_interrupt_gives_processes_the_time_to_stop_that_is_set(spec, tmp_path, monkeypatch, limit, code):
+def test_an_interrupt_gives_processes_the_time_to_stop_that_is_set(run, tmp_path, monkeypatch, limit, code):
     """A stand-in for a worker that writes its checkpoint for three seconds."""
     slow = (
         "import signal, sys, time; from pathlib import Path\n"
@@ -297,7 +232,7 @@ def test_an_interrupt_gives_processes_the_time_to_stop_that_is_set(spec, tmp_pat
     )
     ready, started = tmp_path / "ready", []
 
-    def start(run):
+    def begin(run):
         started.append(subprocess.Popen([sys.executable, "-S", "-c", slow, str(ready)]))
         return started[-1]
 
@@ -305,9 +240,9 @@ def test_an_interrupt_gives_processes_the_time_to_stop_that_is_set(spec, tmp_pat
         if ready.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(executors, "start", start)
+    monkeypatch.setattr(executors, "start", begin)
     monkeypatch.setattr(executors, "_MARGIN_S", 0.0)
     monkeypatch.setenv("MOELAB_STOP_S", limit)
     with pytest.raises(KeyboardInterrupt):
-        executors.processes([RunStore(tmp_path).run(spec)], 2, interrupt, poll_s=0.05)
+        executors.processes([run], 2, interrupt, poll_s=0.05)
     assert started[0].wait(60) == code

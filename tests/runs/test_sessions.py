@@ -1,7 +1,6 @@
 """Which machines and commits trained a run."""
 
 import json
-import sys
 
 import pytest
 
@@ -9,6 +8,8 @@ from moelab.runs import records, sessions
 from moelab.runs.execute import execute
 from moelab.runs.store import RunStore
 from moelab.training.loop import TrainingStopped
+from tests.conftest import stop_after
+from tests.runs.conftest import record
 
 
 def about(cpu, commit="a"):
@@ -64,25 +65,20 @@ def test_a_torn_file_loses_no_more_than_its_lines(session, tmp_path):
     assert len((tmp_path / sessions.FILE).read_text().splitlines()) == 2
 
 
-def test_a_run_that_is_resumed_elsewhere_names_both_machines(tiny_spec, tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+def test_a_run_that_is_resumed_elsewhere_names_both_machines(tiny_spec, tmp_path, theirs, monkeypatch):
     run = RunStore().run(tiny_spec)
-    monkeypatch.setattr(sys.modules["moelab.runs.execute"], "provenance", lambda: about("x"))
-    steps = iter(range(100))
+    monkeypatch.setattr("moelab.runs.execute.provenance", lambda: about("x"))
     with pytest.raises(TrainingStopped):
-        execute(run, should_stop=lambda: next(steps) >= 9)
-    monkeypatch.setattr(sys.modules["moelab.runs.execute"], "provenance", lambda: about("y"))
+        execute(run, should_stop=stop_after(10))
+    monkeypatch.setattr("moelab.runs.execute.provenance", lambda: about("y"))
     execute(run)
     assert run.provenance["hardware"]["cpu"] == "y"
     assert [(s["hardware"]["cpu"], s["step"]) for s in run.provenance["sessions"]] == [("x", 0), ("y", 10)]
-    taken = records.read(records.archives_in(*records.write([run], tmp_path))[0], RunStore(tmp_path / "theirs"))
+    taken = records.read(record(run, tmp_path), theirs)
     assert taken.provenance == run.provenance and not (taken.path / sessions.FILE).exists()
 
 
-def test_a_run_of_one_machine_names_it_once(tiny_spec, tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    run = RunStore().run(tiny_spec)
-    execute(run)
-    assert "sessions" not in run.provenance
-    (line,) = (run.path / sessions.FILE).read_text().splitlines()
-    assert json.loads(line)["hardware"] == run.provenance["hardware"]
+def test_a_run_of_one_machine_names_it_once(trained):
+    assert "sessions" not in trained.provenance
+    (line,) = (trained.path / sessions.FILE).read_text().splitlines()
+    assert json.loads(line)["hardware"] == trained.provenance["hardware"]

@@ -2,9 +2,7 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -18,27 +16,17 @@ from moelab.lab import Lab
 from moelab.runs import executors
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
+from moelab.runs.executors import start
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status
 from moelab.training.metrics import TRAIN, read_rows
+from tests.runs.conftest import until, wait_for_step
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-
-
-def worker(run: Run) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "moelab.runs.worker", str(run.path)], stderr=subprocess.DEVNULL)
-
-
-def wait_for_step(run: Run, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        record = read_json(run.path / "status.json")
-        if record and record["step"] >= step:
-            return
-        time.sleep(0.005)
+@pytest.fixture
+def run(tiny_spec) -> Run:
+    """The run of `tiny_spec`, not begun."""
+    return RunStore().run(tiny_spec)
 
 
 def test_ids_are_stable():
@@ -73,9 +61,10 @@ def test_an_unfinished_run_takes_the_last_wishes_that_do_not_name_it(tiny_spec):
     store = RunStore()
     run = store.run(tiny_spec.with_checkpoints([256]))
     wished = replace(tiny_spec, train=replace(tiny_spec.train, checkpoint_every=1, tensorboard=True), label="other")
-    assert store.run(wished).path == run.path
-    stored = RunSpec.from_json(read_json(run.path / "spec.json"))
-    assert stored == wished.with_checkpoints([256]), "and all checkpoints that were ever asked to be kept"
+    assert store.run(wished.with_checkpoints([128])).path == run.path
+    kept = wished.with_checkpoints([128, 256])
+    assert store.at(run.path.name).spec == kept, "and all checkpoints that were ever asked to be kept"
+    assert store.run(wished).spec == kept
 
 
 @pytest.mark.parametrize(
@@ -96,15 +85,6 @@ def test_spec_round_trip(tiny_spec):
     assert RunSpec.from_json(json.loads(json.dumps(tiny_spec.to_json()))) == tiny_spec
     with pytest.raises(ValueError, match=r"spec.json.train: unknown field speed; did you mean seed\? allowed: tokens"):
         RunSpec.from_json({**tiny_spec.to_json(), "train": {"speed": 1}}, where="spec.json")
-
-
-def test_specs_that_cannot_train_are_refused(tiny_spec):
-    with pytest.raises(ValueError, match="less than one step of 4 x 32 = 128 tokens"):
-        replace(tiny_spec, train=replace(tiny_spec.train, tokens=100))
-    with pytest.raises(ValueError, match="longer than the context of tiny"):
-        replace(tiny_spec, data=replace(tiny_spec.data, context=64))
-    with pytest.raises(ValueError, match=r"^spec: train\.eval_tokens 31 must be at least data\.context, 32$"):
-        replace(tiny_spec, train=replace(tiny_spec.train, eval_tokens=31))
 
 
 def test_runs_on_a_text_that_has_changed_between_them_are_no_one_result(tiny_spec, result):
@@ -132,27 +112,25 @@ def test_what_keeps_a_run_from_starting_is_told(tiny_spec, monkeypatch, capsys, 
     assert ("Permission denied" in capsys.readouterr().err) != writable
 
 
-def test_provenance_is_on_the_disk_before_the_result_is(tiny_spec, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "moelab.runs.execute.write_json",
-        lambda path, value, durable=False: seen.append((path.name, durable)) or write_json(path, value),
-    )
-    Lab().run([tiny_spec], executor="inline")
-    assert seen[-2:] == [("provenance.json", True), ("result.json", True)]
-
-
 def test_a_plan_names_the_runs_that_there_are(tiny_spec, tmp_path, monkeypatch):
     """Where runs are only read, nobody writes the specs of those that the store lacks."""
     monkeypatch.setenv("MOELAB_PLAN", str(tmp_path / "plan.json"))
     there = RunStore().run(tiny_spec)
     Lab().run([tiny_spec, replace(tiny_spec, train=replace(tiny_spec.train, seed=1))], executor="read")
     assert read_json(tmp_path / "plan.json") == [str(there.path)]
+    assert list(RunStore().root.iterdir()) == [there.path]
 
 
-def test_a_finished_run_is_read_back(tiny_spec):
+def test_a_finished_run_is_read_back(tiny_spec, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        "moelab.runs.execute.write_json",
+        lambda path, value, durable=False: written.append((path.name, durable)) or write_json(path, value),
+    )
     lab = Lab()
     first = lab.run([tiny_spec], executor="inline")
+    assert written[-2:] == [("provenance.json", True), ("result.json", True)], "on the disk in this order"
+    assert read_json(first[0].path / "holder.json")["process"] == os.getpid()
     stamp = (first[0].path / "result.json").stat().st_mtime_ns
     again = lab.run([replace(tiny_spec, label="other name")], executor="inline")
     assert (again[0].path / "result.json").stat().st_mtime_ns == stamp
@@ -187,15 +165,15 @@ def test_one_failing_run_takes_no_other_with_it(tiny_spec):
     assert "bad, seed 0: failed" in runs.explain_missing() and "embedding only 100" in runs[0].log_tail()
     with pytest.raises(RuntimeError, match="has no result: failed"):
         _ = runs[0].result
-    assert len(runs.final()) == 1 and set(runs.curves()["arm"]) == {"bad", "tiny"} - {"bad"}
+    assert len(runs.final()) == 1 and set(runs.curves()["arm"]) == {"tiny"}
 
 
 @pytest.mark.multiprocess
-def test_sigterm_writes_a_checkpoint_and_goes(tiny_spec, tmp_path):
+def test_sigterm_writes_a_checkpoint_and_goes(tiny_spec):
     spec = replace(tiny_spec, train=replace(tiny_spec.train, tokens=2000 * 128, checkpoint_every=0))
-    run = RunStore(tmp_path).run(spec)
-    process = worker(run)
-    wait_for_step(run, 3, process)
+    run = RunStore().run(spec)
+    process = start(run)
+    wait_for_step(run, 3)
     process.terminate()
     assert process.wait(timeout=300) == 75
     assert run.status.state == "stopped" and "the checkpoint is written" in run.status.reason
@@ -203,9 +181,8 @@ def test_sigterm_writes_a_checkpoint_and_goes(tiny_spec, tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_a_training_loads_no_more_than_it_needs(tiny_spec, tmp_path):
+def test_a_training_loads_no_more_than_it_needs(run):
     """torch's compiler, its symbolic algebra and FSDP2 double the time of a start; Triton adds a tenth."""
-    run = RunStore(tmp_path).run(tiny_spec)
     heavy = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "pandas", "triton"}
     code = f"""
 import sys; from pathlib import Path; from moelab.runs import worker
@@ -216,35 +193,31 @@ print("loaded", sorted({heavy} & set(sys.modules)))"""
 
 
 @pytest.mark.multiprocess
-def test_two_processes_asking_for_one_run_train_it_once(tiny_spec, tmp_path):
-    run = RunStore(tmp_path).run(replace(tiny_spec, train=replace(tiny_spec.train, tokens=60 * 128)))
-    both = [worker(run), worker(run)]
+def test_two_processes_asking_for_one_run_train_it_once(tiny_spec):
+    run = RunStore().run(replace(tiny_spec, train=replace(tiny_spec.train, tokens=60 * 128)))
+    both = [start(run), start(run)]
     assert [p.wait(timeout=300) for p in both] == [0, 0]
     steps = [row["step"] for row in read_rows(run.path / TRAIN)]
     assert steps == sorted(set(steps)) and steps[-1] == 60
 
 
 @pytest.mark.multiprocess
-def test_a_worker_goes_when_its_parent_dies(tiny_spec, tmp_path):
-    run = RunStore(tmp_path).run(replace(tiny_spec, train=replace(tiny_spec.train, tokens=20_000 * 128)))
-    code = (
-        "import subprocess, sys, os, time\n"
-        "p = subprocess.Popen([sys.executable, '-m', 'moelab.runs.worker', sys.argv[1], str(os.getpid())])\n"
-        "print(p.pid, flush=True); time.sleep(300)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    wait_for_step(run, 3, parent)
+def test_a_worker_goes_when_its_parent_dies(tiny_spec):
+    run = RunStore().run(replace(tiny_spec, train=replace(tiny_spec.train, tokens=20_000 * 128)))
+    code = """
+import sys, time
+from moelab.runs import executors, store
+executors.start(store.RunStore().at(sys.argv[1]))
+time.sleep(300)"""
+    parent = subprocess.Popen([sys.executable, "-c", code, run.path.name])
+    wait_for_step(run, 3)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and run.locked:
-        time.sleep(0.1)
-    assert not run.locked, f"worker {child} trains on"
+    until(lambda: not run.locked)
     assert run.status.state == "stopped"
 
 
-def test_full_disk_is_told_in_the_status(tiny_spec, tmp_path, monkeypatch):
+def test_full_disk_is_told_in_the_status(tiny_spec, monkeypatch):
     from moelab.engine.checkpoint import storage
 
     def full(tensors, path):
@@ -280,54 +253,38 @@ def test_the_teachers_failure_is_the_reason(tiny_spec):
         Lab().run([student_of(teacher)], executor="inline")
 
 
-def test_a_process_that_died_without_a_status_is_told_by_its_log(tiny_spec, tmp_path):
-    run = RunStore(tmp_path).run(tiny_spec)
-    (run.path / "log.txt").write_text("Traceback\nMemoryError: no memory\n")
-    assert run.why_missing() == "MemoryError: no memory"
-
-
-def test_reading_a_read_only_store_writes_nothing(tiny_spec, tmp_path, monkeypatch):
-    run = RunStore(tmp_path).run(tiny_spec)
+def test_reading_a_read_only_store_writes_nothing(run, tiny_spec, monkeypatch):
     run.set_status(Status("running", 3, 24))
     write_text(run.path / "run.lock", "")
     before = {path: path.stat().st_mtime_ns for path in [run.path, *run.path.iterdir()]}
 
     def refused(*arguments, **options):
-        raise OSError(30, "Read-only file system", str(tmp_path))
+        raise OSError(30, "Read-only file system", str(run.path))
 
     monkeypatch.setattr("moelab.files.write_bytes", refused)
     monkeypatch.setattr(FileLock, "acquire", refused)
     assert run.status.state == "stopped" and not run.locked
-    assert Lab(RunStore(tmp_path)).run([tiny_spec, replace(tiny_spec, label="x")], executor="read").missing
+    assert Lab().run([tiny_spec, replace(tiny_spec, label="x")], executor="read").missing
     unknown = replace(tiny_spec, train=replace(tiny_spec.train, seed=9))
-    assert Lab(RunStore(tmp_path)).run([unknown], executor="read")[0].status.state == "new"
+    assert Lab().run([unknown], executor="read")[0].status.state == "new"
     assert {path: path.stat().st_mtime_ns for path in [run.path, *run.path.iterdir()]} == before
 
 
 @pytest.mark.parametrize("text", ["", '{"state": "run', "[]", "7", '{"step": 3}'])
-def test_a_torn_status_counts_as_missing(tiny_spec, tmp_path, text):
+def test_a_torn_status_counts_as_missing(run, text):
     """A crash of the machine may leave it so. The run goes on from its checkpoint."""
-    run = RunStore(tmp_path).run(tiny_spec)
     write_text(run.path / "status.json", text)
     assert run.status == Status("new")
     write_text(run.path / "result.json", "{}")
     assert run.status == Status("finished")
 
 
-def test_a_torn_status_keeps_no_run_from_training(tiny_spec, tmp_path):
-    run = RunStore(tmp_path).run(tiny_spec)
-    write_text(run.path / "status.json", "")
-    assert Lab(RunStore(tmp_path)).run([tiny_spec], executor="inline")[0].status.step == 24
-
-
-def test_a_status_of_a_later_version_is_read(tiny_spec, tmp_path):
-    run = RunStore(tmp_path).run(tiny_spec)
+def test_a_status_of_a_later_version_is_read(run):
     write_text(run.path / "status.json", '{"state": "stopped", "step": 3, "mood": "good"}')
     assert run.status == Status("stopped", step=3)
 
 
-def test_who_waits_for_a_run_says_for_whom(tiny_spec, tmp_path, capsys):
-    run = RunStore(tmp_path).run(tiny_spec)
+def test_who_waits_for_a_run_says_for_whom(run, capsys):
     write_text(run.path / "holder.json", '{"host": "node7", "process": 41, "since": "2026-01-01T00:00:00Z"}')
     asked = iter([False, True])
     with run.lock(), pytest.raises(KeyboardInterrupt, match="while another process trains"):
@@ -335,13 +292,6 @@ def test_who_waits_for_a_run_says_for_whom(tiny_spec, tmp_path, capsys):
         execute(run, should_stop=lambda: next(asked))
     out = capsys.readouterr().out
     assert out.count("waits for process 41 on node7, which trains it since 2026-01-01T00:00:00Z; if it is gone") == 1
-
-
-@pytest.mark.slow
-def test_who_trains_is_on_record(tiny_spec, tmp_path):
-    run = RunStore(tmp_path).run(tiny_spec)
-    execute(run)
-    assert read_json(run.path / "holder.json")["process"] == os.getpid()
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
@@ -359,13 +309,7 @@ def test_bad_executor_is_one_line(tiny_spec):
         Lab().run([tiny_spec], executor="cloud")
 
 
-def test_home_can_be_elsewhere(tmp_path):
-    assert Path(os.environ["MOELAB_HOME"]) / "runs" == RunStore().root
-
-
 def student_of(spec: RunSpec, **distill) -> RunSpec:
-    from moelab.config.distill import DistillConfig
-
     model = replace(spec.model, layers=3, experts=(0, 2, 0), name="student")
     return replace(spec, model=model, teacher=spec, distill=DistillConfig(**distill), label="student")
 
@@ -385,35 +329,44 @@ def test_a_students_identity_includes_its_teachers(tiny_spec):
     assert student.cost > replace(student, teacher=None, distill=None).cost
 
 
+def on_two_ranks_with_an_odd_teacher(spec: RunSpec) -> RunSpec:
+    few = replace(spec, train=replace(spec.train, micro_batch=1))
+    odd = replace(few, model=replace(few.model, experts=(0, 3, 0, 3)))
+    return replace(replace(student_of(few), parallel=ParallelConfig(data=2)), teacher=odd)
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda s: replace(s, distill=None), "teacher is given without distill"),
-        (lambda s: replace(s, teacher=None), "distill is given without teacher"),
-        (lambda s: replace(s, data=replace(s.data, tokenizer="bpe-301")), "must share their text, tokenizer is"),
-        (lambda s: replace(s, model=replace(s.model, vocab=321)), "must share their vocabulary, it has 321 and 320"),
+        (lambda s: replace(s, train=replace(s.train, tokens=100)), "less than one step of 4 x 32 = 128 tokens"),
+        (lambda s: replace(s, data=replace(s.data, context=64)), "longer than the context of tiny"),
+        (
+            lambda s: replace(s, train=replace(s.train, eval_tokens=31)),
+            "spec: train.eval_tokens 31 must be at least data.context, 32",
+        ),
+        (lambda s: replace(student_of(s), distill=None), "teacher is given without distill"),
+        (lambda s: replace(student_of(s), teacher=None), "distill is given without teacher"),
+        (
+            lambda s: replace(student_of(s), data=replace(s.data, tokenizer="bpe-301")),
+            "must share their text, tokenizer is",
+        ),
+        (
+            lambda s: replace(student_of(s), model=replace(s.model, vocab=321)),
+            "must share their vocabulary, it has 321 and 320",
+        ),
+        (on_two_ranks_with_an_odd_teacher, "spec: the teacher runs in the student's layout, which does not fit it: "),
     ],
 )
-def test_student_and_teacher_that_do_not_fit_are_refused(tiny_spec, change, part):
-    student = student_of(tiny_spec)
-    with pytest.raises(ValueError, match=part):
-        change(student)
-
-
-def test_a_layout_that_fits_the_student_alone_is_refused(tiny_spec):
-    few = replace(tiny_spec, train=replace(tiny_spec.train, micro_batch=1))
-    odd = replace(few, model=replace(few.model, experts=(0, 3, 0, 3)))
-    two = replace(student_of(few), parallel=ParallelConfig(data=2))
-    with pytest.raises(ValueError, match=r"^spec: the teacher runs in the student's layout, .*: 3 experts") as error:
-        replace(two, teacher=odd)
-    assert "\n" not in str(error.value)
+def test_specs_that_cannot_train_are_refused(tiny_spec, change, part):
+    with pytest.raises(ValueError) as error:
+        change(tiny_spec)
+    assert part in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", ["inline", "processes"])
-def test_teachers_are_trained_first(tiny_spec, executor):
+def test_teachers_are_trained_first(tiny_spec):
     student = student_of(tiny_spec)
-    runs = Lab().run([student], executor=executor)
+    runs = Lab().run([student], executor="processes")
     assert len(runs) == 1 and runs[0].finished, runs.explain_missing()
     assert (runs[0].path.parent / tiny_spec.id / "result.json").exists()
     assert "distill_loss" in runs.curves("train.jsonl")
@@ -425,42 +378,36 @@ def test_a_student_without_its_teacher_says_so(tiny_spec):
         execute(run)
 
 
-def test_reading_writes_nothing(tiny_spec, tmp_path):
-    Lab(RunStore(tmp_path)).run([tiny_spec], executor="read")
-    assert not (tmp_path / tiny_spec.id).exists()
-
-
-def test_a_run_that_is_being_trained_keeps_its_layout(tiny_spec, tmp_path):
+def test_a_run_that_is_being_trained_keeps_its_layout(tiny_spec):
     """Its processes are started again for the layout that it has, whoever else asks for the run meanwhile."""
-    store = RunStore(tmp_path)
+    store = RunStore()
     run = store.run(replace(tiny_spec, parallel=ParallelConfig(recompute=True)))
     other = replace(tiny_spec, label="x", train=replace(tiny_spec.train, checkpoint_every=1)).with_checkpoints([4096])
     with run.lock():
         asked = store.run(other)
-    stored = RunSpec.from_json(read_json(run.path / "spec.json"))
+    stored = store.at(run.path.name).spec
     assert asked.spec.parallel.recompute and stored.parallel.recompute and asked.spec.label == "x"
     assert stored.train.keep_at == (4096,) and stored.train.checkpoint_every == tiny_spec.train.checkpoint_every
     assert not store.run(other).spec.parallel.recompute, "the last wish counts again"
 
 
 @pytest.mark.parametrize("torn", ["", '{"model": {', "[]", "7"])
-def test_a_torn_spec_is_written_again(tiny_spec, tmp_path, torn):
-    path = RunStore(tmp_path).run(tiny_spec).path / "spec.json"
+def test_a_torn_spec_is_written_again(run, torn):
+    path = run.path / "spec.json"
     whole = path.read_text()
     path.write_text(torn)
-    RunStore(tmp_path).run(tiny_spec)
+    RunStore().run(run.spec)
     assert path.read_text() == whole
 
 
-def test_a_missing_result_is_explained_by_the_status_first(tiny_spec, tmp_path):
-    run = RunStore(tmp_path).run(tiny_spec)
+def test_a_missing_result_is_explained_by_the_status_first(run):
     assert run.why_missing() == "new"
-    write_text(run.path / "log.txt", "step 24 of 24\n")
-    assert run.why_missing() == "step 24 of 24"
+    write_text(run.path / "log.txt", "Traceback\nMemoryError: no memory\n")
+    assert run.why_missing() == "MemoryError: no memory"
     run.set_status(Status("running", step=24))
     assert run.why_missing() == "its process ended without a word; it will resume"
 
 
-def test_the_home_of_nobody_is_no_run(tmp_path):
+def test_the_home_of_nobody_is_no_run():
     with pytest.raises(ValueError, match="no such run"):
-        RunStore(tmp_path).find("~nouser-of-this-name")
+        RunStore().find("~nouser-of-this-name")

@@ -69,6 +69,9 @@ CASES = [
     (ParallelConfig(tensor=2, data=16, expert=8, expert_slicing=4, gpus_per_node=8, exchange="coordinated"), 8),
     (ParallelConfig(tensor=2, data=4, gpus_per_node=4, expert=2, expert_slicing=2), 4),
     (ParallelConfig(data=24, expert=12), 24),  # groups of 12 straddle nodes of 8
+    (ParallelConfig(data=8, gpus_per_node=4, expert=4), 8),
+    (ParallelConfig(tensor=2, data=2, gpus_per_node=2, exchange="coordinated"), 8),
+    (ParallelConfig(tensor=2, data=4, gpus_per_node=4, expert=4, expert_slicing=2, exchange="coordinated"), 8),
 ]
 COUNTS = ("near_messages", "near_rows", "far_messages", "far_rows")
 
@@ -82,7 +85,7 @@ def test_counts_equal_what_the_engine_sends(config, experts):
     assert rows == rows_to_send(spread, np.array([experts]), 1, 0)
     sent = traffic(config, experts)
     for kind, stages, times in (
-        ("dispatch", all_to_all(layouts, spread, rows, node), 1),
+        *((kind, all_to_all(layouts, spread, rows, node), 1) for kind in ("dispatch", "combine")),
         ("slices", [slice_exchange(layouts, spread, rows, node)], 2),  # gathered, and summed back after the experts
         ("tensor", [share_gather(spread, rows)], 1),
     ):

@@ -4,13 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from moelab.config.distill import DistillConfig
-from moelab.engine import checkpoint
 from moelab.training.distill import Likeliest, LogitCache, Teacher, divergence, divergence_of_likeliest, likeliest
 from moelab.training.loop import TrainingStopped, train
 from moelab.training.metrics import TRAIN, read_rows
+from tests.conftest import numbers, stop_after
 
 
 @pytest.fixture
@@ -100,39 +99,29 @@ def taught(tiny_model, tiny_train, data, school, tmp_path):
     return student
 
 
-def weights(folder):
-    return load_file(checkpoint.latest(folder / "checkpoints").path / "model-00000.safetensors")
-
-
-def assert_same_weights(a, b):
-    a, b = (found if isinstance(found, dict) else weights(found) for found in (a, b))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_a_student_learns_from_its_teacher_while_it_is_taught(taught, school, tmp_path):
     # One epoch has few batches here: at equal steps the teacher's whole distributions tell more than single next tokens.
-    before = weights(school)
+    before = numbers(school)
     alone, full = taught("alone", None), taught("full", DistillConfig(weight=3.0))
     assert full["validation_loss"] < alone["validation_loss"] - 0.01
     rows = read_rows(tmp_path / "full" / TRAIN)
     assert rows[-1]["distill_loss"] < rows[0]["distill_loss"]
     assert "distill_loss" not in read_rows(tmp_path / "alone" / TRAIN)[0]
     taught("off", DistillConfig(schedule="off"))
-    assert_same_weights(tmp_path / "alone", tmp_path / "off")
+    assert numbers(tmp_path / "alone") == numbers(tmp_path / "off")
     taught("staged", DistillConfig(schedule="stop", unit="steps", stop=9))
     rows = read_rows(tmp_path / "staged" / TRAIN)
     assert [row["step"] for row in rows if row.get("distill_loss")] == [3, 6, 9]
-    assert_same_weights(before, school)
+    assert numbers(school) == before
 
 
 def test_a_stopped_student_goes_on_bit_for_bit(taught, tmp_path):
     distill = DistillConfig(schedule="linear", unit="steps", stop=20, temperature=2.0)
     taught("whole", distill)
-    done = iter(range(100))
     with pytest.raises(TrainingStopped):
-        taught("cut", distill, should_stop=lambda: next(done) >= 10)
+        taught("cut", distill, should_stop=stop_after(11))
     taught("cut", distill)
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -148,7 +137,7 @@ def test_the_cache_changes_no_number_and_keeps_its_bound(taught, school, tmp_pat
     taught("reading", replace(plain, cache_bytes=10_000_000), **micro)
     assert "is unreadable" in caplog.text
     for name in ("filling", "reading"):
-        assert_same_weights(tmp_path / "plain", tmp_path / name)
+        assert numbers(tmp_path / name) == numbers(tmp_path / "plain")
 
     bound = 3 * files[1].stat().st_size
     taught("bounded", replace(plain, top_k=9, cache_bytes=bound), **micro)

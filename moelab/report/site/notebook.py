@@ -42,6 +42,7 @@ def convert(notebook: Path) -> Path:
         _name_widgets(node)
         _fold_tables(node)
         body = sanitize.clean(_exporter().from_notebook_node(node)[0])
+        body = _OTHER_NOTEBOOK.sub(lambda link: f'href="../../../figures.html#{link[1].replace("_", "-")}"', body)
         text = template.render(
             "notebook.html", mark=mark, title=_heading(node, notebook.stem), body=body, name=notebook.name
         )
@@ -155,6 +156,9 @@ def _fold_tables(notebook: NotebookNode) -> None:
                 summary = f"<summary>Table of {rows} rows</summary>"
                 output.data["text/html"] = f'<details class="table">{summary}<div>{text}</div></details>'
 
+
+_OTHER_NOTEBOOK = re.compile(r'href="\d\d_(\w+)\.ipynb"')
+"""A link between the notebooks of a folder; on a page it leads to the other experiment's figures."""
 
 _EMPTY_HEAD = re.compile(r"<th([^>]*)>\s*(?:&nbsp;)?\s*</th>")
 _WIDGET = re.compile(r"[A-Z]\w+\(.*[)…]", re.S)

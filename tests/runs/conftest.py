@@ -1,0 +1,45 @@
+"""A home for each test, records to pass on, and waiting for processes that train."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moelab.runs import records
+from moelab.runs.store import Run, RunStore, Status
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    """MOELAB_HOME."""
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def theirs(tmp_path) -> RunStore:
+    """The empty store of somebody who takes records over."""
+    return RunStore(tmp_path / "theirs")
+
+
+def record(run: Run, directory: Path) -> Path:
+    """Pack a run's record, and return it as a file of its own."""
+    (pack,) = records.write([run], directory)
+    (archive,) = records.archives_in(pack)
+    (alone := directory / archive.name).write_bytes(archive.read_bytes())
+    pack.unlink()
+    return alone
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds, for five minutes at most."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def wait_for_step(run: Run, step: int) -> None:
+    """Wait until some process has trained so many steps of a run."""
+    until(lambda: (status := Status.read(run.path)) is not None and status.step >= step)
