@@ -32,14 +32,16 @@ def dark_color(color: str) -> str:
     Greys are inverted (white becomes the dark ground, black the light ink); other colours keep their hue and are
     lightened until their contrast with the ground is 4.5 to 1 (WCAG's ratio for text).
     """
-    rgb = _rgb(color)
+    from matplotlib.colors import to_hex, to_rgb
+
+    rgb = to_rgb(color)
     hue, lightness, saturation = colorsys.rgb_to_hls(*rgb)
     if max(rgb) - min(rgb) < 0.06:
-        ground, ink = _rgb(GROUND), _rgb(INK)
-        return _hex(tuple(i + (g - i) * lightness for g, i in zip(ground, ink, strict=True)))
+        red, green, blue = (i + (g - i) * lightness for g, i in zip(to_rgb(GROUND), to_rgb(INK), strict=True))
+        return to_hex((red, green, blue))
     while contrast(color, GROUND) < 4.5 and lightness < 1:
         lightness = min(1.0, lightness + 0.02)
-        color = _hex(colorsys.hls_to_rgb(hue, lightness, saturation))
+        color = to_hex(colorsys.hls_to_rgb(hue, lightness, saturation))
     return color
 
 
@@ -50,14 +52,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def _luminance(color: str) -> float:
-    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in _rgb(color))
+    from matplotlib.colors import to_rgb
+
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(color))
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def _rgb(color: str) -> tuple[float, float, float]:
-    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return red, green, blue
-
-
-def _hex(rgb: tuple[float, ...]) -> str:
-    return "#" + "".join(f"{round(255 * v):02x}" for v in rgb)

@@ -135,13 +135,9 @@ def _interval(name: str, values: Sequence[float]) -> dict[str, float | None]:
 def _claims(folder: Path | None) -> list[dict[str, Any]]:
     if folder is None:
         return []
-    claims = parse(read_json(folder / SUMMARY)).claims
     return [
-        {
-            **{"claim": v.claim, "value": v.ours, "value_low": v.low, "value_high": v.high},
-            **{"unit": v.unit, "verdict": v.verdict},
-        }
-        for v in claims
+        dict(claim=v.claim, value=v.ours, value_low=v.low, value_high=v.high, unit=v.unit, verdict=v.verdict)
+        for v in parse(read_json(folder / SUMMARY)).claims
         if v.ours is not None
     ]
 
@@ -180,12 +176,8 @@ def publish(
         moment += 1  # another result has this second
     try:
         with new_directory(target) as staging:
-            _write(
-                Publication(experiment.name, scale, parameters, staging, interactive=False),
-                experiment,
-                sweep,
-                comparison,
-            )
+            publication = Publication(experiment.name, scale, parameters, staging, interactive=False)
+            _write(publication, experiment, sweep, comparison)
     except OSError:  # two jobs that ended together both write it
         if not (target / SUMMARY).exists():
             raise

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field
 
 import pytest
 
@@ -44,31 +43,16 @@ def chromium():
         browser.close()
 
 
-@dataclass
-class Trouble:
-    """What a page did wrong: errors on its console, and requests that left the folder or the host."""
-
-    errors: list[str] = field(default_factory=list)
-    outside: list[str] = field(default_factory=list)
-
-
-SLOW = ("to activate", "did not appear within")  # what JupyterLab says on a busy machine
-
-
-def counts(message) -> bool:
-    """Whether a console message is a fault of the page."""
-    return message.type in ("error", "warning") and not any(words in message.text for words in SLOW)
-
-
-def fails(request) -> bool:
-    """Whether a request found nothing; one that ends because the test leaves the page is no fault."""
-    return request.failure != "net::ERR_ABORTED"
+BUSY = ("to activate", "did not appear within")  # what JupyterLab says on a busy machine
 
 
 @pytest.fixture
 def visit(chromium):
-    """Opens pages: `visit(address, width=…, scheme=…, script=…)` returns the page and its `Trouble`; at the end there must be none."""
-    contexts, troubles = [], []
+    """Opens pages: `visit(address, width=…, scheme=…, script=…)`; at the end none must have done anything wrong.
+
+    Wrong are errors and warnings on a console, and requests that fail or leave the folder or the host.
+    """
+    contexts, wrong = [], []
 
     def visit(address: str, *, width: int = 1280, scheme: str = "light", script: bool = True):
         context = chromium.new_context(
@@ -76,17 +60,25 @@ def visit(chromium):
         )
         context.set_default_timeout(180_000)
         contexts.append(context)
-        page, trouble = context.new_page(), Trouble()
-        troubles.append(trouble)
-        page.on("console", lambda m: trouble.errors.append(m.text) if counts(m) else None)
-        page.on("pageerror", lambda error: trouble.errors.append(str(error)))
-        page.on("requestfailed", lambda r: trouble.errors.append(f"failed: {r.url}") if fails(r) else None)
-        home = ("file:", "data:", address.split("/", 3)[0] + "//" + address.split("/", 3)[2])
-        page.on("request", lambda r: None if r.url.startswith(home) else trouble.outside.append(r.url))
+        page = context.new_page()
+        home = ("file:", "data:", "/".join(address.split("/", 3)[:3]))
+
+        def said(message) -> None:
+            if message.type in ("error", "warning") and not any(words in message.text for words in BUSY):
+                wrong.append(message.text)
+
+        def failed(request) -> None:
+            if request.failure != "net::ERR_ABORTED":  # it ends because the test leaves the page
+                wrong.append(f"failed: {request.url}")
+
+        page.on("console", said)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("requestfailed", failed)
+        page.on("request", lambda r: None if r.url.startswith(home) else wrong.append(f"outside: {r.url}"))
         page.goto(address)
         return page
 
     yield visit
     for context in contexts:
         context.close()
-    assert [t for t in troubles if t.errors or t.outside] == []
+    assert wrong == []

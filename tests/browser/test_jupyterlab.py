@@ -35,7 +35,6 @@ RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
 CELLS = """() => [...jupyterapp.shell.currentWidget.content.model.cells].filter(c => c.type === 'code')
     .map(c => ({count: c.executionCount, outputs: c.outputs.toJSON()}))"""
 
-THEME = "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})"
 SEEN = """figures => [...document.querySelectorAll('.jp-OutputArea-output img')]
     .filter(i => i.offsetParent && i.naturalWidth > 300).length >= figures"""
 
@@ -86,52 +85,27 @@ def lab(chromium, tmp_path_factory):
         process.wait(300)
 
 
-@pytest.fixture
-def notebook(lab, visit):
-    """Runs a notebook at smoke scale: `notebook(path)` returns the page and its code cells when the last one is done."""
-
-    def run(path: str):
-        page = visit(f"{lab}/lab?token={TOKEN}&reset")
-        page.set_default_timeout(600_000)
-        page.wait_for_function("() => window.jupyterapp !== undefined")
-        page.evaluate("() => jupyterapp.restored.then(() => null)")
-        page.evaluate(OPENED, path)
-        assert page.evaluate(PARAMETERS, ['scale: str = "cpu"', 'scale: str = "smoke"'])
-        page.evaluate(RUN)
-        return page, page.evaluate(CELLS)
-
-    return run
-
-
-def kinds(cells) -> list[str]:
-    return [kind for cell in cells for output in cell["outputs"] for kind in (output.get("data") or {})]
-
-
-def show_all(page) -> None:
-    """A window as high as the notebook, at its top."""
-    page.set_viewport_size({"width": 1400, "height": 9000})
+def test_the_first_notebook_runs_top_to_bottom_and_its_controls_work(lab, visit):
+    """At smoke scale; what the other notebooks compute: tests/notebook."""
+    page = visit(f"{lab}/lab?token={TOKEN}&reset")
+    page.set_default_timeout(600_000)
+    page.wait_for_function("() => window.jupyterapp !== undefined")
+    page.evaluate("() => jupyterapp.restored.then(() => null)")
+    page.evaluate(OPENED, "00_start.ipynb")
+    assert page.evaluate(PARAMETERS, ['scale: str = "cpu"', 'scale: str = "smoke"'])
+    page.evaluate(RUN)
+    cells = page.evaluate(CELLS)
+    errors = [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+    assert errors == [] and all(cell["count"] for cell in cells)
+    kinds = [kind for cell in cells for output in cell["outputs"] for kind in (output.get("data") or {})]
+    assert kinds.count("image/png") == 4 and "application/vnd.jupyter.widget-view+json" in kinds
+    page.set_viewport_size({"width": 1400, "height": 9000})  # as high as the notebook
     page.evaluate("() => jupyterapp.shell.collapseLeft()")
     page.evaluate("() => { jupyterapp.shell.currentWidget.content.activeCellIndex = 0; }")
     page.evaluate("() => document.querySelectorAll('.jp-WindowedPanel-outer').forEach(e => e.scrollTo(0, 0))")
-
-
-@pytest.mark.parametrize(("path", "figures"), [("00_start.ipynb", 4), ("02_half_moe.ipynb", 4)])
-def test_a_notebook_runs_top_to_bottom(notebook, path, figures):
-    page, cells = notebook(path)
-    errors = [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
-    assert errors == [] and all(cell["count"] for cell in cells)
-    assert kinds(cells).count("image/png") == figures
-    show_all(page)
-    page.wait_for_function(SEEN, arg=figures)
-    if folder := os.environ.get("MOELAB_SCREENSHOTS"):
-        for theme in ("Light", "Dark"):
-            page.evaluate(THEME, f"JupyterLab {theme}")
-            page.wait_for_timeout(1500)
-            page.screenshot(path=f"{folder}/{path}-{theme.lower()}.png")
-    if path.startswith("00"):
-        assert "application/vnd.jupyter.widget-view+json" in kinds(cells)
-        widget = page.locator(".jupyter-widgets.widget-output").first
-        widget.scroll_into_view_if_needed()
-        before = widget.locator("img").get_attribute("src")
-        page.get_by_role("button", name="before training").click()
-        page.wait_for_function("b => document.querySelector('.widget-output img')?.src !== b", arg=before)
+    page.wait_for_function(SEEN, arg=4)
+    widget = page.locator(".jupyter-widgets.widget-output").first
+    widget.scroll_into_view_if_needed()
+    before = widget.locator("img").get_attribute("src")
+    page.get_by_role("button", name="before training").click()
+    page.wait_for_function("b => document.querySelector('.widget-output img')?.src !== b", arg=before)

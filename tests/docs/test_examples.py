@@ -1,5 +1,6 @@
 """The pages of docs/: the example of extend.md is followed on a copy of the checkout; links, commands and code are checked."""
 
+import importlib
 import json
 import os
 import re
@@ -43,19 +44,29 @@ def test_the_arms_of_the_page_are_understood():
     assert changed.model.routing == plain.model.routing and changed.train == plain.train
 
 
-@pytest.mark.notebook
-@pytest.mark.slow
-def test_the_example_runs_and_is_published(tmp_path):
+@pytest.fixture
+def python(tmp_path):
+    """Makes a copy of the checkout in `tmp_path`; `python(…)` runs Python with these arguments on it."""
     for name in ("moelab", "kernels", "notebooks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    places = {"PYTHONPATH": tmp_path, "MOELAB_HOME": tmp_path / "home", "MOELAB_RESULTS": tmp_path / "results"}
+    environment = os.environ | {name: str(place) for name, place in places.items()}
+
+    def python(*arguments):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return python
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_the_example_runs_and_is_published(python, tmp_path):
     shutil.copy(EXAMPLES / "balance_loss.py", tmp_path / "moelab" / "experiments")
     shutil.copy(EXAMPLES / "30_balance_loss.ipynb", tmp_path / "notebooks")
-    places = {"PYTHONPATH": tmp_path, "MOELAB_HOME": tmp_path / "home", "MOELAB_RESULTS": tmp_path / "results"}
-    environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
-    command = [sys.executable, "-m", "moelab.cli", "run", "balance-loss", "--scale", "smoke", "-p", "seeds=2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "moelab.cli", "run", "balance-loss", "--scale", "smoke", "-p", "seeds=2")
     (summary,) = (tmp_path / "home" / "results" / "balance-loss" / "smoke").glob("*/summary.json")
     published = json.loads(summary.read_text())
     assert len(published["runs"]) == 6 and published["title"].startswith("weight 0 ends ")
@@ -169,11 +180,8 @@ assert hf.suitable_format(replace(modern, expert=replace(kind, ffn=0, feed_forwa
         ("A new kind of expert", EXPERT_KIND, ["moelab/config/feed_forward.py"], 3),
     ],
 )
-def test_the_changes_of_the_page_work(heading, script, files, lines, tmp_path):
+def test_the_changes_of_the_page_work(heading, script, files, lines, python, tmp_path):
     """Made to a copy: as many lines and files as the page says, and a model with them learns."""
-    for name in ("moelab", "kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     section = (EXAMPLES.parent / "extend.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
     file, changed, count = "", [], 0
     for named, change in re.findall(r"In `([\w/]+\.py)`|```diff\n(.*?)```", section, re.S):
@@ -188,10 +196,7 @@ def test_the_changes_of_the_page_work(heading, script, files, lines, tmp_path):
         changed += [file] * (file not in changed)
         count += sum(x.startswith(("+", "-")) for x in kept)
     assert (changed, count) == (files, lines)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", BEFORE.format(root=str(tmp_path)) + script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-c", BEFORE.format(root=str(tmp_path)) + script)
 
 
 def anchors(page: Path) -> set[str]:
@@ -296,7 +301,6 @@ def test_installing_is_a_target_of_the_makefile_as_the_pages_say():
 def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     """All of it but the trainings, which are asked for and not made."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
     asked, prompts = [], []
 
     def run(self, specs):
@@ -336,9 +340,9 @@ def test_the_documentation_is_a_site_with_reference_and_search_that_asks_for_not
     assert "reviewer" in (site / "searchindex.js").read_text()
 
 
-def test_the_reference_has_all_modules():
-    code = "import conf; print(*(m for p in conf.packages() for m in conf.modules(p)))"
-    command = [sys.executable, "-c", code]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "docs").stdout.split()
+def test_the_reference_has_all_modules(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    conf = importlib.import_module("conf")
+    found = [module for package in conf.packages() for module in conf.modules(package)]
     wanted = {"moelab.config", "moelab.kernels.gating", "moelab.engine.exchange", "moelab.engine.checkpoint.hf"}
     assert {*wanted, "moelab.report.site.pages", "moelab.lab"} <= set(found) and len(found) == len(set(found))

@@ -2,23 +2,11 @@
 
 import re
 
-import matplotlib
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from moelab.plotting import figures, interactive
 from moelab.plotting.layout import TEXT, WIDTH
-
-matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def style():
-    with matplotlib.rc_context():
-        figures.theme()
-        yield
-    plt.close("all")
 
 
 def test_panels_stand_below_one_another_at_one_width(tmp_path):

@@ -1,19 +1,9 @@
 """Figures of sweeps: curves over one setting, heat maps over two, points side by side over more."""
 
-import matplotlib
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from moelab.plotting import layout, sweeps
-
-matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    plt.close("all")
 
 
 def table(**varied) -> pd.DataFrame:

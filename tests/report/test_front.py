@@ -1,7 +1,6 @@
 """The start page: five findings from the verdicts, axes that rows share, sizes, commands, downloads, explained words."""
 
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -14,14 +13,8 @@ from moelab.report import ledger
 from moelab.report.site import downloads, front, plot
 from moelab.report.site.claims import ClaimRow, all_claims, tally
 from moelab.report.site.glossary import TERMS, explain
-from moelab.report.site.results import Result
-from moelab.report.summary import parse
-from tests.report.test_ledger import publish
-
-
-def result(parameters: dict | None = None, runs: list | None = None, experiment: str = "pr-moe", **others) -> Result:
-    about = {"experiment": experiment, "scale": "cpu", "title": "t", "finished": "2026", "runs": runs or [], **others}
-    return Result(Path("nowhere"), f"{experiment}/cpu/1", parse(about | {"parameters": parameters or {}}))
+from moelab.report.site.results import read_results
+from tests.report.helpers import publish, result
 
 
 def row(claim: str, verdict: str, ours: float | None = None, low=None, high=None, kind: str = "measured") -> ClaimRow:
@@ -84,7 +77,7 @@ def test_findings_count_what_stands_after_holms_adjustment(tmp_path):
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [weak, *others], figures=())
     assert weak.verdict == v.REPRODUCED and weak.p < 0.05 < 3 * weak.p
     entries = ledger.ledger(tmp_path)
-    rows = all_claims([Result(tmp_path, "pr-moe/cpu/2026-01-01", s) for _, s in ledger.read_all(tmp_path)[0]], entries)
+    rows = all_claims(read_results(tmp_path)[0], entries)
     (shown,) = (r for r in rows if r.claim.id == "pyramid-shrinks-gap")
     assert (shown.verdict, shown.alone, shown.key) == (v.UNDECIDED, v.REPRODUCED, "trained: undecided")
     assert [(item.label, item.claims) for item in tally(entries)["trained"]] == [(v.UNDECIDED, 3)]
@@ -96,8 +89,7 @@ def test_a_claim_that_lacks_every_seeds_value_keeps_its_group_and_the_seeds_name
     lost = judge(paper.claim("moe-crossover-350m"), [], scale="full", share=1.0, missing=["seed 0: never"])
     publish(tmp_path, "scaling", "full", "2026-01-01", [lost], figures=())
     entries = ledger.ledger(tmp_path)
-    results = [Result(tmp_path, "scaling/full/2026-01-01", s) for _, s in ledger.read_all(tmp_path)[0]]
-    (shown,) = (r for r in all_claims(results, entries) if r.claim.id == lost.claim)
+    (shown,) = (r for r in all_claims(read_results(tmp_path)[0], entries) if r.claim.id == lost.claim)
     assert shown.decides and "seed 0: never" in shown.note and shown.link.startswith("scaling/full/")
     assert shown.key in {item.key for item in tally(entries)["trained"]}
 
@@ -140,9 +132,10 @@ def test_the_command_has_the_parameters_that_are_not_defaults():
     command = "moelab run half-moe --scale cpu -p "
     overrides = {"train.tokens": 7, "data.corpus": "mix5"}
     given = {"scale": "cpu", "seeds": 8, "arms": list(EXPERIMENTS["half-moe"].arms), "of_another_version": 1}
-    shown = front.command(result(given | {"overrides": overrides}, experiment="half-moe"))
+    shown = front.command(result(experiment="half-moe", parameters=given | {"overrides": overrides}))
     assert shown == command + "seeds=8 -p train.tokens=7 -p data.corpus=mix5"
-    assert front.command(result({"arms": ["a", "b"]}, experiment="half-moe")) == command + """'arms=["a", "b"]'"""
+    few = result(experiment="half-moe", parameters={"arms": ["a", "b"]})
+    assert front.command(few) == command + """'arms=["a", "b"]'"""
     assert front.command(result(experiment="mine")) == ""
 
 

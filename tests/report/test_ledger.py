@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -13,15 +13,7 @@ from moelab.design.simulated import judge_simulated
 from moelab.files import write_json
 from moelab.report import ledger
 from moelab.report.summary import SUMMARY, parse, read_all
-
-FIGURES = ({"name": "curves"}, {"name": "gaps", "claims": ["moe128-beats-moe32"]})
-
-
-def publish(results, experiment, scale, date, verdicts, figures=FIGURES, **parameters):
-    """A published result in small: what `Publication` leaves."""
-    about = {"experiment": experiment, "scale": scale, "title": "A title", "finished": date, "parameters": parameters}
-    found = {"claims": [asdict(v) for v in verdicts], "figures": list(figures)}
-    write_json(results / experiment / scale / date / SUMMARY, {**about, **found})
+from tests.report.helpers import publish
 
 
 def entries(results):
@@ -162,13 +154,11 @@ def test_a_result_is_shown_by_todays_rule(tmp_path):
 
 
 def test_the_command_prints_table_and_json(tmp_path):
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
-    env = {"MOELAB_RESULTS": str(tmp_path), "MOELAB_HOME": str(tmp_path / "home"), "COLUMNS": "220"}
+    publish(tmp_path / "results", "pr-moe", "cpu", "2026-01-01", [LOWER])
 
     def moelab(*arguments):
-        return CliRunner().invoke(app, arguments, env=env, catch_exceptions=False).stdout
+        return CliRunner().invoke(app, arguments, env={"COLUMNS": "220"}, catch_exceptions=False).stdout
 
-    write_json(tmp_path / "pr-moe" / "cpu" / "2026-01-02" / SUMMARY, {"experiment": "pr-moe", "claims": 7})
     out = moelab("claims")
     assert out.index("measured: 1 reproduced") < out.index(ORDER.statement), "the tally comes first"
     one = moelab("claims", ORDER.id)
@@ -185,12 +175,27 @@ def test_the_command_prints_table_and_json(tmp_path):
 
 
 WHOLE = {"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026"}
-WRONG = ({"experiment": 1}, {"claims": [{"claim": ORDER.id}]}, {"claims": {"a": 1}})
-NO_JSON = ("", "[]", "7", '{"experiment": "pr-moe"', '{"scale": "cpu"}', "\udcff", "[" * 100_000)
+RUN = {"id": "a", "label": "a"}
+WRONG = (
+    ({"experiment": 1}, "experiment"),
+    ({"claims": [{"claim": ORDER.id}]}, "claims.0"),
+    ({"claims": {"a": 1}}, "claims"),
+    ({"runs": [{**RUN, "result": {"tokens": None}}]}, "tokens must be a number, got None"),
+    ({"runs": [{**RUN, "provenance": {"sessions": [7]}}]}, "summary.runs.0.provenance.sessions"),
+)
+NO_JSON = ("", '{"experiment": "pr-moe"', "\udcff", "[" * 100_000)
+NO_SUMMARY = ("[]", "7", '{"scale": "cpu"}')
 
 
-@pytest.mark.parametrize("text", [*NO_JSON, *(json.dumps(WHOLE | wrong) for wrong in WRONG)])
-def test_a_malformed_summary_is_named_and_the_others_count(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *((text, "not valid JSON") for text in NO_JSON),
+        *((text, "summary") for text in NO_SUMMARY),
+        *((json.dumps(WHOLE | wrong), said) for wrong, said in WRONG),
+    ],
+)
+def test_a_malformed_summary_is_named_and_the_others_count(text, said, tmp_path):
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
     folder = tmp_path / "pr-moe" / "cpu" / "2026-01-02"
     folder.mkdir()
@@ -198,6 +203,7 @@ def test_a_malformed_summary_is_named_and_the_others_count(text, tmp_path):
     assert entries(tmp_path)["moe128-beats-moe32"].verdict == claims.REPRODUCED
     found, (line,) = read_all(tmp_path)
     assert len(found) == 1 and line.startswith("pr-moe/cpu/2026-01-02/summary.json: ") and "\n" not in line
+    assert said in line.partition(": ")[2]
 
 
 def test_only_names_of_files_in_the_folder_are_links():

@@ -5,20 +5,15 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from moelab import paths
 from moelab.cli import app
 from moelab.lab import Lab
 from moelab.report import planning
 from tests.experiments.helpers import final
 
 
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    return tmp_path / "results"
-
-
-def test_claims_and_arms_of_a_result(publish, results):
+def test_claims_and_arms_of_a_result(publish):
+    results = paths.results()
     publish(results, "pr-moe", "cpu", claims={"moe128-beats-moe32": (-0.02, -0.03, -0.01), "pr-moe-size": (0.3,)})
     found = planning.needs("pr-moe", "cpu", results)
     (row,) = found.to_dict("records")
@@ -38,14 +33,12 @@ def test_runs_at_hand():
     assert list(against["comparison"]) == ["a − b", "c − b"]
 
 
-def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish, results):
-    publish(results, "pr-moe", "cpu", claims={"moe128-beats-moe32": (-0.02, -0.3, 0.1)})
+def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish):
+    publish(paths.results(), "pr-moe", "cpu", claims={"moe128-beats-moe32": (-0.02, -0.3, 0.1)})
     text = " ".join(CliRunner().invoke(app, ["power", "pr-moe"], catch_exceptions=False).output.split())
     assert "moe128-beats-moe32 0.21 of 3 0.01, the smallest > 99 > 99 > 99" in text
     assert "80 % probability if the effect is there" in text
     for arguments, part in (
-        ("nosuch", "no experiment 'nosuch'; allowed: start"),
-        ("pr-moe --scale huge", "no scale 'huge'; allowed: smoke"),
         ("pr-moe --scale gpu", "no result of pr-moe at scale gpu to take a spread from; `moelab run pr-moe"),
         ("pr-moe --against MoE-7", "no arm 'MoE-7' in these runs; there are 350M, 350M+MoE-128"),
         ("pr-moe --effect -1", "effect must be a positive number of nats per token, got -1.0"),

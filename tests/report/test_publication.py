@@ -4,9 +4,9 @@ import re
 import zipfile
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 
 from moelab import paths
 from moelab.experiments import EXPERIMENTS
@@ -15,15 +15,6 @@ from moelab.report.publication import Publication
 from moelab.report.summary import SUMMARY
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore
-
-matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MOELAB_PUBLICATION", raising=False)
-
 
 NO_NAMES = (("pr-moe", "../../../victim"), ("..", "runs"), ("", ""), ("/", "victim"), ("pr-moe", "."), (None, "cpu"))
 
@@ -54,8 +45,6 @@ def test_a_link_out_of_the_drafts_is_not_followed(tmp_path):
 
 
 def test_figures_and_tables_stay_in_their_folder(tmp_path):
-    from matplotlib import pyplot as plt
-
     publication = Publication.open("pr-moe", "cpu", {})
     (publication.path / "old").touch()
     publication = Publication.open("pr-moe", "cpu", {})
@@ -69,7 +58,7 @@ def test_figures_and_tables_stay_in_their_folder(tmp_path):
     plt.close("all")
 
 
-def test_a_run_that_stands_for_both_rates_counts_once():
+def test_a_run_that_stands_for_both_rates_counts_once(result):
     specs = [s for s in EXPERIMENTS["half-moe"].specs("full") if "First half" in s.label]
     assert len(specs) == 2 and specs[0].id == specs[1].id
     runs = [RunStore().run(spec) for spec in specs]
@@ -77,9 +66,7 @@ def test_a_run_that_stands_for_both_rates_counts_once():
     publication.finish(Runs(runs), title="Missing")
     summary = read_json(publication.path / SUMMARY)
     assert summary["missing"] == [specs[0].id]
-    numbers = dict.fromkeys(("steps", "tokens", "validation_loss", "bits_per_byte", "unigram_loss", "seconds"), 1.0)
-    numbers |= dict.fromkeys(("parameters", "active_parameters", "flops_per_token"), 1.0)
-    write_json(runs[0].path / "result.json", numbers)
+    write_json(runs[0].path / "result.json", result(seconds=1.0))
     write_json(runs[0].path / "provenance.json", {})
     publication.finish(Runs(runs), title="There")
     summary = read_json(publication.path / SUMMARY)

@@ -14,8 +14,8 @@ from moelab.design.verdicts import UNDECIDED
 from moelab.report.site import charts, digest, hero, questions
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.gallery import chapters
-from moelab.report.site.results import Result, strongest
-from moelab.report.summary import parse
+from moelab.report.site.results import strongest
+from tests.report.helpers import result
 
 ARMS = {"350M": 4.0, "350M+MoE-128": 3.7, "1.3B": 3.4}
 
@@ -26,11 +26,6 @@ def run(arm, seed, tokens=16_384_000):
     result = {"validation_loss": ARMS[arm] + 0.01 * seed, "parameters": 171_000, "tokens": tokens, **costs}
     provenance = {"commit": "a" * 40, "hardware": {"cpu": "Test", "cores": 2}}
     return {"id": f"{arm}{seed}", "label": arm, "spec": spec, "result": result, "provenance": provenance}
-
-
-def result(folder, experiment, scale, **others):
-    about = {"experiment": experiment, "scale": scale, "title": "t", "finished": "2026"}
-    return Result(folder, f"{experiment}/{scale}/1", parse(about | others))
 
 
 @pytest.fixture

@@ -4,26 +4,19 @@ import json
 import math
 from pathlib import Path
 
-import matplotlib
 import pytest
 
+from moelab import paths
 from moelab.design.parameters import resolve
 from moelab.experiments import experiment
 from moelab.files import write_json
 from moelab.report import site, sweep
+from moelab.report.publication import Publication
 from moelab.report.site import front
 from moelab.report.site.results import read_results
 from moelab.runs.store import RunStore
 
-matplotlib.use("Agg")
 HALF = experiment("half-moe")
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
-    return tmp_path / "home"
 
 
 def points(name: str, grid: list[dict[str, str]], **given: str) -> sweep.Sweep:
@@ -64,20 +57,20 @@ def test_a_row_for_each_point_and_arm_with_intervals_over_seeds(two):
     assert len(found.runs) == 8 and found.lacking == ()
 
 
-def test_one_result_with_a_figure_and_a_table_on_the_page(two, home):
+def test_one_result_with_a_figure_and_a_table_on_the_page(two):
     found = sweep.compare(HALF, two, [None, None], RunStore())
     folder = sweep.publish(HALF, two, found)
-    assert folder.parent == home / "results" / "half-moe" / "smoke-sweep"
+    assert folder.parent == paths.own_results() / "half-moe" / "smoke-sweep"
     summary = json.loads((folder / "summary.json").read_text())
     lowest = "Over train.tokens, the lowest mean loss is 4.963 nats, of Second half at train.tokens=2048"
     assert summary["title"] == lowest
     assert summary["parameters"]["sweep"] == {"train.tokens": [1024, 2048]} and "overrides" not in summary["parameters"]
     assert len(summary["runs"]) == 8 and summary["seeds"] == [0, 1] and (folder / "points.svg").exists()
     assert sweep.publish(HALF, two, found) == folder, "the same comparison is not published twice"
-    page = Path(site.update().index).parent / folder.relative_to(home / "results") / "index.html"
+    page = Path(site.update().index).parent / folder.relative_to(paths.own_results()) / "index.html"
     text = page.read_text()
     assert "All points of the sweep" in text and "points.svg" in text
-    (shown,), _ = read_results(home / "results")
+    (shown,), _ = read_results(paths.own_results())
     command = "moelab sweep half-moe --scale smoke -g train.tokens=1024,2048 -p seeds=2 -p "
     assert front.command(shown) == command + """'arms=["Dense", "Second half"]'"""
 
@@ -97,10 +90,10 @@ def test_points_without_a_value_are_named_and_their_runs_missing(two, result, ca
     assert sweep.publish(HALF, more, again) != folder and not again.lacking
 
 
-def test_nothing_is_published_where_no_point_has_a_value(home):
+def test_nothing_is_published_where_no_point_has_a_value():
     asked = points("half-moe", [{"train.tokens": "1024"}])
     found = sweep.compare(HALF, asked, [None], RunStore())
-    assert sweep.publish(HALF, asked, found) is None and not (home / "results").exists()
+    assert sweep.publish(HALF, asked, found) is None and not paths.own_results().exists()
 
 
 def test_without_training_the_claims_are_compared(publish, tmp_path):
@@ -127,9 +120,9 @@ def test_budgets_of_an_arm_are_no_arms_of_a_sweep(result):
     assert found.table["arm"].tolist() == ["Dense", "MoE-128"] and len(found.runs) > 2
 
 
-def test_a_table_that_cannot_be_written_is_no_result(two, home, monkeypatch):
+def test_a_table_that_cannot_be_written_is_no_result(two, monkeypatch):
     found = sweep.compare(HALF, two, [None, None], RunStore())
-    monkeypatch.setattr(sweep, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(Publication, "table", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
         sweep.publish(HALF, two, found, name="20260101-000000")
-    assert not list((home / "results").rglob("summary.json"))
+    assert not list(paths.own_results().rglob("*.json*"))

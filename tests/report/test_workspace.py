@@ -21,10 +21,8 @@ def tree(folder):
 
 
 @pytest.fixture
-def both(tmp_path, monkeypatch, publish, result):
+def both(publish, result):
     """A published result with its pages, one of one's own, and a benchmark."""
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
     publish(paths.results(), claims=CLAIMS)
     site.update(publish=True)
     for folder in (".", "another-cpu"):
@@ -35,13 +33,12 @@ def both(tmp_path, monkeypatch, publish, result):
     write_json(run.path / "result.json", result(3.21))
     records.write([run], paths.own_results() / "runs")
     (paths.own_results() / "runs" / "broken.zip").write_bytes(b"no zip")
-    return tmp_path
 
 
 def test_pages_show_both_and_change_neither(both):
     before = tree(paths.results()), tree(paths.own_results())
     built = site.update()
-    assert built.results == 2 and not built.unreadable and built.index == both / "home" / "pages" / "index.html"
+    assert built.results == 2 and not built.unreadable and built.index == paths.pages() / "index.html"
     start = built.index.with_name("figures.html").read_text()
     assert PUBLISHED in start and OWN in start and "gate.provenance.json" in start
     assert (paths.pages() / "benchmarks" / "another-cpu" / "gate.provenance.json").exists() and "(another-cpu)" in start

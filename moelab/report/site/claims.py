@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from moelab import paper
 from moelab.design import power
 from moelab.design.judging import restate
-from moelab.design.verdicts import COUNTED, FITTED, MEASURED, OUTCOMES, PREDICTED, outcome
-from moelab.report.ledger import OPEN, Entry, distinct
+from moelab.design.verdicts import COUNTED, FITTED, MEASURED, OUTCOMES, PREDICTED, Verdict, outcome
+from moelab.report.ledger import OPEN, Entry, Evidence, distinct
 from moelab.report.site.order import position
 from moelab.report.site.results import Result
 from moelab.report.site.template import number, quantity
@@ -145,29 +145,15 @@ class ClaimRow:
 def claims_of(result: Result) -> list[ClaimRow]:
     """Return what a result says about the paper's claims; claims that this version does not know are left out."""
     known = {claim.id: claim for claim in paper.claims()}
-    return [
-        ClaimRow(
-            known[v.claim],
-            v.verdict,
-            result,
-            result.scale,
-            _finite(v.ours),
-            _finite(v.low),
-            _finite(v.high),
-            samples=v.samples,
-            note=v.text,
-            kind=v.kind,
-        )
-        for v in (restate(known[v.claim], v, result.summary.scale) for v in result.summary.claims if v.claim in known)
-    ]
+    said = (restate(known[v.claim], v, result.summary.scale) for v in result.summary.claims if v.claim in known)
+    return [_row(known[v.claim], v, result, result.scale, v.text) for v in said]
 
 
 def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[ClaimRow]:
     """Return rows for every claim of the ledger of these results, in the order of the paper's figures.
 
     A claim has a row for each scale with a value, the deciding one first, with or without one; else a row without a
-    result. The ledger
-    (`moelab.report.ledger`) says which row decides, as for `moelab claims`.
+    result. The ledger (`moelab.report.ledger`) says which row decides, as for `moelab claims`.
     """
     by_path = {result.path: result for result in results}
     rows = []
@@ -175,21 +161,12 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
         claim, deciding = paper.claim(entry.claim), entry.deciding
         shown = [e for e in entry.evidence if e is deciding or e.judged or e.ours is not None]
         for e in sorted(shown, key=lambda e: e is not deciding):
-            row = ClaimRow(
-                claim,
-                entry.adjusted if e is deciding else e.verdict,
-                by_path[e.result],
-                e.scale,
-                _finite(e.ours),
-                _finite(e.low),
-                _finite(e.high),
-                e.samples,
-                f"{e.note} {_outlook(claim, by_path[e.result], entry) if e is deciding else ''}".strip(),
-                e.figure.removeprefix(f"{e.result}/").removesuffix(".svg"),
-                decides=e is deciding,
-                kind=entry.kind if e is deciding else e.kind,
-                alone=entry.verdict if e is deciding and entry.adjusted != entry.verdict else "",
-            )
+            result, figure = by_path[e.result], e.figure.removeprefix(f"{e.result}/").removesuffix(".svg")
+            row = _row(claim, e, result, e.scale, e.note, figure)
+            if e is deciding:
+                note = f"{e.note} {_outlook(claim, result, entry)}".strip()
+                alone = entry.verdict if entry.adjusted != entry.verdict else ""
+                row = replace(row, verdict=entry.adjusted, kind=entry.kind, note=note, alone=alone, decides=True)
             rows.append(row)
         if not shown:
             rows.append(ClaimRow(claim, entry.adjusted, decides=True))
@@ -202,5 +179,9 @@ def _outlook(claim: paper.Claim, result: Result, entry: Entry) -> str:
     return power.outlook(claim, replace(restate(claim, stored, result.scale), verdict=entry.adjusted))
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _row(
+    claim: paper.Claim, said: Verdict | Evidence, result: Result, scale: str, note: str, figure: str = ""
+) -> ClaimRow:
+    values = (said.ours, said.low, said.high)
+    ours, low, high = (value if value is not None and math.isfinite(value) else None for value in values)
+    return ClaimRow(claim, said.verdict, result, scale, ours, low, high, said.samples, note, figure, kind=said.kind)

@@ -69,9 +69,7 @@ def digest(chapters: Sequence[Chapter], rows: Sequence[ClaimRow]) -> list[Row]:
         if claim:
             effect = quantity(claim.ours, claim.claim)
             effect += f" ({claim.interval})" if claim.samples and claim.interval != "–" else ""
-            effect += (
-                f", {claim.claim.left} against {claim.claim.right}" if claim.claim.right else f", {claim.claim.left}"
-            )
+            effect += f", {claim.claim.left}" + (f" against {claim.claim.right}" if claim.claim.right else "")
         seconds = result.summary.training_seconds or result.summary.notebook_seconds or 0
         found.append(
             Row(
@@ -122,21 +120,19 @@ def _ratios(result: Result, row: ClaimRow) -> tuple[float | None, float | None]:
     """Return FLOPs and time of the claim's left runs over its right ones, by seed."""
     arms = {model: arm for arm, model in models_of(result).items()}
     pair = [arms.get(name.removesuffix("+MoS")) for name in (row.claim.left, row.claim.right)]
-    by: dict[tuple[str, int], list[Mapping]] = {}
-    processors: dict[tuple[str, int], set[str]] = {}
+    runs: dict[tuple[str | None, int], list[RunRow]] = {}
     for run in result.summary.runs:
-        if not run.spec.get("start") and run.label in pair:
-            by.setdefault((run.label, run.seed), []).append(run.result)
-            processors.setdefault((run.label, run.seed), set()).update(result.processors(run))
+        if not run.spec.get("start"):
+            runs.setdefault((run.label, run.seed), []).append(run)
     flops, time = [], []
-    for seed in {seed for _, seed in by}:
-        keys = [(str(arm), seed) for arm in pair]
-        if None in pair or any(len(by.get(key, ())) != 1 for key in keys):
+    for seed in {seed for _, seed in runs}:
+        both = [run for arm in pair for run in runs.get((arm, seed), [])]
+        if [run.label for run in both] != pair:
             continue
-        left, right = (by[key][0] for key in keys)
+        left, right = (run.result for run in both)
         if {"flops_per_token", "tokens"} <= left.keys() & right.keys():
             flops.append(left["flops_per_token"] * left["tokens"] / (right["flops_per_token"] * right["tokens"]))
-        same = processors[keys[0]] == processors[keys[1]] and len(processors[keys[0]]) == 1
+        same = len({processor for run in both for processor in result.processors(run)}) == 1
         if same and left.get("seconds") and right.get("seconds"):
             time.append(left["seconds"] / right["seconds"])
     return (statistics.median(flops) if flops else None), (statistics.median(time) if time else None)

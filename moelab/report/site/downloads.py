@@ -7,7 +7,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +116,3 @@ def packed_runs(root: Path, results: Sequence[Result]) -> list[PackedRun]:
         pack = file.relative_to(root).as_posix()
         found.append(PackedRun(archive.stem, pack, label, seed, numbers, users.get(archive.stem, [])))
     return sorted(found, key=lambda run: run.id)
-
-
-def repository() -> str:
-    """Return the address of the project's repository as its package names it, empty if it names none."""
-    try:
-        urls = metadata.metadata("moelab").get_all("Project-URL") or []
-    except metadata.PackageNotFoundError:
-        return ""
-    named = dict(part.split(", ", 1) for part in urls if ", " in part)
-    return next((url for name, url in named.items() if name.lower() in ("repository", "source", "homepage")), "")

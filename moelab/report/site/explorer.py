@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moelab.report.site.results import ODD, Result, strongest
@@ -15,18 +15,21 @@ CHOICES = {"model": "Model", "cluster": "Cluster", "most_gpus": "GPUs at most", 
 NUMBERS = 7
 """Columns of the table that hold numbers, the first ones."""
 START = {"model": "1.3B+MoE-128", "cluster": "a100-80gb", "most_gpus": "32", "best_by": "latency"}
-HEADS = (
-    "Batch",
-    "ms a token",
-    "range",
-    "tokens/s/GPU",
-    "per million tokens",
-    "GiB a GPU",
-    "GPUs",
-    "Layout",
-    "Bound by",
-    "Nearest measurement",
-)
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "Batch": lambda row: f"{row['batch']}",
+    "ms a token": lambda row: f"{row['latency_ms']:.3g}",
+    "range": lambda row: f"{row['low_ms']:.3g} to {row['high_ms']:.3g}" if row.get("low_ms") else "–",
+    "tokens/s/GPU": lambda row: f"{row['tokens_per_s_per_gpu']:,.0f}",
+    "per million tokens": lambda row: (
+        f"{row['cost_per_million']:.3g} {row['currency']}" if row.get("cost_per_million") else "–"
+    ),
+    "GiB a GPU": lambda row: f"{row['gib_per_gpu']:.1f} of {row['memory_gib']:.1f}",
+    "GPUs": lambda row: f"{row['gpus']}",
+    "Layout": lambda row: row["layout"].partition(", ")[2].rpartition(", ")[0],
+    "Bound by": lambda row: BOUND.get(row["bound"], row["bound"]),
+    "Nearest measurement": lambda row: row.get("nearest") or "–",
+}
+"""Head of a column -> its text in a row."""
 
 
 def explorer(results: Sequence[Result]) -> dict[str, Any] | None:
@@ -34,7 +37,7 @@ def explorer(results: Sequence[Result]) -> dict[str, Any] | None:
     result = strongest(results, "what-if", DATA)
     try:
         rows = result.rows_or_none(DATA) if result else []
-        packed = [[[str(row[name]) for name in CHOICES], _line(row)] for row in rows]
+        packed = [[[str(row[name]) for name in CHOICES], [text(row) for text in COLUMNS.values()]] for row in rows]
     except ODD:
         return None
     if not result or not packed:
@@ -46,24 +49,8 @@ def explorer(results: Sequence[Result]) -> dict[str, Any] | None:
         "cached": result.summary.parameters.get("cached", "–"),
         "choices": [(name, label, options[name]) for name, label in CHOICES.items()],
         "start": start,
-        "heads": HEADS,
+        "heads": list(COLUMNS),
         "numbers": NUMBERS,
         "rows": [line for key, line in packed if key == list(start.values())],
-        "packed": {"fields": list(CHOICES), "heads": HEADS, "numbers": NUMBERS, "rows": packed},
+        "packed": {"fields": list(CHOICES), "heads": list(COLUMNS), "numbers": NUMBERS, "rows": packed},
     }
-
-
-def _line(row: dict[str, Any]) -> list[str]:
-    price = f"{row['cost_per_million']:.3g} {row['currency']}" if row.get("cost_per_million") else "–"
-    return [
-        f"{row['batch']}",
-        f"{row['latency_ms']:.3g}",
-        f"{row['low_ms']:.3g} to {row['high_ms']:.3g}" if row.get("low_ms") else "–",
-        f"{row['tokens_per_s_per_gpu']:,.0f}",
-        price,
-        f"{row['gib_per_gpu']:.1f} of {row['memory_gib']:.1f}",
-        f"{row['gpus']}",
-        row["layout"].partition(", ")[2].rpartition(", ")[0],
-        BOUND.get(row["bound"], row["bound"]),
-        row.get("nearest") or "–",
-    ]

@@ -45,12 +45,11 @@ def chapters(results: Sequence[Result]) -> list[Chapter]:
 
 
 def _chapter(name: str, by_scale: Mapping[str, Result]) -> Chapter:
-    ordered = dict(sorted(by_scale.items(), key=lambda item: weakness(item[1])))
     if about := EXPERIMENTS.get(name):
         described = (about.title, about.paper, about.question, about.paper_answer, f"moelab run {name}")
     else:
         described = (name, ", ".join(c.where for c in paper.claims() if c.experiment == name), "", "", "")
-    return Chapter(name, *described, ordered)
+    return Chapter(name, *described, by_scale)
 
 
 def by_chapter(rows: Sequence[ClaimRow], chapters: Sequence[Chapter]) -> list[tuple[Chapter, list[ClaimRow]]]:

@@ -42,14 +42,12 @@ class Built:
         index: the start page.
         results: number of results found.
         written: files that were new or had changed.
-        converted: notebooks among them.
         unreadable: a line for each file that could not be read.
     """
 
     index: Path
     results: int
     written: int
-    converted: int
     unreadable: Sequence[str]
 
 
@@ -60,8 +58,7 @@ def build(root: Path) -> Built:
     page; the start page names them.
     """
     results, unreadable = read_results(root)
-    converted, failed = _convert(root, [r.folder / "notebook.ipynb" for r in results if r.has("notebook.ipynb")])
-    written = converted
+    written, failed = _convert(root, [r.folder / "notebook.ipynb" for r in results if r.has("notebook.ipynb")])
     for result in results:
         if result.has("notebook.ipynb"):
             (result.names.discard if result.folder in failed else result.names.add)("notebook.html")
@@ -86,7 +83,6 @@ def build(root: Path) -> Built:
         "scales": sorted(used, key=lambda scale: (scale_rank(scale), scale)),
         "results": results,
         "runs": runs,
-        "repository": downloads.repository(),
         "unreadable": unreadable,
         **_VIEW,
     }
@@ -131,7 +127,7 @@ def build(root: Path) -> Built:
             loaded = (root / file for file in ("index.html", "assets/site.css", "assets/site.js", hero.FILE))
             own["kilobytes"] = sum(file.stat().st_size for file in loaded if file.exists()) / 1000
         written += _write_if_changed(root / name, template.render(name, **about, **own))
-    return Built(root / "index.html", len(results), written, converted, unreadable)
+    return Built(root / "index.html", len(results), written, unreadable)
 
 
 def _verdicts(claims: Sequence[ClaimRow]) -> dict[str, str]:

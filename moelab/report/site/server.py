@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 from http import HTTPStatus
 from pathlib import Path
@@ -30,7 +31,7 @@ class ResultsServer(http.server.ThreadingHTTPServer):
     def __init__(self, folder: Path, port: int) -> None:
         self.folder = folder.resolve()
         try:
-            super().__init__(("127.0.0.1", port), _Handler)
+            super().__init__(("127.0.0.1", port), functools.partial(_Handler, directory=str(self.folder)))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"port {port}: {reason}; choose another with --port") from None
@@ -46,9 +47,6 @@ class ResultsServer(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
     server: ResultsServer
-
-    def __init__(self, request: Any, client_address: Any, server: ResultsServer) -> None:
-        super().__init__(request, client_address, server, directory=str(server.folder))
 
     def send_head(self) -> Any:
         """Refuse what is asked of another host, and files outside the folder, where a symbolic link may lead."""
