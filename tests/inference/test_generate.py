@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from moelab.kernels import _cpp
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelab.config import RoutingConfig
 from moelab.inference import Generator, Sampling, set_mode
 from moelab.inference.packing import is_packed
+from tests.models.test_dispatch import NoAnswers
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 SEVERAL = SimpleNamespace(world=SimpleNamespace(size=2))  # what a generator reads of a mesh before it sends anything
@@ -121,14 +121,6 @@ def test_capacity_on_request(prompts, kinds, make):
     assert Generator(set_mode(make(tight), drop_free=False), batch=7).generate(prompts, GREEDY) != free
 
 
-class NoAnswers(TorchDispatchMode):
-    """Refuses operations that hand a tensor's values to the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), func
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=8, top_k=9, top_p=0.9)])
 def test_a_static_step_never_asks_the_device(kinds, make, prompts, sampling):
     """Dense: on CPU the MoE kernels may ask. Those of CUDA may not either, or the capture in the test below fails."""
@@ -140,8 +132,6 @@ def test_a_static_step_never_asks_the_device(kinds, make, prompts, sampling):
     with NoAnswers():
         step.compute()
     assert addresses == [t.data_ptr() for t in state], "a graph finds its state where it was captured"
-    with pytest.raises(AssertionError), NoAnswers():
-        step.tokens_B1.sum().item()
 
 
 @pytest.mark.gpu
