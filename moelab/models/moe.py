@@ -3,8 +3,8 @@
     x_SM -> Router -> Routing -> dispatch -> experts -> combine -> y_SM (+ residual mix)
 
 Start reading at `MoE`, at the end. `routing.py` has the router, `dispatch.py` the copying of tokens to their experts
-and back, `baseline.py` the paper's PyTorch baseline. Inference and the engine replace parts of a built layer (router,
-experts, mix) by modules with the same interface, and its dispatch by `MoE.set_dispatch`.
+and back, `baseline.py` the paper's PyTorch baseline. In a built layer, the engine replaces the experts by a module with
+the same interface, inference the router's gate, and both the dispatch, by `MoE.set_dispatch`.
 """
 
 from __future__ import annotations
