@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -61,23 +62,15 @@ def ops(backend, device):
     def combined(rows, weight, row, entry):
         return combine(rows, RowTable(row, entry, None), weight, backend=backend)
 
-    def experts(offsets, x, *params):
-        return expert_ffn(x, offsets, *params, backend=backend)
-
-    def learned(*tensors):
-        return residual_mix(*tensors, backend=backend)
-
-    def given(moe, mlp, a):
-        return residual_mix(moe, mlp, coefficient_S2=a, backend=backend)
-
+    mixed = partial(residual_mix, backend=backend)
     return dict(
         gate=(gated, [torch.randn(S, E, **random), torch.randn(S, E, **random)]),
         row_table=(tabled, [g.expert_SK, g.slot_SK, g.kept_E]),
         dispatch=(dispatched, [torch.randn(S, M, **random), table.row_SK, table.entry_R]),
         combine=(combined, [torch.randn(R, M, **random), g.weight_SK, table.row_SK, table.entry_R]),
-        expert_ffn=(experts, [table.offsets_E1, *ffn]),
-        residual_learned=(learned, mix),
-        residual_given=(given, [*mix[:2], torch.rand(S, 2, **random)]),
+        expert_ffn=(partial(expert_ffn, backend=backend), [ffn[0], table.offsets_E1, *ffn[1:]]),
+        residual_learned=(mixed, mix),
+        residual_given=(lambda moe, mlp, a: mixed(moe, mlp, coefficient_S2=a), [*mix[:2], torch.rand(S, 2, **random)]),
     )
 
 
@@ -209,7 +202,7 @@ def test_without_gradients_nothing_is_kept(target, op, monkeypatch):
     assert not got.requires_grad
     torch.testing.assert_close(got, want)
     if op == "expert_ffn" and target[0] == "triton":
-        assert shapes.count((len(leaves[1]), F)) == 1, "the activation, and no pre-activation beside it"
+        assert shapes.count((len(leaves[0]), F)) == 1, "the activation, and no pre-activation beside it"
 
 
 def test_without_triton_its_backend_is_refused_in_one_line(monkeypatch):
