@@ -20,17 +20,8 @@ def make(S, M, dtype):
 def run(way, backend, tensors):
     """Return names and outputs and gradients."""
     moe, mlp, x, dy, w, b, a = (t.clone() for t in tensors)
-    leaves = (
-        dict(moe=moe, mlp=mlp)
-        | {
-            "learned": dict(x=x, w=w, b=b),
-            "no bias": dict(x=x, w=w),
-            "given": dict(a=a),
-            "sum": {},
-        }[way]
-    )
-    for t in leaves.values():
-        t.requires_grad_()
+    more = {"learned": dict(x=x, w=w, b=b), "no bias": dict(x=x, w=w), "given": dict(a=a), "sum": {}}[way]
+    leaves = {name: t.requires_grad_() for name, t in dict(moe=moe, mlp=mlp, **more).items()}
     args = [t for name, t in leaves.items() if name in "xwb"]
     y = residual_mix(moe, mlp, *args, coefficient_S2=leaves.get("a"), backend=backend)
     y.backward(dy)
