@@ -136,7 +136,8 @@ class Generator:
         if self.mesh is not None:
             ranks = self.mesh.data
             rows = list(itertools.chain.from_iterable(broadcast_json(gather_json(rows, ranks), ranks)))
-        return [Completion(tuple(tokens), finish) for _, tokens, finish in sorted(rows)]
+        done = {i: Completion(tuple(ids), end) for i, ids, end in rows}
+        return [done[i] for i in range(len(prompts))]
 
     def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None) -> Iterator[Piece]:
         """Return an iterator over new tokens, in each turn one of each unfinished sequence.
