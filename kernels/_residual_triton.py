@@ -113,18 +113,7 @@ def mix_backward_triton(dy, moe, mlp, a_S2, x=None, w=None):
     if S * M:
         tile = _mix_tile("mix_backward", moe)
         _mix_backward_kernel[(triton.cdiv(S, tile["BS"]),)](
-            dy,
-            moe,
-            mlp,
-            a_S2,
-            w if learned else dy,
-            d_moe,
-            d_mlp,
-            da,
-            dx if learned else dy,
-            S,
-            M,
-            LEARNED=learned,
-            **tile,
-        )
+            dy, moe, mlp, a_S2, w if learned else dy, d_moe, d_mlp, da, dx if learned else dy, S, M,
+            LEARNED=learned, **tile,
+        )  # fmt: skip
     return d_moe, d_mlp, da, dx

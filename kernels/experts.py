@@ -33,7 +33,6 @@ from ._cpp import operations
 from .activations import ACTIVATIONS, Activation, named, number_of
 from .gating import Gate
 from .packed import Packed
-from .permute import combine, dispatch, row_table
 
 
 def expert_ffn(
@@ -80,9 +79,9 @@ def expert_ffn(
 def routed_ffn(
     x_SM: torch.Tensor,
     gate: Gate,
-    w1_EMF: torch.Tensor | Packed,
+    w1_EMF: Packed,
     b1_EF: torch.Tensor | None,
-    w2_EFM: torch.Tensor | Packed,
+    w2_EFM: Packed,
     b2_EM: torch.Tensor | None,
     *,
     activation: str = "gelu_tanh",
@@ -90,19 +89,13 @@ def routed_ffn(
 ) -> torch.Tensor:
     """Return each token's weighted sum of its experts' outputs, with ``add_SM`` added, [S, M] in x's dtype.
 
-    It is `row_table`, `dispatch`, `expert_ffn` and `combine`; with packed weights in one call, as a decoding step
-    needs it.
+    It is `row_table`, `dispatch`, `expert_ffn` and `combine` with packed weights in one call, as a decoding step needs
+    it.
     """
-    if isinstance(w1_EMF, Packed):
-        routing = (gate.expert_SK, gate.slot_SK, gate.kept_E, gate.weight_SK)
-        weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("routed_ffn", activation))
-        return operations().routed_experts.default(
-            x_SM.contiguous(), *routing, *weights, None if add_SM is None else add_SM.contiguous()
-        )
-    table = row_table(gate)
-    rows_RM = expert_ffn(dispatch(x_SM, table), table.offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM, activation=activation)
-    y_SM = combine(rows_RM, table, gate.weight_SK)
-    return y_SM if add_SM is None else y_SM + add_SM
+    routing = (gate.expert_SK, gate.slot_SK, gate.kept_E, gate.weight_SK)
+    weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("routed_ffn", activation))
+    x_SM, add_SM = contiguous(x_SM, add_SM)
+    return operations().routed_experts.default(x_SM, *routing, *weights, add_SM)
 
 
 def _check(x, offsets_E1, activation, *layers) -> None:

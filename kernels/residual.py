@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import operations
+from .packed import pack_mix
 
 
 def residual_mix(
@@ -112,8 +113,8 @@ class _LearnedMix(torch.autograd.Function):
 
             y, a_S2 = mix_triton(moe, mlp, None, x, w_2M, b_2)
         else:
-            a_S2, bias = torch.empty(len(moe), 2, dtype=torch.float32), 0.0 if b_2 is None else float(b_2[0] - b_2[1])
-            y = operations().mix.default(moe, mlp, a_S2, x, _difference(w_2M), bias, None)
+            a_S2 = torch.empty(len(moe), 2, dtype=torch.float32)
+            y = operations().mix.default(moe, mlp, a_S2, x, *pack_mix(w_2M, b_2), None)
         ctx.save_for_backward(moe, mlp, x, w_2M, b_2, a_S2)
         ctx.backend = backend
         return y
@@ -131,15 +132,10 @@ class _LearnedMix(torch.autograd.Function):
         else:
             d_moe, d_mlp, dx = (torch.empty_like(t) for t in (moe, mlp, x))
             sums = torch.empty(x.shape[1] + 1, dtype=torch.float32)
-            tensors = dy, moe, mlp, a_S2, x, _difference(w_2M), d_moe, d_mlp, None, dx, sums
+            tensors = dy, moe, mlp, a_S2, x, pack_mix(w_2M, None).difference_M, d_moe, d_mlp, None, dx, sums
             operations().mix_backward.default(*tensors)
             dw_M, db = sums[:-1], sums[-1]
         # the second row of every gradient is the negated first
         dw_2M = torch.stack([dw_M, -dw_M]).to(w_2M.dtype)
         db_2 = None if b_2 is None else torch.stack([db, -db]).to(b_2.dtype)
         return d_moe, d_mlp, dx, dw_2M, db_2, None
-
-
-def _difference(w_2M: torch.Tensor) -> torch.Tensor:
-    """Return the first row minus the second, float32 [M]."""
-    return (w_2M[0].float() - w_2M[1].float()).contiguous()

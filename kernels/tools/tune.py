@@ -203,17 +203,8 @@ def tune(target: Target, deadline: float, timer: Callable[[Callable[[], Any]], f
     own_ms, best_ms = _in_turns(target, best, timer) if best else (times[()], times[()])
     if best_ms > GAIN * own_ms:
         best, best_ms = {}, own_ms
-    return Tuned(
-        target.op,
-        target.shape,
-        key,
-        own,
-        best,
-        own_ms * 1e3,
-        best_ms * 1e3,
-        len(times) - sum(counts.values()),
-        **counts,
-    )
+    tried = len(times) - sum(counts.values())
+    return Tuned(target.op, target.shape, key, own, best, own_ms * 1e3, best_ms * 1e3, tried, **counts)
 
 
 def _asked(target: Target) -> tuple[str, Tile]:

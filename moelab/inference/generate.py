@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moelab.engine.collectives import all_gather, all_reduce
+from moelab.engine.collectives import all_reduce, broadcast_json, gather_json
 from moelab.engine.mesh import Mesh
 from moelab.inference.cache import KVCache
 from moelab.inference.modes import STATIC_TOKENS
@@ -33,7 +33,6 @@ from moelab.models.moe import MoE
 
 Finish = Literal["stop", "length", "context"]
 """Reason for the end of a sequence: a stop token, `max_new_tokens` reached, or the context is full."""
-_FINISHES: tuple[Finish, ...] = ("stop", "length", "context")
 _PREFILL_TOKENS = 4096  # most tokens of prompts that share a forward pass: bounds the memory of activations
 
 
@@ -133,9 +132,11 @@ class Generator:
             if piece.finish:
                 finish[piece.prompt] = piece.finish
             on_piece(piece)
-        done = {i: Completion(tuple(tokens[i]), finish[i]) for i in finish}
+        rows = [(i, tokens[i], finish[i]) for i in finish]
         if self.mesh is not None:
-            done = _gather(done, len(prompts), self.mesh)
+            ranks = self.mesh.data
+            rows = list(itertools.chain.from_iterable(broadcast_json(gather_json(rows, ranks), ranks)))
+        done = {i: Completion(tuple(ids), end) for i, ids, end in rows}
         return [done[i] for i in range(len(prompts))]
 
     def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None) -> Iterator[Piece]:
@@ -344,22 +345,3 @@ class _StaticStep:
         for now, before in zip((self.tokens_B1, self.positions_B, self.count_B1), state, strict=True):
             now.copy_(before)
         return graph
-
-
-def _gather(mine: dict[int, Completion], count: int, mesh: Mesh) -> dict[int, Completion]:
-    """Return all data ranks' completions, exchanged as rows [prompt, finish, tokens ...] of a tensor."""
-    if mesh.data.size == 1:
-        return mine
-    rows, width = -(-count // mesh.data.size), torch.tensor([max((len(c.tokens) for c in mine.values()), default=0)])
-    width = width.to(mesh.device)
-    all_reduce(width, mesh.data, "control", op=dist.ReduceOp.MAX)
-    sent = torch.full((rows, 2 + int(width)), -1, dtype=torch.long)
-    for row, (i, c) in zip(sent, mine.items(), strict=False):
-        row[: 2 + len(c.tokens)] = torch.tensor([i, _FINISHES.index(c.finish), *c.tokens])
-    sent = sent.to(mesh.device)
-    received = all_gather(sent, mesh.data, "control")
-    return {
-        row[0]: Completion(tuple(t for t in row[2:] if t >= 0), _FINISHES[row[1]])
-        for row in torch.cat(received).tolist()
-        if row[0] >= 0
-    }

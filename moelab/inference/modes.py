@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from moelab import kernels
 from moelab.inference.packing import can_pack, is_packed, pack
 from moelab.models import GPT
-from moelab.models.baseline import MaskRouter
+from moelab.models.baseline import mask_gate
 from moelab.models.moe import MoE
-from moelab.models.routing import Router
 
 MODES = ("optimised", "baseline")
 STATIC_TOKENS = 64
@@ -47,14 +47,12 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
     for moe in [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]:
         if drop_free:
             moe.router.config = replace(moe.router.config, drop_tokens=False)
-        if isinstance(masks := moe.router, MaskRouter):  # the model was in the baseline's mode
-            moe.router = Router(0, masks.experts, masks.top_k, masks.config)
-            moe.router.share(masks)
+        moe.router.losses = mode == "baseline"
         if mode == "baseline":
-            moe.router = MaskRouter(moe.router)
+            moe.router.gate = mask_gate
             moe.set_dispatch("einsum", static_tokens=static_tokens)
         else:
-            moe.router.losses = False
+            moe.router.gate = kernels.gate
             moe.set_dispatch("local")
     if mode == "optimised" and can_pack(model):
         pack(model)

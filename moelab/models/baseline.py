@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moelab.kernels import priorities
-from moelab.models.routing import Router, Routing
+from moelab.models.routing import Routing
 
 
 def mask_gate(
@@ -71,20 +71,6 @@ def mask_gate(
 def _one_hot(index_S: Tensor, count: int) -> Tensor:
     """Return bool [S, count], all False for a negative index; unlike torch's one_hot it never waits for the device."""
     return index_S[:, None] == torch.arange(count, dtype=index_S.dtype, device=index_S.device)
-
-
-class MaskRouter(Router):
-    """Route with the baseline's gate, sharing the weights of the router that it replaces.
-
-    Args:
-        router: the router to replace.
-    """
-
-    gate = staticmethod(mask_gate)
-
-    def __init__(self, router: Router) -> None:
-        super().__init__(0, router.experts, router.top_k, router.config)
-        self.share(router)
 
 
 def one_hot_masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

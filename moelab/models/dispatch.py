@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -110,13 +110,9 @@ class EinsumDispatch(Dispatch[Tensor]):
         return tokens > self.static_tokens
 
 
-class DispatchFactory(Protocol):
-    """Make one layer's dispatch from a value of `ModelConfig.dispatch`; the engine has a factory for its ranks."""
-
-    def __call__(self, name: str, static_tokens: int = 0) -> Dispatch:
-        """Return a dispatch; only the baseline uses `static_tokens`, see `EinsumDispatch`."""
-        ...
-
+DispatchFactory = Callable[[str, int], Dispatch]
+"""Function from a value of `ModelConfig.dispatch` and `static_tokens`, which only the baseline uses (see
+`EinsumDispatch`), to one layer's dispatch; the engine has one for its ranks."""
 
 DISPATCH: dict[str, Callable[[int], Dispatch]] = {
     "local": lambda static_tokens: LocalDispatch(),

@@ -25,7 +25,7 @@ from moelab.kernels import packed
 from moelab.models.attention import Attention, Past
 from moelab.models.grouped_attention import GroupedAttention, Rotation, rotation_at
 from moelab.models.layers import RMSNorm
-from moelab.models.loss import LogitsLoss, linear_losses, losses_of
+from moelab.models.loss import LogitsLoss, linear_losses
 from moelab.models.moe import MLP, Experts, MoE
 from moelab.models.routing import Routing
 
@@ -197,7 +197,8 @@ class GPT(nn.Module):
         """Return (`Output.loss`, `Output.logits_loss`) from the hidden states; arguments as of `forward`."""
         if self.packed is not None:
             assert logits_loss is None  # inference teaches nobody
-            return losses_of(self.head(x_BTM.flatten(0, 1)), targets_BT.flatten(), reduction)
+            logits_NV = self.head(x_BTM.flatten(0, 1)).float()
+            return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction=reduction), logits_NV.new_zeros(())
         x_NM = self.norm.forward(x_BTM).flatten(0, 1)
         return linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, logits_loss)
 

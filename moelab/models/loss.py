@@ -60,12 +60,6 @@ def linear_losses(
     return (total / len(x_NM), more / len(x_NM)) if reduction == "mean" else (losses_N, more)
 
 
-def losses_of(logits_NV: Tensor, targets_N: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
-    """Return the losses as `linear_losses`, of logits that are all in memory, without gradients."""
-    logits_NV = logits_NV.float()
-    return F.cross_entropy(logits_NV, targets_N, reduction=reduction), logits_NV.new_zeros(())
-
-
 class _LinearLosses(torch.autograd.Function):
     """Compute the losses summed over tokens, all of them and that of the logits alone, and each target's."""
 

@@ -3,8 +3,8 @@
     x_SM -> Router -> Routing -> dispatch -> experts -> combine -> y_SM (+ residual mix)
 
 Start reading at `MoE`, at the end. `routing.py` has the router, `dispatch.py` the copying of tokens to their experts
-and back, `baseline.py` the paper's PyTorch baseline. Inference and the engine replace parts of a built layer (router,
-experts, mix) by modules with the same interface, and its dispatch by `MoE.set_dispatch`.
+and back, `baseline.py` the paper's PyTorch baseline. In a built layer, the engine replaces the experts by a module with
+the same interface, inference the router's gate, and both the dispatch, by `MoE.set_dispatch`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,10 @@ class Experts(nn.Module):
     that one grouped product computes both.
 
     Attributes:
-        ffn: `moelab.kernels.expert_ffn`, or a function with its arguments.
-        packed: the four weights that `ffn` takes, with packed matrices, in place of the parameters; see
-            `moelab.models.layers`.
+        packed: the four weights that `moelab.kernels.expert_ffn` takes, with packed matrices, in place of the
+            parameters; see `moelab.models.layers`.
     """
 
-    ffn = staticmethod(kernels.expert_ffn)
     packed: tuple[kernels.Packed, Tensor | None, kernels.Packed, Tensor | None] | None = None
     up: nn.Parameter
     down: nn.Parameter
@@ -74,7 +72,7 @@ class Experts(nn.Module):
         weights: tuple[Any, ...] = self.packed or self.weights()
         if self.packed is None and self.up.dtype != torch.float32:  # else the kernel converts them
             weights = tuple(w if w is None else w.to(rows_RM.dtype) for w in weights)
-        return self.ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
+        return kernels.expert_ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
 
     def of_tokens(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:
         """Return the weighted sum of each token's experts' outputs, with `add_SM` added, [S, M]; by packed weights."""
@@ -82,7 +80,7 @@ class Experts(nn.Module):
         return kernels.routed_ffn(x_SM, routing, *self.packed, activation=self.activation, add_SM=add_SM)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Return (w1 [E, M, N], b1 [E, N], w2 [E, F, M], b2 [E, M]) as `ffn` takes them: N is F, with a gate 2 F."""
+        """Return (w1 [E, M, N], b1 [E, N], w2 [E, F, M], b2 [E, M]) of `expert_ffn`: N is F, with a gate 2 F."""
         up_bias = None if self.up_bias is None else self.up_bias.flatten(1)
         return self.up.flatten(2), up_bias, self.down, self.down_bias
 

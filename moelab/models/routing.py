@@ -97,10 +97,6 @@ class Router(nn.Module):
         self.losses = True
         self.entropies: list[Tensor] | None = None
 
-    def share(self, router: Router) -> None:
-        """Use the parameters of another router, whose place this one takes."""
-        self.weight, self.balance_bias, self.pool = router.weight, router.balance_bias, router.pool
-
     def forward(self, x_SM: Tensor, sequences: int = 1) -> Routing:
         """Route S tokens by their activations [S, M]; add noise only in training mode.
 
@@ -137,15 +133,8 @@ class Router(nn.Module):
             seed = int(torch.randint(2**31, ())) if self.training else 0
         normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
         capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
-        routing = self.gate(
-            logits_SE,
-            self.top_k,
-            capacity,
-            seed=seed,
-            normalize=normalize,
-            choice_logits_SE=choice_SE,
-            losses=self.losses,
-        )
+        rules = {"seed": seed, "normalize": normalize, "choice_logits_SE": choice_SE, "losses": self.losses}
+        routing = self.gate(logits_SE, self.top_k, capacity, **rules)
         if rescored:
             routing = routing._replace(weight_SK=_weights(self.activate(logits_SE), routing, normalize))
         pool = self.pool if self.training else None

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
-from moelab.engine.testing import Ranks
 from moelab.inference import Generator
 from moelab.models import build
+from tests.engine.conftest import on_ranks  # noqa: F401  # a fixture
 
 # Large weights, so that outputs depend on everything before them and ties are out of the question.
 _COMMON = dict(hidden=32, heads=2, vocab=320, context=48, init_std=0.3)
-_DECODER = DecoderConfig.modern(kv_heads=1, qk_norm="head", biases="qkv")
-_TODAY = ModelConfig(layers=2, experts=(0, 4), top_k=2, decoder=_DECODER, **_COMMON)
+_DECODER = DecoderConfig.modern(kv_heads=2, head_size=16, qk_norm="head", biases="qkv")
+_TODAY = ModelConfig(layers=2, experts=(0, 4), top_k=2, decoder=_DECODER, **(_COMMON | {"heads": 4}))
 KINDS = {
     "dense": ModelConfig(layers=3, **_COMMON),
     "MoE": ModelConfig(layers=4, experts=(0, 4, 0, 4), **_COMMON),
@@ -20,7 +20,7 @@ KINDS = {
     "residual, sum": ModelConfig(layers=2, experts=(0, 4), residual=True, residual_mix="sum", **_COMMON),
     "sigmoid": replace(_TODAY, routing=RoutingConfig(scores="sigmoid", balance_rate=0.01)),
     "shared gate, norm of all heads": replace(
-        _TODAY, decoder=DecoderConfig.modern(qk_norm="all"), expert=ExpertConfig(shared=1, shared_gate=True)
+        _TODAY, decoder=replace(_DECODER, qk_norm="all"), expert=ExpertConfig(shared=1, shared_gate=True)
     ),
 }
 KINDS = {name: replace(config, routing=replace(config.routing, drop_tokens=False)) for name, config in KINDS.items()}
@@ -82,16 +82,3 @@ def make():
         return model.eval()
 
     return make
-
-
-@pytest.fixture(scope="module")
-def on_ranks():
-    """`on_ranks(size, function, *args)`: results of all ranks, which start once per size and file."""
-    pools: dict[int, Ranks] = {}
-
-    def run(size, function, *args, timeout_s=300.0):
-        return pools.setdefault(size, Ranks(size)).run(function, *args, timeout_s=timeout_s)
-
-    yield run
-    for pool in pools.values():
-        pool.close()

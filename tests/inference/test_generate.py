@@ -6,24 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from moelab.kernels import _cpp
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelab.config import RoutingConfig
 from moelab.inference import Generator, Sampling, set_mode
 from moelab.inference.packing import is_packed
+from tests.models.test_dispatch import NoAnswers
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 SEVERAL = SimpleNamespace(world=SimpleNamespace(size=2))  # what a generator reads of a mesh before it sends anything
-
-
-def by_full_forward(model, prompt, count):
-    """Greedy tokens and their logits without a cache: everything anew for each token."""
-    tokens, logits = list(prompt), []
-    with torch.no_grad():
-        for _ in range(count):
-            logits.append(model(torch.tensor([tokens])).logits_BTV[0, -1])
-            tokens.append(int(logits[-1].argmax()))
-    return tuple(tokens[len(prompt) :]), logits
 
 
 @pytest.mark.parametrize(("mode", "instructions"), [("baseline", ""), ("optimised", ""), ("optimised", "none")])
@@ -36,10 +26,12 @@ def test_cached_decoding_equals_the_full_forward_pass(kind, prompts, mode, instr
         static = Generator(generator.model, batch=3, static=True).generate(prompts, GREEDY)
     reference = make(kind)
     for i, prompt in enumerate(prompts):
-        tokens, logits = by_full_forward(reference, prompt, 8)
-        assert found[i].tokens == static[i].tokens == tokens
-        for n, expected in enumerate(logits):
-            torch.testing.assert_close(generator.logits[i, n], expected, rtol=1e-4, atol=1e-4)
+        tokens = found[i].tokens
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *tokens[:-1]]])).logits_BTV[0, len(prompt) - 1 :]
+        assert static[i].tokens == tokens == tuple(logits.argmax(1).tolist())
+        recorded = torch.stack([generator.logits[i, n] for n in range(8)])
+        torch.testing.assert_close(recorded, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_without_packed_weights_the_batch_changes_no_token(kind, prompts, make):
@@ -121,14 +113,6 @@ def test_capacity_on_request(prompts, kinds, make):
     assert Generator(set_mode(make(tight), drop_free=False), batch=7).generate(prompts, GREEDY) != free
 
 
-class NoAnswers(TorchDispatchMode):
-    """Refuses operations that hand a tensor's values to the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), func
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=8, top_k=9, top_p=0.9)])
 def test_a_static_step_never_asks_the_device(kinds, make, prompts, sampling):
     """Dense: on CPU the MoE kernels may ask. Those of CUDA may not either, or the capture in the test below fails."""
@@ -140,8 +124,6 @@ def test_a_static_step_never_asks_the_device(kinds, make, prompts, sampling):
     with NoAnswers():
         step.compute()
     assert addresses == [t.data_ptr() for t in state], "a graph finds its state where it was captured"
-    with pytest.raises(AssertionError), NoAnswers():
-        step.tokens_B1.sum().item()
 
 
 @pytest.mark.gpu

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moelab.kernels import ACTIVATIONS, _cpp
+from moelab.kernels import ACTIVATIONS, _cpp, gate
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
 from moelab.inference import Generator, Sampling, generate, packing, set_mode
 from moelab.inference.packing import can_pack, is_packed
-from moelab.models.baseline import MaskRouter
+from moelab.models.baseline import mask_gate
 from moelab.models.moe import MoE
-from moelab.models.routing import Router
 
 pytestmark = pytest.mark.skipif(not _cpp.available(), reason="needs the C++ kernels")
 
@@ -149,9 +148,8 @@ def test_a_packed_model_is_not_switched_again(again, packed, make):
     with pytest.raises(ValueError, match=rf"^inference: mode '{again}' needs .*; build or load it again$"):
         set_mode(packed(BASE)[0], again)
     model = set_mode(set_mode(make(BASE), "baseline"), again)  # not packed before
-    assert {type(block.ffn.router) for block in model.blocks if isinstance(block.ffn, MoE)} == {
-        Router if again == "optimised" else MaskRouter
-    }
+    gates = {block.ffn.router.gate for block in model.blocks if isinstance(block.ffn, MoE)}
+    assert gates == {gate if again == "optimised" else mask_gate}
     tokens = torch.arange(9)[None]
     torch.testing.assert_close(model(tokens).logits_BTV, set_mode(make(BASE), again)(tokens).logits_BTV)
 

@@ -3,8 +3,9 @@
 An argument ``target`` of a test is (backend, device, instruction set): on CPU what "auto" is without a compiler, and the
 C++ on every instruction set that the processor has; with a GPU also the Triton kernels. An argument ``instructions`` is
 the instruction set alone, for what is about the C++. In a process started with TRITON_INTERPRET=1, ``target`` is the
-Triton kernels in Triton's interpreter instead, on CPU tensors; ``test_interpreter.py`` starts such processes, because
-the variable must be set before Triton is imported and changes every kernel of the process.
+Triton kernels in Triton's interpreter instead, on CPU tensors; ``test_interpreter.py`` starts such a process, because
+the variable must be set before Triton is imported and changes every kernel of the process. Tests with an argument
+``interpreted`` run in it alone.
 """
 
 import contextlib
@@ -39,8 +40,14 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     if INTERPRETING:
         for item in items:
-            if "tests/kernels" in item.path.as_posix() and "target" not in getattr(item, "fixturenames", ()):
+            if "tests/kernels" in item.path.as_posix() and not {"target", "interpreted"} & set(item.fixturenames):
                 item.add_marker(pytest.mark.skip(reason="not about Triton's interpreter"))
+
+
+@pytest.fixture
+def interpreted():
+    if not INTERPRETING:
+        pytest.skip("for the process that test_interpreter.py starts")
 
 
 @pytest.fixture(autouse=True)

@@ -8,19 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import (
-    ACTIVATIONS,
-    Activation,
-    _experts_triton,
-    activate,
-    expert_ffn,
-    gate,
-    routed_ffn,
-    row_table,
-    tuning,
-)
-from moelab.kernels import combine as combine_rows
-from moelab.kernels import dispatch as dispatch_rows
+from moelab.kernels import ACTIVATIONS, Activation, _experts_triton, activate, expert_ffn, tuning
 from moelab.kernels._cpp import experts as cpp
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,6 +34,7 @@ ODD = [  # rows per expert, spare rows, M, F
 MULTIPLES = [  # of 16, which the C++ takes
     ([1], 0, 16, 16),
     ([0, 0], 3, 16, 32),
+    ([0, 0, 0], 0, 16, 32),
     ([3, 0, 4, 0], 2, 32, 48),
     ([5, 9, 31, 17], 0, 64, 48),
 ]
@@ -151,16 +140,10 @@ def test_missing_biases_and_frozen_tensors(target, activation):
     for without in ((1, 3), (1,), (3,)):
         some, dy = (
             [None if i in without else t for i, t in enumerate(params)],
-            torch.ones(1, device=device).expand(dy.shape),
+            torch.ones_like(dy[:1, :1]).expand_as(dy),
         )
         got, want = (run(x, offsets, some, dy, activation=activation, backend=b) for b in (backend, "reference"))
         compare(range(len(got)), got, want, 2e-5)
-
-
-def test_no_rows(target):
-    backend, device, _ = target
-    got = run(*make([0, 0, 0], 0, 16, 32, device=device), backend=backend)
-    assert got[0].shape == (0, 16) and not any(t.any() for t in got[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -206,30 +189,26 @@ def test_what_is_not_finite_stays_with_its_expert(target, dtype):
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
 def test_activations_and_slopes_are_exact_to_float32(instructions, activation):
-    x = torch.cat([torch.linspace(-30, 30, 16 * 4000), torch.tensor([-1e9, -300.0, -0.0, 0.0, 1e-30, 300.0, 1e9] * 16)])
-    x = x.view(-1, 16)
-    offsets, eye = torch.tensor([0, len(x)], dtype=torch.int32), torch.eye(16)[None]
-    w1 = torch.cat([eye, torch.zeros_like(eye)], 2) if activation == "swiglu" else eye
-    bias = torch.cat([torch.zeros(1, 16), torch.ones(1, 16)], 1) if activation == "swiglu" else None  # up: 1
-    leaf = x.clone().requires_grad_()
-    y = expert_ffn(leaf, offsets, w1, bias, eye, None, activation=activation, backend="cpp")
+    x = torch.cat([torch.linspace(-30, 30, 64000), torch.tensor([-1e9, -300.0, -0.0, 0.0, 1e-30, 300.0, 1e9])])
+    up = [torch.ones_like(x)] if ACTIVATIONS[activation].gated else []
+    leaf = torch.cat([x, *up]).requires_grad_()
+    y = activate(leaf, activation, backend="cpp")
     (slope,) = torch.autograd.grad(y.sum(), leaf)
     wide = x.double().requires_grad_()
     function = {"gelu": F.gelu, "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"), "swiglu": F.silu}[activation]
     want = function(wide)
     (want_slope,) = torch.autograd.grad(want.sum(), wide)
     torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(slope.double(), want_slope, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slope[: len(x)].double(), want_slope, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(backend, activation):
+def test_gradcheck(activation):
     x, offsets, params, _ = make([2, 0, 3], 0, 4, 6, torch.float64, activation=activation)
     inputs = [t.requires_grad_() for t in (x, *params)]
 
     def ffn(x, *params):
-        return expert_ffn(x, offsets, *params, activation=activation, backend=backend)
+        return expert_ffn(x, offsets, *params, activation=activation)
 
     assert torch.autograd.gradcheck(ffn, inputs)
 
@@ -256,22 +235,6 @@ def test_a_counter_of_operations_sees_the_products(target):
     with FlopCounterMode(display=False) as counter:
         expert_ffn(x, offsets, *params)
     assert counter.get_total_flops() == 8 * 2 * 2 * 16 * 32
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-def test_routed_ffn_is_the_four_operations(target, activation, dtype):
-    if target[0] == "triton":
-        pytest.skip("it has no backend argument")
-    _, _, params, _ = make([0] * 5, 0, 32, 48, dtype, activation=activation)
-    x, add = torch.randn(2, 23, 32).to(dtype)
-    g = gate(torch.randn(23, 5), 2, 7, seed=1, normalize=True)
-    assert (g.slot_SK < 0).any()
-    table = row_table(g)
-    rows = expert_ffn(dispatch_rows(x, table), table.offsets_E1, *params, activation=activation)
-    y = combine_rows(rows, table, g.weight_SK)
-    assert torch.equal(routed_ffn(x, g, *params, activation=activation), y)
-    assert torch.equal(routed_ffn(x, g, *params, activation=activation, add_SM=add), y + add)
 
 
 def test_an_unknown_activation_is_refused():
@@ -418,7 +381,6 @@ def test_activate_has_the_same_bits_on_any_number_of_threads(instructions):
     assert_same_bits_on_any_number_of_threads(lambda: [activate(x, name, backend="cpp") for name in ACTIVATIONS])
 
 
-def test_names_and_numbers_are_those_of_one_entry():
-    assert all(name == activation.name for name, activation in ACTIVATIONS.items())
+def test_numbers_are_those_of_one_entry():
     numbers = [activation.number for activation in ACTIVATIONS.values() if activation.number is not None]
     assert sorted(numbers) == list(range(len(numbers)))

@@ -15,11 +15,11 @@ HERE = Path(__file__).parent
 @pytest.mark.multiprocess
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreting one")
 def test_interpreted():
-    ops = ("gating", "permute", "experts", "residual", "contracts")
-    files = [str(HERE / f"test_{op}.py") for op in ops]
+    names = [f"test_{name}" for name in ("gating", "permute", "experts", "residual", "contracts", "tuning")]
+    files = [str(HERE / f"{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", "--maxfail=5", *files]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = {Path(line.split("::")[0]).stem for line in done.stdout.splitlines() if line.startswith("PASSED ")}
-    assert passed == {f"test_{op}" for op in ops}
+    assert passed == set(names)

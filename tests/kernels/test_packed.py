@@ -8,7 +8,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import ACTIVATIONS, Activation, _cpp, can_pack, expert_ffn, gate, packed, residual_mix, routed_ffn
+from moelab.kernels import (
+    ACTIVATIONS,
+    Activation,
+    _cpp,
+    can_pack,
+    combine,
+    dispatch,
+    expert_ffn,
+    gate,
+    packed,
+    residual_mix,
+    routed_ffn,
+    row_table,
+)
 
 from tests.kernels.helpers import assert_same_bits, assert_same_bits_on_any_number_of_threads, poison
 from tests.kernels.test_experts import LARGE, MULTIPLES, each, make
@@ -99,13 +112,17 @@ def test_experts_have_the_bits_of_those_that_are_not_packed(instructions, counts
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 def test_routed_ffn(instructions, activation, dtype):
-    """Packed weights give the bits of those that are not; what is added is rounded once."""
+    """The bits of the four operations with weights that are not packed; what is added is rounded once."""
     _, _, params, _ = make([0] * 5, 0, 32, 48, dtype, activation=activation)
     weights = pack(params, activation == "swiglu")
     x, add = draw(23, 32, dtype=dtype), draw(23, 32, dtype=dtype, seed=1)
     strided = torch.stack([x, add], -1)[..., 0]
-    for g in (gate(draw(23, 5), 2, 7, seed=1, normalize=True), gate(draw(23, 5), 1, losses=False)):
-        plain = routed_ffn(x, g, *params, activation=activation)
+    dropping = gate(draw(23, 5), 2, 7, seed=1, normalize=True)
+    assert (dropping.slot_SK < 0).any()
+    for g in (dropping, gate(draw(23, 5), 1, losses=False)):
+        table = row_table(g)
+        rows = expert_ffn(dispatch(x, table), table.offsets_E1, *params, activation=activation)
+        plain = combine(rows, table, g.weight_SK)
         assert torch.equal(routed_ffn(x, g, *weights, activation=activation), plain)
         assert torch.equal(routed_ffn(strided, g, *weights, activation=activation), plain)
         close(routed_ffn(x, g, *weights, activation=activation, add_SM=add), plain.double() + add.double(), dtype)

@@ -10,6 +10,7 @@ from moelab.kernels.permute import RowTable, combine, dispatch, row_table
 from tests.kernels.helpers import assert_same_bits_on_any_number_of_threads, poison, refused
 
 CASES = [  # S, E, K, capacity, M
+    (0, 4, 2, None, 8),
     (1, 2, 1, None, 1),
     (7, 4, 2, 2, 13),
     (13, 5, 1, 2, 67),
@@ -31,24 +32,12 @@ def test_table(target, S, E, K, capacity, M):
     backend, device, _ = target
     g = make(S, E, K, capacity, device)
     table = row_table(g, backend=backend)
-    for t in table:
-        assert t.dtype == torch.int32
-    row, entry, offsets = (t.tolist() for t in table)
-    expert, slot = g.expert_SK.tolist(), g.slot_SK.tolist()
-    kept = g.kept_E.tolist()
-    assert offsets == [sum(kept[:e]) for e in range(E + 1)]
-    seen = 0
-    for s in range(S):
-        for k in range(K):
-            if slot[s][k] < 0:
-                assert row[s][k] == -1
-            else:
-                assert row[s][k] == offsets[expert[s][k]] + slot[s][k] and entry[row[s][k]] == s * K + k
-                seen += 1
-    assert sum(e >= 0 for e in entry) == seen == sum(kept)
-    reference = row_table(g, rows=len(entry), backend="reference")
-    for a, b in zip(table, reference, strict=True):
-        assert torch.equal(a, b)
+    kept, chosen = g.kept_E.tolist(), zip(g.expert_SK.flatten().tolist(), g.slot_SK.flatten().tolist(), strict=True)
+    offsets = [sum(kept[:e]) for e in range(E + 1)]
+    rows = [offsets[expert] + slot if slot >= 0 else -1 for expert, slot in chosen]
+    entries = [rows.index(r) if r < sum(kept) else -1 for r in range(len(table.entry_R))]
+    want = (torch.tensor(rows).view(S, K), torch.tensor(entries), torch.tensor(offsets))
+    assert all(t.dtype == torch.int32 and torch.equal(t.cpu(), w.int()) for t, w in zip(table, want, strict=True))
 
 
 def run(x, table, weight, dy, backend):
@@ -80,7 +69,7 @@ def test_values_and_gradients(target, S, E, K, capacity, M, dtype):
         want = run(x, table, g.weight_SK, dy, "reference")
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
         for name, a, b in zip(("rows", "y", "dx", "d rows", "d weight"), got, want, strict=True):
-            assert a.dtype == b.dtype, name
+            assert a.dtype == b.dtype and a.shape == b.shape, name
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * M**0.5, msg=lambda m, n=name: f"{n}: {m}")
         assert torch.equal(got[0], want[0])
 
@@ -114,14 +103,6 @@ def test_everything_dropped(target):
     assert rows.shape == (0, 3) and not y.any() and not dx.any() and not dw.any()
 
 
-def test_no_tokens(target):
-    backend, device, _ = target
-    g = gate(torch.zeros(0, 4, device=device), 2, backend=backend)
-    table = row_table(g, backend=backend)
-    rows = dispatch(torch.zeros(0, 8, device=device), table, backend=backend)
-    assert combine(rows, table, g.weight_SK, backend=backend).shape == (0, 8)
-
-
 def test_given_row_count(target):
     """Rows past the last group are empty and zero, as on a GPU that must not ask for the exact count."""
     backend, device, _ = target
@@ -151,9 +132,8 @@ def test_gradcheck():
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(len(table.entry_R), 4, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
-    for backend in ("auto", "reference"):
-        assert torch.autograd.gradcheck(lambda x, b=backend: dispatch(x, table, backend=b), x)
-        assert torch.autograd.gradcheck(lambda r, w, b=backend: combine(r, table, w, backend=b), (rows, weight))
+    assert torch.autograd.gradcheck(lambda x: dispatch(x, table, backend="reference"), x)
+    assert torch.autograd.gradcheck(lambda r, w: combine(r, table, w, backend="reference"), (rows, weight))
 
 
 def test_clear_errors():
@@ -166,9 +146,13 @@ def test_clear_errors():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_on_any_number_of_threads(instructions, dtype):
-    g = make(3000, 8, 2, 600)
-    table, (x, dy) = row_table(g), torch.randn(2, 3000, 67).to(dtype)
-    assert_same_bits_on_any_number_of_threads(lambda: run(x, table, g.weight_SK, dy, "cpp"))
+    g, (x, dy) = make(3000, 8, 2, 600), torch.randn(2, 3000, 67).to(dtype)
+
+    def both_ways():
+        table = row_table(g, backend="cpp")
+        return *table, *run(x, table, g.weight_SK, dy, "cpp")
+
+    assert_same_bits_on_any_number_of_threads(both_ways)
 
 
 def test_the_code_names_what_a_table_does_not_fit(instructions):

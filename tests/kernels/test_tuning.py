@@ -3,18 +3,12 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from moelab.kernels import expert_ffn, tuning
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -73,17 +67,14 @@ def test_shipped_tables_name_known_ops_and_settings():
         assert tiles and all(set(entry) <= settings for entry in tiles.values())
 
 
-def tile_reaches_the_launch():
-    """In the interpreter: a tile of one row class changes the products' grid, and no result."""
+def test_a_tile_reaches_the_launch_and_changes_no_result(interpreted, monkeypatch):
     from moelab.kernels import _experts_triton as experts
 
     x, w = torch.randn(70, 16), torch.randn(2, 16, 16)
-    offsets = torch.tensor([0, 30, 70], dtype=torch.int32)
-    heights = []
-    plan = experts._plan
-    experts._plan = lambda *args: heights.append(plan(*args).BM) or plan(*args)
-    args = (x, offsets, w, None, w, None)
+    args = (x, torch.tensor([0, 30, 70], dtype=torch.int32), w, None, w, None)
     want = expert_ffn(*args, backend="reference")
+    heights, plan = [], experts._plan
+    monkeypatch.setattr(experts, "_plan", lambda *args: heights.append(plan(*args).BM) or plan(*args))
     for changes in ({}, {"BM": 16}):
         with tuning.trial("rows", changes), tuning.trial("product1", {"BN": 32, "BK": 16}):
             torch.testing.assert_close(expert_ffn(*args, backend="triton"), want, rtol=2e-5, atol=2e-5)
@@ -91,7 +82,7 @@ def tile_reaches_the_launch():
 
     # A table's entry makes a product persistent; without one there is a program for each place.
     grids, grid = [], experts._grid
-    experts._grid = lambda *args: grids.append(grid(*args)) or grids[-1]
+    monkeypatch.setattr(experts, "_grid", lambda *args: grids.append(grid(*args)) or grids[-1])
     for programs, want_grid in ((None, 4), (1, 2)):
         with tuning.trial("product1", {} if programs is None else {"programs_per_sm": programs}):
             torch.testing.assert_close(expert_ffn(*args, backend="triton"), want, rtol=2e-5, atol=2e-5)
@@ -99,7 +90,7 @@ def tile_reaches_the_launch():
         assert launched == want_grid and config["PERSISTENT"] is (programs is not None)
 
 
-def tune_tiny():
+def test_the_most_valuable_ops_are_tuned_first(interpreted):
     from moelab.kernels.tools import tune
 
     found = {}
@@ -110,40 +101,31 @@ def tune_tiny():
         one = tune.tune(target, math.inf, lambda call, op=target.op: 0.5 if tuning._trial.get(op) else 1.0)
         assert one.wrong == 0 and one.tried >= 2 and one.best
         found[one.op] = one
-    assert list(found) == ["rows", "product1", "product0", "weight"], "most valuable first"
+    assert list(found) == ["rows", "product1", "product0", "weight"]
     assert found["product1"].key == "product1 bf16 BM16 N32 K16"
     assert tune.tune(next(tune.targets("cpu", tiny=True)), time.monotonic() - 1) is None
     assert tune.search("cpu", time.monotonic() - 1, tiny=True) == []
 
-    # The search itself, on known times: the winner of each setting, refused and wrong tiles left out.
-    def timer(call):
-        call()
-        sizes = tuning._trial.get("rows", {})
-        return {16: 1.0, 32: 0.5, 64: 0.1, 128: 0.7}[sizes.get("BM", 16)]
 
-    def call():
-        if tuning._trial.get("rows", {}).get("BM") == 64:
-            raise RuntimeError("out of resources")
-        return real()
+def test_the_search_finds_the_fastest_tile_that_runs(interpreted, folder):
+    """On known times; what is found is the table's entry."""
+    from moelab.kernels.tools import tune
 
     first = next(tune.targets("cpu", tiny=True))
-    real = first.call
-    one = tune.tune(tune.Target("rows", "", first.choices, call), math.inf, timer)
+
+    def tile():
+        return tuning._trial.get("rows", {}).get("BM", 16)
+
+    def timer(call):
+        call()
+        return {16: 1.0, 32: 0.5, 64: 0.1, 128: 0.7}[tile()]
+
+    def call():
+        if tile() == 64:
+            raise RuntimeError("out of resources")
+        return first.call()
+
+    one = tune.tune(replace(first, call=call), math.inf, timer)
     assert (one.best, one.refused, one.own_ms, one.best_ms) == ({"BM": 32}, 1, 1000.0, 500.0)
-
-    path = Path(sys.argv[1]) / "x.json"
-    tune.write([one], path, "X")
-    tuning.FOLDERS[:] = [path.parent]
+    tune.write([one], folder / "x.json", "X")
     assert tuning.load("x") == {one.key: {"BM": 32}}
-
-
-@pytest.mark.multiprocess
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreting one")
-def test_tiles_in_the_interpreter(tmp_path):
-    pytest.importorskip("triton")
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_tuning as t\n"
-    code += "t.tile_reaches_the_launch(); t.tune_tiny()"
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]

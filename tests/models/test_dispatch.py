@@ -46,10 +46,9 @@ def test_static_slots_read_nothing_from_the_device():
     assert not static.reads_device(8) and static.reads_device(9) and reading.reads_device(1)
     with NoAnswers():
         mask_gate(torch.randn(8, 3), 2, 4, seed=1, normalize=True)
-        y = static(x, routing, lambda rows, offsets: rows)
+        static(x, routing, lambda rows, offsets: rows)
     with pytest.raises(AssertionError), NoAnswers():
         reading.dispatch(x, routing)
-    torch.testing.assert_close(y, reading(x, routing, lambda rows, offsets: rows))
 
 
 def test_a_layer_takes_its_dispatch_from_the_config_and_by_one_method():

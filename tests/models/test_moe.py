@@ -6,21 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
+from moelab.config import ModelConfig, RoutingConfig
 from moelab.models.moe import MoE
 from moelab.models.routing import LOSSES, Router
+from tests.models.test_variants import FREE, MODERN, VARIANTS
 
-FREE = RoutingConfig(drop_tokens=False)
 BASE = ModelConfig(layers=2, hidden=12, heads=1, experts=(0, 5), vocab=16, context=16, routing=FREE)
-MODERN = replace(
-    BASE,
-    hidden=24,
-    heads=4,
-    top_k=3,
-    decoder=DecoderConfig.modern(),
-    expert=ExpertConfig(ffn=18, shared=2, shared_ffn=9),
-)
-GATED_SHARE = replace(MODERN, expert=ExpertConfig(ffn=18, shared=1, shared_gate=True))
 LAYERS = {
     "top-1": BASE,
     "top-3": replace(BASE, top_k=3),
@@ -30,11 +21,8 @@ LAYERS = {
     "top-2, dropping the last": replace(
         BASE, top_k=2, routing=RoutingConfig(min_capacity=1, random_token_selection=False)
     ),
+    **{f"modern, {name}": VARIANTS[name] for name in ("shared gate", "swiglu with biases", "sigmoid", "dropping")},
     "modern": MODERN,
-    "shared gate": GATED_SHARE,
-    "swiglu with biases": replace(MODERN, decoder=DecoderConfig(feed_forward="swiglu"), expert=ExpertConfig()),
-    "sigmoid": replace(MODERN, routing=replace(FREE, scores="sigmoid", balance_rate=0.01)),
-    "modern, dropping": replace(MODERN, routing=RoutingConfig(capacity_factor=0.5, min_capacity=1, aux_choices="all")),
 }
 
 
@@ -95,7 +83,7 @@ def test_layer_equals_a_loop_over_tokens(tokens, config, dispatch):
 
 
 @pytest.mark.parametrize("dispatch", ["local", "einsum"])
-@pytest.mark.parametrize("config", [BASE, replace(MODERN, top_k=1), replace(GATED_SHARE, top_k=1)])
+@pytest.mark.parametrize("config", [BASE, replace(MODERN, top_k=1), replace(VARIANTS["shared gate"], top_k=1)])
 def test_all_tokens_to_one_expert_and_no_tokens(config, dispatch):
     moe = layer(replace(config, dispatch=dispatch))
     with torch.no_grad():
