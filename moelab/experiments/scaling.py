@@ -79,17 +79,10 @@ def over_texts(final: pd.DataFrame) -> pd.DataFrame:
     The table is empty where no run has read the other text: there is nothing to compare.
     """
     base, moe = BUDGETED
-    pairs = {settings.DATA["full"].corpus: (moe, base), OTHER_TEXT: (on_other_text(moe), on_other_text(base))}
-    table = comparison.by_arm(final)
-    if on_other_text(moe) not in table:
-        pairs = {}
-    rows = [
-        [text, seed, gap]
-        for text, (left, right) in pairs.items()
-        if left in table and right in table
-        for seed, gap in (table[left] - table[right]).dropna().items()
-    ]
-    return pd.DataFrame(rows, columns=["text", "seed", "gap"])
+    texts = {moe: settings.DATA["full"].corpus, on_other_text(moe): OTHER_TEXT}
+    table = comparison.pairs(final, [(moe, base), (on_other_text(moe), on_other_text(base))])
+    there = table if OTHER_TEXT in set(table["left"].map(texts)) else table.iloc[:0]
+    return there.assign(text=there["left"].map(texts))[["text", "seed", "gap"]]
 
 
 def paper_efficiency() -> dict[str, float]:
