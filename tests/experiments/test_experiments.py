@@ -205,15 +205,12 @@ def test_claims_of_top2():
     assert found["residual-equals-top2"].verdict == claims.CANNOT_TELL
 
 
-def test_speed_on_ranks_is_measured_in_sessions_of_new_processes():
-    specs = top2_vs_residual.EXPERIMENT.specs("smoke")
-    measured = top2_vs_residual.sessions(specs, 2, 2, 1, 2)
-    assert [len(rounds) for rounds in measured] == [2, 2]
-    ratios = [ratio for rounds in measured for ratio in rounds]
-    assert all(0.01 < ratio < 100 for ratio in ratios) and len(set(ratios)) == 4
-    table = top2_vs_residual.sessions_table({2: measured})
-    assert list(table["arm"]) == ["2 ranks"] * 2 and (table["least"] <= table["median"]).all()
-    assert top2_vs_residual.sessions(specs[:2], 2, 2, 1, 2) == [], "an arm is missing"
+def test_sessions_on_ranks_are_a_row_each_and_need_both_arms():
+    table = top2_vs_residual.sessions_table({1: [[1.0, 1.2, 0.9]], 2: [[1.3, 1.1], [1.5, 1.4]]})
+    assert list(table["arm"]) == ["1 rank", "2 ranks", "2 ranks"] and list(table["seed"]) == [0, 0, 1]
+    assert list(table["median"]) == pytest.approx([1.0, 1.2, 1.45])
+    assert list(table["least"]) == [0.9, 1.1, 1.4] and list(table["greatest"]) == [1.2, 1.3, 1.5]
+    assert top2_vs_residual.sessions(top2_vs_residual.EXPERIMENT.specs("smoke")[:2], 2, 2, 1, 2) == []
 
 
 def test_throughput_ratio_at_the_papers_size():
