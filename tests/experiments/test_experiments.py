@@ -27,7 +27,7 @@ from moelab.experiments import (
 )
 from moelab.runs.collection import Runs
 from moelab.runs.dry_run import paper_rate, planned_runs, state_bytes
-from moelab.runs.spec import Start, closure
+from moelab.runs.spec import Start
 from moelab.runs.store import RunStore
 from moelab.simulate import frames
 from moelab.training.balance import random_max_violation
@@ -55,13 +55,10 @@ def equal_arms_are_one_run(scale):
 def test_equal_arms_of_experiments_are_one_run_and_at_full_every_arm_has_both_rates(monkeypatch):
     equal_arms_are_one_run("cpu")
     equal_arms_are_one_run("full")
-    names = ("scaling", "half-moe", "top2-vs-residual", "pr-moe", "distillation")
-    every = [EXPERIMENTS[name].specs("full") for name in names]
-    assert all(len(closure(specs)) * 2 >= len(specs) for specs in every)
     own = dict(zip(settings.FAMILIES, (8e-3, 6e-3, 3e-3, 2e-3), strict=True))
     monkeypatch.setitem(settings.FULL_RATES, "350M", settings.Rates(own, 4e-3))
     equal_arms_are_one_run("full")
-    for name in names:
+    for name in ("scaling", "half-moe", "top2-vs-residual", "pr-moe", "distillation"):
         specs = EXPERIMENTS[name].specs("full")
         at_own = rates.at_own(specs)
         shared = {rates.arm(s.label): s for s in specs if s not in at_own}
