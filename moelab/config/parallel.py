@@ -134,7 +134,41 @@ class ParallelConfig:
         Raises:
             ValueError: it cannot be distributed; one line naming the constraint and what is allowed.
         """
-        return ExpertLayout.of(self, experts)
+        P, G, slices, tp = self.ranks, self.ranks_per_node, self.expert_slicing, self.tensor
+        ep = min(self.expert or P // slices, experts)
+        allowed = [x for x in _divisors(P // slices) if experts % x == 0]
+        _check(
+            experts % ep == 0,
+            f"{experts} experts do not spread evenly over {ep} ranks; allowed for expert: {allowed}",
+        )
+        _check(
+            P % (ep * slices) == 0,
+            f"{experts} experts over {ep} ranks"
+            + (f", each in {slices} slices," if slices > 1 else "")
+            + f" need a multiple of {ep * slices} ranks, got {P}; allowed for expert: {allowed}",
+        )
+        _check(
+            tp % ep == 0 or ep % tp == 0,
+            f"expert parallelism {ep} and tensor slicing {tp} must divide one another, for {experts} experts on "
+            f"{P} ranks",
+        )
+        tensor = min(tp, ep)
+        _check(
+            not self.hierarchical or _whole_nodes(ep, G),
+            f"hierarchical exchange among {ep} ranks needs whole nodes of {G}, or a whole number of groups in a node; "
+            f"allowed for expert: {[x for x in allowed if _whole_nodes(x, G)]}",
+        )
+        nodes = ep // G if _whole_nodes(ep, G) and ep > G else 1
+        return ExpertLayout(
+            experts=experts,
+            replicas=P // (ep * slices),
+            slices=slices,
+            parallel=ep,
+            nodes=nodes,
+            local=ep // nodes // tensor,
+            tensor=tensor,
+            token_replicas=tp // tensor if self.coordinated else tp,
+        )
 
     def check(self, experts: tuple[int, ...], *, heads: int, ffn: int) -> None:
         """Check that a model can be distributed in this layout; called before any process is started.
@@ -189,46 +223,6 @@ class ExpertLayout:
     local: int
     tensor: int
     token_replicas: int
-
-    @classmethod
-    def of(cls, config: ParallelConfig, experts: int) -> ExpertLayout:
-        """Return the layout of a layer of `experts` experts; see `ParallelConfig.experts`."""
-        P, G, slices, tp = config.ranks, config.ranks_per_node, config.expert_slicing, config.tensor
-        ep = min(config.expert or P // slices, experts)
-        _check(
-            experts % ep == 0,
-            f"{experts} experts do not spread evenly over {ep} ranks; allowed for expert: "
-            f"{[x for x in _divisors(P // slices) if experts % x == 0]}",
-        )
-        _check(
-            P % (ep * slices) == 0,
-            f"{experts} experts over {ep} ranks"
-            + (f", each in {slices} slices," if slices > 1 else "")
-            + f" need a multiple of {ep * slices} ranks, got {P}; allowed for expert: "
-            f"{[x for x in _divisors(P // slices) if experts % x == 0]}",
-        )
-        _check(
-            tp % ep == 0 or ep % tp == 0,
-            f"expert parallelism {ep} and tensor slicing {tp} must divide one another, for {experts} experts on "
-            f"{P} ranks",
-        )
-        tensor = min(tp, ep)
-        _check(
-            not config.hierarchical or _whole_nodes(ep, G),
-            f"hierarchical exchange among {ep} ranks needs whole nodes of {G}, or a whole number of groups in a node; "
-            f"allowed for expert: {[x for x in _divisors(P // slices) if experts % x == 0 and _whole_nodes(x, G)]}",
-        )
-        nodes = ep // G if _whole_nodes(ep, G) and ep > G else 1
-        return cls(
-            experts=experts,
-            replicas=P // (ep * slices),
-            slices=slices,
-            parallel=ep,
-            nodes=nodes,
-            local=ep // nodes // tensor,
-            tensor=tensor,
-            token_replicas=tp // tensor if config.coordinated else tp,
-        )
 
     @property
     def experts_per_rank(self) -> int:

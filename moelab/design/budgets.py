@@ -50,9 +50,7 @@ def with_budgets(trunk: RunSpec, scale: str) -> list[RunSpec]:
         for budget in BUDGETS.get(scale, ())
         if train.warmup_tokens < budget * share and budget < train.tokens - train.cooldown_tokens
     ]
-    branches = token_budgets(trunk, fitting)
-    starts = tuple(branch.start.tokens for branch in branches if branch.start)
-    kept = replace(trunk, train=replace(train, keep_at=starts))
+    kept = trunk.with_checkpoints(branch.start.tokens for branch in token_budgets(trunk, fitting) if branch.start)
     named = [
         replace(branch, label=f"{trunk.title}, {branch.train.tokens / 1e6:.1f} M tokens")
         for branch in token_budgets(kept, fitting)

@@ -30,11 +30,6 @@ FUTILE = 0.1
 """A plan stops for futility where the chance that its last look decides is smaller."""
 
 
-def spent(fraction: float, alpha: float = ALPHA) -> float:
-    """Return how much of alpha is spent at a fraction of the planned seeds."""
-    return alpha * fraction
-
-
 def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[float]:
     """Return the boundaries of |z| at looks, by numerical integration (Armitage, McPherson and Rowe 1969).
 
@@ -70,7 +65,7 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
 def _levels(fractions: tuple[float, ...], alpha: float) -> tuple[float, ...]:
     from scipy.stats import norm
 
-    return tuple(float(2 * norm.sf(z)) for z in boundaries(fractions, [spent(f, alpha) for f in fractions]))
+    return tuple(float(2 * norm.sf(z)) for z in boundaries(fractions, [alpha * f for f in fractions]))
 
 
 def level(seeds: int, looks: tuple[int, ...] = (), alpha: float = ALPHA) -> float:

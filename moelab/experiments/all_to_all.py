@@ -14,7 +14,6 @@ where tensor ranks share tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -33,35 +32,19 @@ MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 """Scale -> ranks, bytes of tokens a rank, rounds."""
 
 
-@dataclass(frozen=True)
-class Count:
-    """Hold what the busiest rank sends in one all-to-all, according to three sources.
-
-    Attributes:
-        ranks, way: the number of ranks, and flat, hierarchical or coordinated.
-        messages, rows, gathered_rows: counted in the engine; gathered rows are those of the all-gather after the way
-            back.
-        formula_…: the same by `moelab.simulate.ways.formula`.
-        simulated_…: the same by the simulator.
-        moved_rows: rows, with those that a rank keeps for itself at each hop, as the paper counts bytes.
-    """
-
-    ranks: int
-    way: str
-    messages: int
-    rows: int
-    gathered_rows: int
-    moved_rows: int
-    formula_messages: int
-    formula_rows: int
-    formula_gathered_rows: int
-    simulated_messages: int
-    simulated_rows: int
-    simulated_gathered_rows: int
+COUNTED = ("messages", "rows", "gathered_rows")
+"""What is counted in the engine, and given by the formulas and the simulator too."""
 
 
 def counts(worlds: Iterable[int]) -> list[dict[str, Any]]:
-    """Count what the busiest rank sends in one all-to-all; return the fields of a `Count` for each world and way."""
+    """Count what the busiest rank sends in one all-to-all, for each number of ranks.
+
+    Returns:
+        Rows of ranks; way (flat, hierarchical or coordinated); messages, rows and gathered_rows (those of the
+        all-gather after the way back), counted in the engine; moved_rows: rows, with those that a rank keeps for itself
+        at each hop, as the paper counts bytes; formula_messages, …: the same by `moelab.simulate.ways.formula`;
+        simulated_messages, …: the same by the simulator.
+    """
     from moelab.engine.collectives import Sent
     from moelab.engine.threads import traffic
     from moelab.simulate import ways
@@ -73,17 +56,11 @@ def counts(worlds: Iterable[int]) -> list[dict[str, Any]]:
             out = max((t.sent.get(("dispatch", "forward"), Sent()) for t in sent), key=lambda s: s.bytes)
             back = max(t.total("tensor").bytes for t in sent)
             rows = out.bytes // 4
-            count = Count(
-                ranks,
-                way,
-                out.messages,
-                rows,
-                back // 4,
-                rows + ways.kept(way, ranks),
-                *ways.formula(way, ranks),
-                *ways.counts(config, ranks),
-            )
-            measured.append(asdict(count))
+            count = {"ranks": ranks, "way": way, "messages": out.messages, "rows": rows, "gathered_rows": back // 4}
+            count["moved_rows"] = rows + ways.kept(way, ranks)
+            for source, numbers in (("formula", ways.formula(way, ranks)), ("simulated", ways.counts(config, ranks))):
+                count |= {f"{source}_{what}": number for what, number in zip(COUNTED, numbers, strict=True)}
+            measured.append(count)
     return measured
 
 
@@ -123,9 +100,7 @@ def times(scale: str, rounds: int | None) -> list[dict[str, Any]]:
 def headline(counted: pd.DataFrame) -> str:
     """Return the messages of a rank in the largest world, and whether all counts agree, in one line; from `counts`."""
     same = all(
-        (counted[what] == counted[f"{source}_{what}"]).all()
-        for source in ("formula", "simulated")
-        for what in ("messages", "rows", "gathered_rows")
+        (counted[what] == counted[f"{source}_{what}"]).all() for source in ("formula", "simulated") for what in COUNTED
     )
     ranks = counted["ranks"].max()
     at = counted[counted["ranks"] == ranks].set_index("way")["messages"]

@@ -108,7 +108,7 @@ def build(
         return [teacher, *students]
     a_step = taught.train.batch_size * taught.data.context
     until = max(1, round(stop * taught.train.tokens / a_step)) * a_step
-    taught = replace(taught, train=replace(taught.train, keep_at=(until,)))
+    taught = taught.with_checkpoints([until])
     staged = replace(alone, start=Start(taught, until), label="L21 + staged KD")
     if not split:
         return [teacher, alone, taught, staged]
@@ -152,13 +152,10 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
 
     from moelab.data import prepare
     from moelab.data.batches import TrainBatches
-    from moelab.engine import checkpoint
-    from moelab.models import build
+    from moelab.inference.text import load_run
 
     spec, loss = run.spec, {}
-    model = build(spec.model, spec.train.seed, spec.train.device)
-    checkpoint.load_model(checkpoint.weights_of(run.path), model)
-    model.eval()
+    model = load_run(run.path, device=spec.train.device).eval()
     for part in ("even blocks", "odd blocks"):
         data = prepare(replace(spec.data, part=part), paths.home() / "data")
         batches = TrainBatches(data, spec.train.batch_size, spec.data.context, spec.train.seed)

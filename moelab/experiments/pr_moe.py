@@ -48,17 +48,15 @@ MODELS = {
 ARMS: dict[str, Any] = MODELS | {"PR-MoE-32/64 (sum)": {"name": "350M+PR-MoE-32/64", "residual_mix": "sum"}}
 """Arm -> arguments of `settings.spec`."""
 
-_QUICK = ("Dense", "PR-MoE-32/64", "MoE-128")
-
 BUDGETED = ("Dense", "PR-MoE-32/64", "MoE-128")
-"""Arms that are trained at several budgets."""
+"""Arms that are trained at several budgets, and those of `quick`."""
 
 _OF_THE_PAPER = {arm: name for arm, name in MODELS.items() if arm not in ("PR-MoE-32/64 (sum)", "Top2-MoE-128")}
 
 
 def arms(scale: str) -> list[str]:
     """Return the arms of a scale: `quick` has the three that show the gap, `full` those of the paper."""
-    kept = {"quick": _QUICK, "full": tuple(_OF_THE_PAPER)}
+    kept = {"quick": BUDGETED, "full": tuple(_OF_THE_PAPER)}
     return list(kept.get(scale, ARMS))
 
 

@@ -25,7 +25,7 @@ from moelab.design import budgets, comparison, settings, shares
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.judging import can_test, judge
 from moelab.design.verdicts import Verdict
-from moelab.lazy import pd
+from moelab.lazy import np, pd
 from moelab.runs.spec import RunSpec
 
 ARMS = {name: name for name in ("350M", "350M+MoE-128", "1.3B", "1.3B+MoE-128", "6.7B")}
@@ -79,17 +79,10 @@ def over_texts(final: pd.DataFrame) -> pd.DataFrame:
     The table is empty where no run has read the other text: there is nothing to compare.
     """
     base, moe = BUDGETED
-    pairs = {settings.DATA["full"].corpus: (moe, base), OTHER_TEXT: (on_other_text(moe), on_other_text(base))}
-    table = comparison.by_arm(final)
-    if on_other_text(moe) not in table:
-        pairs = {}
-    rows = [
-        [text, seed, gap]
-        for text, (left, right) in pairs.items()
-        if left in table and right in table
-        for seed, gap in (table[left] - table[right]).dropna().items()
-    ]
-    return pd.DataFrame(rows, columns=["text", "seed", "gap"])
+    texts = {moe: settings.DATA["full"].corpus, on_other_text(moe): OTHER_TEXT}
+    table = comparison.pairs(final, [(moe, base), (on_other_text(moe), on_other_text(base))])
+    there = table if OTHER_TEXT in set(table["left"].map(texts)) else table.iloc[:0]
+    return there.assign(text=there["left"].map(texts))[["text", "seed", "gap"]]
 
 
 def paper_efficiency() -> dict[str, float]:
@@ -97,9 +90,8 @@ def paper_efficiency() -> dict[str, float]:
     speedups = {}
     for moe, base, _ in PAIRS:
         curve, goal = paper.loss_curve(moe), paper.loss_curve(base)
-        reached = _first_at(pd.DataFrame({"tokens": curve.tokens_B, "loss": curve.loss}), goal.loss[-1])
-        if reached:
-            speedups[moe] = goal.tokens_B[-1] / reached
+        reached = np.interp(goal.loss[-1], curve.loss[::-1], curve.tokens_B[::-1])  # its losses never rise
+        speedups[moe] = float(goal.tokens_B[-1] / reached)
     return speedups
 
 
@@ -123,16 +115,6 @@ def paper_pairs() -> dict[str, tuple[float, float, float]]:
     """Return the paper's final differences of `AGAINST`, from Fig 1: "left − right" -> (difference, low, high)."""
     curves = {name: paper.loss_curve(name) for name in ARMS}
     return {f"{moe} − {dense}": curves[moe].final_minus(curves[dense]) for moe, dense in AGAINST}
-
-
-def _first_at(curve: pd.DataFrame, goal: float) -> float | None:
-    """Return the tokens at which a curve first reaches a loss."""
-    tokens, losses = list(curve["tokens"]), list(curve["loss"])
-    for i in range(1, len(losses)):
-        if losses[i] <= goal:
-            share = (losses[i - 1] - goal) / (losses[i - 1] - losses[i])
-            return tokens[i - 1] + share * (tokens[i] - tokens[i - 1])
-    return None
 
 
 def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str) -> list[Verdict]:

@@ -8,6 +8,7 @@ notebooks 10 to 14. Models of today stand with the range of such a prediction an
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from moelab import simulate
@@ -42,24 +43,21 @@ def grid(scale: str, context: int) -> pd.DataFrame:
     from moelab.simulate.search import frame
 
     rows = []
-    for name in MODELS[scale]:
+    for name, where in itertools.product(MODELS[scale], simulate.clusters()):
         settings: dict[str, Any] = {"program": "engine", "dtype": TODAY[name]} if name in TODAY else {}
-        for where in simulate.clusters():
-            if settings.get("dtype") == "fp8" and where.startswith("a100"):
+        if settings.get("dtype") == "fp8" and where.startswith("a100"):
+            continue
+        for most, batch, objective in itertools.product(GPUS[scale], BATCHES[scale], OBJECTIVES):
+            try:
+                found = simulate.plan(
+                    name, most, where, objective=objective, batches=[batch], context=context, **settings
+                ).best
+            except ValueError:  # it does not fit
                 continue
-            for most in GPUS[scale]:
-                for batch in BATCHES[scale]:
-                    for objective in OBJECTIVES:
-                        try:
-                            found = simulate.plan(
-                                name, most, where, objective=objective, batches=[batch], context=context, **settings
-                            ).best
-                        except ValueError:  # it does not fit
-                            continue
-                        about = {"model": name, "cluster": where, "most_gpus": most, "best_by": objective}
-                        of_cluster = {"memory_gib": found.capacity_gib, "currency": found.currency}
-                        beside = beside_measurements(name, found) if name in TODAY else {}
-                        rows.append(about | frame([found]).iloc[0].to_dict() | of_cluster | beside)
+            about = {"model": name, "cluster": where, "most_gpus": most, "best_by": objective}
+            of_cluster = {"memory_gib": found.capacity_gib, "currency": found.currency}
+            beside = beside_measurements(name, found) if name in TODAY else {}
+            rows.append(about | frame([found]).iloc[0].to_dict() | of_cluster | beside)
     return pd.DataFrame(rows)
 
 

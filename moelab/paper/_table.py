@@ -16,8 +16,9 @@ from dataclasses import dataclass, fields
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from moelab.lazy import pd
+
 if TYPE_CHECKING:
-    import pandas
     from _typeshed import DataclassInstance
 
 Row = TypeVar("Row", bound="DataclassInstance")
@@ -56,14 +57,9 @@ class Table(tuple[Row, ...], Generic[Row]):
 
     __slots__ = ()
 
-    def frame(self) -> pandas.DataFrame:
+    def frame(self) -> pd.DataFrame:
         """Return the rows as a pandas data frame, one column per field (pandas is imported here, not before)."""
-        import pandas
-
-        if not self:
-            return pandas.DataFrame()
-        names = [field.name for field in fields(self[0])]
-        return pandas.DataFrame([[getattr(row, name) for name in names] for row in self], columns=names)
+        return pd.DataFrame(list(self))
 
     def where(self, **wanted: Any) -> Table[Row]:
         """Return the rows whose fields equal `wanted`; a wanted value of `None` does not filter.

@@ -79,8 +79,8 @@ def size_table() -> pd.DataFrame:
     """Return the models that the paper trains for quality, by `ModelConfig.parse`, with the size that the paper states.
 
     One row per model: layers, hidden, experts (``10 x 32, 2 x 64`` by layer), residual, parameters and active
-        parameters
-    (billions), stated (billions), off (parameters over stated, minus 1). Stated sizes are rounded as printed.
+    parameters (billions), stated (billions), off (parameters over stated, minus 1). Stated sizes are rounded as
+    printed.
     """
     rows = {}
     for row in models():

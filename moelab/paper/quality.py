@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
+from moelab.lazy import pd
 from moelab.paper._table import Provenance, Table, load
-
-if TYPE_CHECKING:
-    import pandas
 
 TASKS = ("lambada", "piqa", "boolq", "race_h", "triviaqa", "webqs")
 """The six zero-shot tasks of Tables 2, 4 and 5, as columns of `zero_shot()`."""
@@ -106,12 +103,10 @@ class LossCurve(Provenance):
         low, high = self.final_low - other.final_high, self.final_high - other.final_low
         return self.final - other.final, low, high
 
-    def frame(self) -> pandas.DataFrame:
+    def frame(self) -> pd.DataFrame:
         """Return the points as a pandas data frame with columns model, tokens_B, loss, uncertainty."""
-        import pandas
-
         columns = {"tokens_B": self.tokens_B, "loss": self.loss, "uncertainty": self.uncertainty}
-        return pandas.DataFrame({"model": self.model, **columns})
+        return pd.DataFrame({"model": self.model, **columns})
 
 
 def loss_curve(model: str) -> LossCurve:

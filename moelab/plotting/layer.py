@@ -22,7 +22,7 @@ def exchange_counts(counted: pd.DataFrame, messages: Axes, volume: Axes) -> None
     """Draw messages over ranks, and rows over those of the flat exchange: formulas as lines, counts as dots.
 
     Args:
-        counted: columns as the fields of `moelab.experiments.all_to_all.Count`.
+        counted: from `moelab.experiments.all_to_all.counts`.
     """
     worlds = sorted(counted["ranks"].unique())
     flat = counted[counted["way"] == "flat"].set_index("ranks")

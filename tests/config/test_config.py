@@ -1,5 +1,5 @@
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,7 +36,7 @@ def test_every_model_of_the_paper_has_its_name_shape_and_sizes(name):
     assert config.residual == row.residual and config.top_k == max(1, row.top_k)
     assert config.heads == row.heads or not row.heads
     assert config.parameters() / 1e9 == pytest.approx(row.computed_B, rel=1e-3)
-    assert config.active_parameters() / 1e9 == pytest.approx(row.active_B, rel=2e-3)
+    assert config.active_parameters() / 1e9 == pytest.approx(row.active_B, rel=1e-3)
     for model in (config, config.shrink()):
         with torch.device("meta"):
             assert sum(p.numel() for p in GPT(model).parameters()) == model.parameters()
@@ -192,33 +192,15 @@ def test_bad_json_is_one_line(data, part):
     without_lines(lambda: from_json(TrainConfig, data), part)
 
 
-@dataclass(frozen=True)
-class Site:
-    """Holds a field of each kind that a profile's file may have."""
-
-    nodes: int = 1
-    share: float = 1.0
-    exclusive: bool = False
-    lines: tuple[str, ...] = ()
-
-
-def test_a_file_of_texts_has_fields_of_all_kinds():
-    texts = {"nodes": "4", "share": "0.5", "exclusive": "yes", "lines": ["7"]}
-    assert from_json(Site, texts, texts=True) == Site(4, 0.5, True, ("7",))
-    wrong = (("share", "half", "number"), ("exclusive", "maybe", "boolean"), ("nodes", "1.5", "integer"))
-    for name, text, kind in wrong:
-        with pytest.raises(ValueError, match=f"^site.{name} must be a valid {kind}, got '{text}'$"):
-            from_json(Site, {name: text}, "site", texts=True)
-    assert from_json(Site, {"nodes": 2, "later": 1}, known=True) == Site(2)
-
-
 @pytest.mark.parametrize(
     ("kind", "text", "value"),
     [
-        (int, "4e6", 4_000_000), (int, "1_000", 1000), (float, "4e6", 4e6), (bool, "no", False), (bool, "1", True), (str, "None", "None"),
-        (float | None, "none", None), (list[int], "3", [3]), (list[int], "1, 2", [1, 2]), (list[str], '["a,b"]', ["a,b"]),
+        (int, "4e6", 4_000_000), (int, "1_000", 1000), (float, "4e6", 4e6), (float | None, "none", None),
+        (bool, "no", False), (bool, "1", True), (bool, "yes", True), (str, "None", "None"),
+        (list[int], "3", [3]), (list[int], "1, 2", [1, 2]), (list[str], '["a,b"]', ["a,b"]),
         (tuple[float, float], "[0.9, 1]", (0.9, 1.0)), (dict[str, Any], '{"A_b": "C"}', {"A_b": "C"}),
-        (int, "true", None), (int, "1.5", None), (float, "inf", None), (bool, "2", None), (list[int], "[true]", None), (dict[str, Any], "[]", None),
+        (int, "true", None), (int, "1.5", None), (float, "inf", None), (float, "half", None), (bool, "2", None),
+        (list[int], "[true]", None), (dict[str, Any], "[]", None),
     ],
 )  # fmt: skip
 def test_a_text_is_read_as_the_declared_type(kind, text, value):

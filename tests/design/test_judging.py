@@ -118,6 +118,7 @@ def test_without_values_or_with_few():
         assert found.verdict == claims.FEW_SEEDS and found.p is None and found.samples == len(values)
         assert found.values == tuple(values) and (found.low is None) == (len(values) == 1)
         assert restate(ORDER, found) == found
+        assert judge(NEAR, [0.0] * len(values), gain=[0.1] * len(values)).verdict == claims.FEW_SEEDS
 
 
 @pytest.mark.parametrize(
@@ -286,19 +287,14 @@ class TestAgreed:
     def test_without_a_verdict_there_is_none(self):
         own, other = judge(ORDER, [-0.1, -0.11, -0.12]), judge(ORDER, [], note=self.OTHER)
         found = agreed(own, other)
-        assert (
-            found.verdict == claims.INCOMPLETE
-            and found.p is None
-            and "At one shared rate there are no values" in found.why
-        )
+        assert found.verdict == claims.INCOMPLETE and found.p is None
+        assert "At one shared rate there are no values" in found.why
 
     def test_the_same_runs_are_no_second_comparison(self):
         own = judge(ORDER, [-0.1, -0.11, -0.12])
         found = agreed(own, replace(own, note=self.OTHER))
-        assert (
-            found.verdict == own.verdict
-            and found.why == "At one shared rate these are the same runs: no second comparison."
-        )
+        assert found.why == "At one shared rate these are the same runs: no second comparison."
+        assert found.verdict == own.verdict
         assert restate(ORDER, found) == found
 
     def test_where_one_shows_less_that_is_the_verdict(self):
@@ -334,9 +330,8 @@ class TestPlans:
         """Judged after each seed, a plan of three looks would be wrong in 7 % of cases instead of 5 %."""
         values = [-0.1, -0.11, 0.3, 0.2, -0.1]
         planned, more = judge(ORDER, values[:3], looks=(3,)), judge(ORDER, values, looks=(3,))
-        assert (more.verdict, more.low, more.p) == (planned.verdict, planned.low, planned.p) and more.values == (
-            *values,
-        )
+        assert (more.verdict, more.low, more.p) == (planned.verdict, planned.low, planned.p)
+        assert more.values == tuple(values)
         assert judge(ORDER, values[:3], looks=(5,)).verdict == claims.FEW_SEEDS and restate(ORDER, more) == more
 
     def test_what_was_seen_counts_against_futility(self):

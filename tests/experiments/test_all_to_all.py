@@ -10,7 +10,7 @@ from moelab.simulate import ways
 
 def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():
     counted = pd.DataFrame(all_to_all.counts((8, 32, 128)))
-    for what in ("messages", "rows", "gathered_rows"):
+    for what in all_to_all.COUNTED:
         assert counted[what].tolist() == counted[f"formula_{what}"].tolist() == counted[f"simulated_{what}"].tolist()
     verdicts = {v.claim: v for v in all_to_all.verdicts(counted)}
     assert {v.verdict for v in verdicts.values()} == {claims.REPRODUCED}

@@ -6,36 +6,29 @@ import pytest
 
 from moelab.config import RoutingConfig
 from moelab.experiments import capacity, validation_limits
-from moelab.runs.execute import execute
-from moelab.runs.store import RunStore
+from moelab.runs.store import Run
 from tests.experiments.helpers import final
 
 
-def trained(spec, tmp_path, monkeypatch, **routing):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    model = replace(spec.model, routing=RoutingConfig(**routing))
-    run = RunStore(tmp_path / "runs").run(replace(spec, model=model, train=replace(spec.train, tokens=6 * 128)))
-    execute(run)
-    return run
+def under(run, **routing):
+    """Return a run with the same weights and another limit."""
+    model = replace(run.spec.model, routing=RoutingConfig(**routing))
+    return Run(replace(run.spec, model=model), run.path)
 
 
 @pytest.mark.slow
-def test_one_trained_model_is_validated_with_its_limit_and_without(tiny_spec, tmp_path, monkeypatch):
-    run = trained(tiny_spec, tmp_path, monkeypatch, capacity_factor_eval=0.5, min_capacity=1)
-    found = validation_limits.validated(run)
+def test_one_trained_model_is_validated_with_its_limit_and_without(trained):
     # A few tokens are weighted otherwise.
-    assert found["by_domain"] == pytest.approx(run.result["validation_loss"], abs=2e-3)
+    loss = trained.result["validation_loss"]
+    assert validation_limits.validated(trained)["by_domain"] == pytest.approx(loss, abs=2e-3)
+    half = under(trained, capacity_factor_eval=0.5, min_capacity=1)
+    found = validation_limits.validated(half)
     # Every expert takes half an even share at most: at least half of the tokens are dropped.
     assert 0.5 <= found["by_domain_dropped"] < 1 and 0.5 <= found["mixed_dropped"] < 1
     assert len({found["by_domain"], found["mixed"], found["without"]}) == 3
-    assert validation_limits.validated(run, 64) != found
-
-
-@pytest.mark.slow
-def test_without_a_limit_all_kinds_are_one(tiny_spec, tmp_path, monkeypatch):
-    run = trained(tiny_spec, tmp_path, monkeypatch, drop_tokens=False)
-    found = validation_limits.validated(run)
-    assert found == dict.fromkeys(("by_domain", "mixed", "without"), found["by_domain"])
+    assert validation_limits.validated(half, 64) != found
+    free = validation_limits.validated(under(trained, drop_tokens=False))
+    assert free == dict.fromkeys(("by_domain", "mixed", "without"), free["by_domain"]), "without a limit all are one"
 
 
 def test_costs_are_paired_by_seed_and_need_all_runs():

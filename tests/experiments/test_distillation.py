@@ -97,20 +97,14 @@ def test_a_verdict_on_teacher_and_student_says_that_they_read_different_halves()
 def test_where_distillation_turns_is_judged_in_the_papers_steps():
     tokens = 101_621_760
     shares = [tokens * s for s in (0, 0.5, 0.7, 0.9, 1)]
-    losses = {arm: [5.0, 5.1, 5.2] for arm in distillation.ARMS if arm != "L21 alone, equal cost"}
+    taught = ((3.9, 3.9, 3.9, 4.1, 4.1), (3.9, 3.9, 4.1, 4.1, 4.1), (3.9, 3.9, 3.9, 4.1, 4.1))
+    lines = [curves({"L21 alone": [4] * 5, "L21 + KD": t}, shares).assign(seed=i) for i, t in enumerate(taught)]
+    done = final({key: [5.0, 5.1, 5.2] for key in STUDENTS}).assign(tokens=tokens)
 
-    def turn(taught, base="350M"):
-        lines = [
-            curves({"L21 alone": [4] * 5, "L21 + KD": line}, shares).assign(seed=seed)
-            for seed, line in enumerate(taught)
-        ]
-        done = final(losses).assign(tokens=tokens)
+    def turned(base):
         judged = distillation.verdicts(done, pd.concat(lines), "full", base)
         return next(v for v in judged if v.claim == "full-kd-turns-at-400k")
 
-    turned = turn([[3.9, 3.9, 3.9, 4.1, 4.1], [3.9, 3.9, 4.1, 4.1, 4.1], [3.9, 3.9, 3.9, 4.1, 4.1]])
-    assert turned.values == pytest.approx([572_205 * share for share in (0.8, 0.6, 0.8)])
-    assert turned.verdict == claims.UNDECIDED
-    helps = turn([[3.9] * 5, [3.9, 3.9, 4.1, 4.1, 4.1], [3.9, 3.9, 3.9, 4.1, 4.1]])
-    assert helps.verdict == claims.INCOMPLETE and helps.missing == ("seed 0: L21 alone does not end below L21 + KD",)
-    assert turn([[3.9, 3.9, 4.1, 4.1, 4.1]] * 3, "1.3B").ours is None, "the claim is on the 350M base"
+    assert turned("350M").values == pytest.approx([572_205 * share for share in (0.8, 0.6, 0.8)])
+    assert turned("350M").verdict == claims.UNDECIDED
+    assert turned("1.3B").ours is None, "the claim is on the 350M base"

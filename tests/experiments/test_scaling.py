@@ -33,17 +33,6 @@ def test_equal_tokens_pairs_each_moe_with_both_dense_models():
     assert set(scaling.paper_pairs()) >= set(pairs["arm"])
 
 
-def test_scaling_judges_the_base_and_only_shows_the_larger_model():
-    table = final({"350M": [5.0, 5.1, 5.2], "350M+MoE-128": [4.9, 5.01, 5.1], "1.3B": [4.6, 4.7, 4.8]}).assign(
-        tokens=16_384_000
-    )
-    verdicts = {v.claim: v for v in scaling.verdicts(table, pd.DataFrame(), "cpu")}
-    assert verdicts["moe128-350m-beats-own-base"].verdict == claims.DIRECTION
-    assert verdicts["moe128-350m-beats-1.3b"].verdict == claims.NOT_TESTABLE
-    assert verdicts["moe128-350m-beats-1.3b"].ours == pytest.approx(0.303, abs=0.01)
-    assert verdicts["moe128-1.3b-beats-own-base"].verdict == claims.NOT_TESTED
-
-
 TOKENS = 101_621_760
 LOSSES = {
     "350M": [4.0, 4.1, 4.0],

@@ -4,7 +4,9 @@ import pytest
 
 from moelab import paper
 from moelab.design import verdicts as claims
+from moelab.design.experiment import LOOKS
 from moelab.experiments import (
+    EXPERIMENTS,
     inference_large,
     inference_scaling,
     model_variants_latency,
@@ -86,9 +88,6 @@ def test_every_inference_claim_is_judged():
 
 
 def test_plans_are_named_before_the_runs():
-    from moelab.design.experiment import LOOKS
-    from moelab.experiments import EXPERIMENTS
-
     for about in EXPERIMENTS.values():
         for scale in {*about.scales, *LOOKS, *about.looks}:
             looks = about.looks_at(scale)

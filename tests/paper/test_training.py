@@ -17,17 +17,9 @@ def test_published_settings():
 
 
 def test_ablations_are_marked_as_assumed():
-    pr = ("350M+PR-MoE-32/64", "1.3B+PR-MoE-64/128")
-    published = {
-        "350M",
-        "1.3B",
-        "6.7B",
-        "350M+MoE-128",
-        "1.3B+MoE-128",
-        "125M+MoE-64",
-        *pr,
-        *(f"{m}+L21+MoS" for m in pr),
-    }
+    pr = {"350M+PR-MoE-32/64", "1.3B+PR-MoE-64/128"}
+    published = {"350M", "1.3B", "6.7B", "350M+MoE-128", "1.3B+MoE-128", "125M+MoE-64"} | pr
+    published |= {f"{model}+L21+MoS" for model in pr}
     assert {row.run for row in paper.all_training_settings() if not row.assumed} == published
     row = paper.training_settings("350M+Top2-MoE-32")
     assert row.assumed and row.assumed_from == "350M+MoE-128" and row.how == "assumed"
