@@ -115,6 +115,9 @@ def check_device(device: str) -> None:
 
 
 def write_provenance(out: Path | None, name: str, title: str = "") -> None:
-    """Write commit, versions and hardware beside a benchmark's numbers, and the title that pages show."""
-    if out is not None:
+    """Write commit, versions and hardware beside a benchmark's numbers, and the title of pages; of ranks, on rank 0."""
+    from moelab.engine.launch import process
+
+    place = process.find()
+    if out is not None and (place is None or place.rank == 0):
         write_json(out / f"{name}.provenance.json", {**provenance(), **({"title": title} if title else {})})

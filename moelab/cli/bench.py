@@ -26,11 +26,10 @@ FAMILIES = ("dense", "MoE-128", "PR-MoE-32/64", "PR-MoE+L21 + KD")
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels, layers, training, decoding, exchanges.")
 
-
-CPU_TIME = typer.Option(
-    "--cpu-time", help="measure processor time, which other programs disturb less; needs one thread"
-)
-CpuTime = Annotated[bool, CPU_TIME]
+CpuTime = Annotated[
+    bool,
+    typer.Option("--cpu-time", help="measure processor time, which other programs disturb less; needs one thread"),
+]
 Rounds = Annotated[int, typer.Option(help="times the candidates take turns, with new inputs each time")]
 
 
@@ -172,7 +171,6 @@ def bench_decode(
             ModelConfig.parse(name)
     from moelab.bench.decode import DecodeSettings
     from moelab.bench.decode import main as bench_main
-    from moelab.engine.launch import process
 
     bench_main(
         models=model,
@@ -187,9 +185,7 @@ def bench_decode(
         dtype=dtype,
         out=out,
     )
-    place = process.find()
-    if place is None or place.rank == 0:
-        write_provenance(out, "decode" if dtype == "fp32" else f"decode-{dtype}")
+    write_provenance(out, "decode" if dtype == "fp32" else f"decode-{dtype}")
 
 
 @bench.command(name="scaling")
@@ -225,13 +221,10 @@ def bench_exchange(
     """
     check_device(device)
     from moelab.bench.exchange import main as bench_main
-    from moelab.engine.launch import process
 
     sizes = size or [1 << 10, 1 << 14, 1 << 18, 1 << 22]
     bench_main(ranks=ranks or [4, 8, 16], sizes=sizes, rounds=rounds, device=device, out=out)
-    place = process.find()
-    if place is None or place.rank == 0:
-        write_provenance(out, "exchange")
+    write_provenance(out, "exchange")
 
 
 @bench.command(name="submit")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moelab import paths, terminal
-from moelab.cli._options import check_choice
+from moelab.cli._options import check_choice, check_device
 
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels: compiled without a GPU, tuned on one.")
 
@@ -33,8 +33,6 @@ def kernels_tune(
     out: Annotated[Path | None, typer.Option(help="folder of the table; by default .moelab/tuned")] = None,
 ) -> None:
     """Measure tile sizes, warps and stages of each kernel on this machine's GPU; write the table that launches read."""
-    from moelab.cli._options import check_device
-
     check_device("cuda")
     import torch
 

@@ -34,6 +34,7 @@ def execute_watched(
     console = Console()
     console.print(f"[bold]{escape(experiment.title)}[/] · {escape(experiment.paper)}")
     console.print(f"paper: {experiment.paper_answer}", markup=False)
+    failure = ""
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "plan.json"
         done = threading.Event()
@@ -42,18 +43,15 @@ def execute_watched(
         try:
             result = notebooks.execute(experiment, values, plan, publish=publish)
         except notebooks.NotebookFailed as error:
-            done.set()
-            watcher.join()
-            console.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True)
-            return False
+            failure = f"[red]failed:[/] {escape(str(error))}"
         except KeyboardInterrupt:
-            done.set()
-            watcher.join()
-            console.print(_stopped(plan))
-            return False
+            failure = _stopped(plan)
         finally:
             done.set()
-        watcher.join()
+            watcher.join()
+    if failure:
+        console.print(failure, soft_wrap=True)
+        return False
     index = site.update(publish=publish).index if page else None
     summary = read_json(result / SUMMARY)
     console.print(f"[bold green]{escape(summary['title'])}[/]")

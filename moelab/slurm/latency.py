@@ -70,18 +70,20 @@ def _first_step(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
             for number, (what, start) in enumerate(ways.items()):
                 # Runs are told apart by seed; a metric row each step.
                 spec = replace(base, train=replace(base.train, log_every=1, seed=100 + len(ways) * turn + number))
-                run = RunStore().run(spec)
-                rows = run.path / "train.jsonl"
-
-                def to_first_row(
-                    start: Callable[[RunSpec], Any] = start, spec: RunSpec = spec, rows: Path = rows
-                ) -> None:
-                    start(spec)
-                    _until(lambda: rows.exists() and rows.stat().st_size)
-
-                times[what].append(_seconds(to_first_row))
-                _until(lambda: run.finished)  # noqa: B023
+                times[what].append(_to_first_row(start, spec))
     yield from _compared(times)
+
+
+def _to_first_row(start: Callable[[RunSpec], Any], spec: RunSpec) -> float:
+    """Start a run, wait until it has finished, and return the seconds until its first metric row."""
+    run = RunStore().run(spec)
+    rows = run.path / "train.jsonl"
+    started = time.perf_counter()
+    start(spec)
+    _until(lambda: rows.exists() and rows.stat().st_size)
+    seconds = time.perf_counter() - started
+    _until(lambda: run.finished)
+    return seconds
 
 
 def _notebook(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:

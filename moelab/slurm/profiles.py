@@ -171,9 +171,8 @@ def choose(name: str | None) -> Profile:
     """Return the profile of this name or, without a name, that of `MOELAB_PROFILE`."""
     chosen = name or environment.PROFILE.get()
     if not chosen:
-        known = folder()
-        names = ", ".join(sorted(p.stem for p in known.glob("*.yaml"))) if known else "the path of a .yaml file"
-        raise ValueError(f"no cluster profile: give --profile NAME or set MOELAB_PROFILE; allowed: {names}")
+        allowed = ", ".join(names()) or "the path of a .yaml file"
+        raise ValueError(f"no cluster profile: give --profile NAME or set MOELAB_PROFILE; allowed: {allowed}")
     return load(chosen)
 
 

@@ -77,13 +77,13 @@ def watch(
         pause = min(2 * pause, every_s)
 
 
-def cancel(rows: Sequence[Row], store: RunStore | None = None) -> None:
+def cancel(rows: Sequence[Row]) -> None:
     """Cancel the jobs of these rows, and record it where no process would: with notebooks and runs that wait.
 
     Raises:
         queue.SlurmError: Slurm does not answer.
     """
-    store = store or RunStore()
+    store = RunStore()
     for row in rows:
         submission, _, part = row.id.partition("/")
         if part:
@@ -256,7 +256,7 @@ _ANSWER_S = 20.0
 """In which Slurm has to answer; the files of the runs are shown in any case."""
 
 
-def log_of(name: str, store: RunStore | None = None) -> Path:
+def log_of(name: str) -> Path:
     """Return the path of the log of a run (by the beginning or the end of its id) or of a notebook.
 
     Args:
@@ -265,7 +265,7 @@ def log_of(name: str, store: RunStore | None = None) -> Path:
     Raises:
         ValueError: one line; no log has that name, or several have.
     """
-    store = store or RunStore()
+    store = RunStore()
     submission, _, part = name.partition("/")
     if part:
         logs = [

@@ -3,26 +3,25 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
-import urllib.request
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
+from typer.testing import CliRunner
 
 import moelab as moelab_package
 from moelab import cli
 from moelab.bench import train
 from moelab.cli import bench, doctor, experiments, models
-from moelab.design.parameters import parameters
 from moelab.evaluation.models import REFERENCES
 from moelab.experiments import EXPERIMENTS
 from moelab.inference.modes import MODES
+from moelab.notebook import execute as notebooks
 from moelab.notebook import watch
 from moelab.runs import preflight
 
@@ -80,9 +79,8 @@ def test_help_answers_at_once_in_the_order_of_use_and_loads_nothing_heavy():
     assert (after.children_user - before.children_user) + (after.children_system - before.children_system) < 1.5
 
 
-def test_wrong_arguments_are_told_before_anything_heavy_is_loaded(tmp_path):
-    """Which modules a process loads says more than the time it takes on a busy machine."""
-    cases = [
+def test_bad_input_is_one_line_and_starts_nothing_and_wrong_arguments_load_nothing_heavy(tmp_path):
+    at_once = [  # which modules a process has loaded says more than the time it takes on a busy machine
         (("list", "nosuch"), "no experiment 'nosuch'"),
         (("generate", "nosuch"), "run 'nosuch': no such run or directory"),
         (("generate", "nosuch", "--device", "cuda"), "no CUDA device is available"),
@@ -108,25 +106,7 @@ def test_wrong_arguments_are_told_before_anything_heavy_is_loaded(tmp_path):
         (("kernels", "compile", "--arch", "sm_1"), "--arch must be sm_80 or sm_90"),
         (("claims", "nosuch"), "claims: none of experiment 'nosuch'"),
     ]
-    env = {"MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results")}
-    for (words, part), end in zip(cases, moelab_of_each(*(words for words, _ in cases), env=env), strict=True):
-        assert end.code == 2 and part in end.stderr and len(end.stderr.strip().splitlines()) == 1, words
-        assert end.stdout == "" and not {"torch", "pandas", "papermill", "nbformat"} & set(end.loaded), words
-    assert not (tmp_path / "home").exists()
-    done = moelab("run", "pr-moe", "-p", "seeds=0")
-    assert done.returncode == 2 and done.stderr.startswith("moelab: pr-moe: seeds must be 1 to 1000"), "as a command"
-
-
-def test_what_stands_in_the_commands_is_what_the_heavy_modules_have():
-    assert tuple(train.FAMILIES) == bench.FAMILIES and {models.SMALL_MODEL} == set(REFERENCES)
-    assert models.MODES == MODES
-
-
-def test_bad_input_is_one_line_and_starts_nothing(tmp_path, monkeypatch, capsys):
-    """In this process: that the command ends so in its own is shown above."""
-    for place in ("MOELAB_HOME", "MOELAB_RESULTS"):
-        monkeypatch.setenv(place, str(tmp_path))
-    for arguments, part in (
+    others = [
         (("run", "pr-mo"), "did you mean pr-moe?"),
         (("run", "pr-moe", "-p", "seed=3"), "no parameter 'seed'; did you mean seeds? allowed: scale: str = 'cpu', "),
         (("run", "pr-moe", "-p", "seeds=many"), "parameter seeds must be a valid integer, got 'many'"),
@@ -157,13 +137,21 @@ def test_bad_input_is_one_line_and_starts_nothing(tmp_path, monkeypatch, capsys)
         (("submit",), "moelab: submit: missing argument 'NAME...'; see `moelab submit --help`\n"),
         (("run", "pr-moe", "--scale"), "moelab: option '--scale' requires an argument"),
         (("logs", "x", "-n", "many"), "moelab: logs: invalid value for '-n': "),
-    ):
-        monkeypatch.setattr(sys, "argv", ["moelab", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        said = capsys.readouterr().err
-        assert end.value.code == 2 and part in said and len(said.strip().splitlines()) == 1, arguments
-    assert not list(tmp_path.iterdir())
+    ]
+    cases, env = at_once + others, dict.fromkeys(("MOELAB_HOME", "MOELAB_RESULTS"), str(tmp_path / "home"))
+    ends = moelab_of_each(*(words for words, _ in cases), env=env)
+    for (words, part), end in zip(cases, ends, strict=True):
+        assert end.code == 2 and part in end.stderr and end.stdout == "", words
+        assert len(end.stderr.strip().splitlines()) == 1, words
+    assert not {"torch", "pandas", "papermill", "nbformat"} & set(ends[len(at_once) - 1].loaded)
+    assert not (tmp_path / "home").exists()
+    done = moelab("run", "pr-moe", "-p", "seeds=0")
+    assert done.returncode == 2 and done.stderr.startswith("moelab: pr-moe: seeds must be 1 to 1000"), "as a command"
+
+
+def test_what_stands_in_the_commands_is_what_the_heavy_modules_have():
+    assert tuple(train.FAMILIES) == bench.FAMILIES and {models.SMALL_MODEL} == set(REFERENCES)
+    assert models.MODES == MODES
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path):
@@ -243,8 +231,6 @@ def test_list_is_short_and_says_more_of_one():
     assert "did you mean pr-moe" in near.stderr and every.loaded == []
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("script") is None, reason="a terminal of 80 columns needs the program script")
 @pytest.mark.parametrize(
     "command",
     [
@@ -257,23 +243,23 @@ def test_list_is_short_and_says_more_of_one():
         "plan 24B+MoE-128 --gpus 256 --objective throughput",
     ],
 )
-def test_what_commands_print_fits_a_terminal_of_80_columns(command, tmp_path):
-    line = f"stty cols 80; exec {sys.executable} -m moelab.cli {command}"
-    env = {**os.environ, "MOELAB_HOME": str(tmp_path), "NO_COLOR": "1", "TERM": "dumb"}
-    env.pop("COLUMNS", None)
-    done = subprocess.run(["script", "-qec", line, "/dev/null"], capture_output=True, text=True, env=env)
-    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80, done.stdout
+def test_what_commands_print_fits_a_terminal_of_80_columns(command, tmp_path, monkeypatch, capsys):
+    for name, value in {"MOELAB_HOME": str(tmp_path), "TERM": "xterm", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert not cli.app(command.split(), standalone_mode=False)
+    out = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)  # without colours
+    assert max(map(len, out.splitlines())) <= 80, out
     if command.startswith("run pr-moe"):
-        assert "PR-MoE-32/64 (sum) ·" in done.stdout and "seeds 0-2" in done.stdout
+        assert "PR-MoE-32/64 (sum) ·" in out and "seeds 0-2" in out
 
 
-def test_doctor_finds_this_installation_sound(tmp_path):
-    done = moelab("doctor", env={"COLUMNS": "200"})
+def test_doctor_finds_this_installation_sound_and_says_that_there_is_no_compiler(tmp_path):
+    nothing_compiled = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TMPDIR": str(tmp_path), "CXX": "no-such-compiler"}
+    done = moelab("doctor", env={"COLUMNS": "200", **nothing_compiled})
     assert done.returncode == 0, done.stdout
-    assert "embedded corpus" in done.stdout and "Jupyter kernel" in done.stdout
-    nothing_compiled = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
-    without = moelab("doctor", env={"COLUMNS": "200", "CXX": "no-such-compiler", **nothing_compiled})
-    assert without.returncode == 0 and "CPU kernels: there is no C++ compiler" in without.stdout
+    for part in ("embedded corpus", "Jupyter kernel", "CPU kernels: there is no C++ compiler"):
+        assert part in done.stdout
 
 
 def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
@@ -291,83 +277,55 @@ def test_a_run_says_first_how_long_it_takes_and_what_is_published(tmp_path, monk
     assert "are published (Dense, PR-MoE-32/64, MoE-128): `moelab runs import`" in published
 
 
-PR_MOE = ("run", "pr-moe", "--scale", "smoke", "-p", "seeds=2", "-p", 'arms=["MoE-128","PR-MoE-32/64"]')
+def test_a_failed_notebook_is_exit_code_1_and_brackets_of_its_reason_are_no_markup(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    why = "RuntimeError: [/pytorch/gloo/pair.cc:544] closed; folder:/texts/[draft] is no folder"
 
+    def fail(*_, **__):
+        raise notebooks.NotebookFailed(why)
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """The PR-MoE notebook at smoke scale, two arms with two seeds, through the command that users take."""
-    root = tmp_path_factory.mktemp("published")
-    env = {"MOELAB_HOME": str(root / "home"), "MOELAB_RESULTS": str(root / "results"), "COLUMNS": "200"}
-    done = moelab(*PR_MOE, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not (root / "results").exists(), "publishing is asked for"
-    return root / "home" / "results", env, done.stdout
+    monkeypatch.setattr(notebooks, "execute", fail)
+    done = CliRunner().invoke(cli.app, ["run", "pr-moe", "--scale", "smoke"])
+    assert done.exit_code == 1 and f"failed: {why}\n" in done.output
 
 
 @pytest.mark.notebook
 @pytest.mark.slow
-class TestPrMoeNotebook:
-    def test_publishes_a_complete_result(self, published):
-        """Its figures and verdicts: tests/notebook."""
-        results, _, out = published
-        (folder,) = (results / "pr-moe" / "smoke").iterdir()
-        summary = json.loads((folder / "summary.json").read_text())
-        assert len(summary["runs"]) == 4 and not summary["missing"] and summary["seeds"] == [0, 1]
-        assert summary["runs"][0]["provenance"]["versions"]["torch"] and summary["hardware"]["cores"]
-        said = re.findall(r"^ +(notebook|figure|page) +(.+)$", out, re.M)
-        assert [kind for kind, _ in said] == ["notebook", *["figure"] * len(summary["figures"]), "page"]
-        assert all(Path(path).exists() for _, path in said)
-        notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
-        assert [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
-        written = [p for p in folder.iterdir() if p.suffix in (".ipynb", ".json", ".html")]
-        assert not [p.name for p in written if str(results.parents[1]) in p.read_text()], "no places of this machine"
+def test_a_notebook_publishes_a_complete_result_and_again_what_is_stored(tmp_path):
+    """Two arms, two seeds, on two ranks: expert parallelism per layer. Its figures and verdicts: tests/notebook."""
+    parameters = ("seeds=2", 'arms=["MoE-128","PR-MoE-32/64"]', "parallel.data=2")
+    command = ("run", "pr-moe", "--scale", "smoke", *(word for given in parameters for word in ("-p", given)))
+    env = {"MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results"), "COLUMNS": "200"}
+    done = moelab(*command, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "results").exists(), "publishing is asked for"
+    results = tmp_path / "home" / "results" / "pr-moe" / "smoke"
+    (folder,) = results.iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["runs"]) == 4 and not summary["missing"] and summary["seeds"] == [0, 1]
+    records = [run["provenance"] for run in summary["runs"]]
+    assert [record["parallel"]["data"] for record in records] == [2] * 4
+    assert records[0]["versions"]["torch"] and summary["hardware"]["cores"]
+    said = re.findall(r"^ +(notebook|figure|page) +(.+)$", done.stdout, re.M)
+    assert [kind for kind, _ in said] == ["notebook", *["figure"] * len(summary["figures"]), "page"]
+    assert all(Path(path).exists() for _, path in said)
+    notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
+    assert [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    written = [p for p in folder.iterdir() if p.suffix in (".ipynb", ".json", ".html")]
+    assert not [p.name for p in written if str(tmp_path) in p.read_text()], "no places of this machine"
 
-    def test_again_is_read_back_and_overwrites_nothing(self, published):
-        results, env, _ = published
-        before = {f: f.stat().st_mtime_ns for f in (results.parent / "runs").glob("*/result.json")}
-        assert moelab(*PR_MOE, env=env).returncode == 0
-        assert {f: f.stat().st_mtime_ns for f in before} == before and len(before) == 4
-        folders = sorted((results / "pr-moe" / "smoke").iterdir())
-        assert len(folders) >= 2
-        first, last = (json.loads((f / "summary.json").read_text())["runs"] for f in (folders[0], folders[-1]))
-        assert [r["result"] for r in first] == [r["result"] for r in last]
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "home" / "runs").glob("*/result.json")}
+    assert moelab(*command, env=env).returncode == 0
+    assert {f: f.stat().st_mtime_ns for f in before} == before and len(before) == 4
+    (last,) = {*results.iterdir()} - {folder}
+    again = json.loads((last / "summary.json").read_text())["runs"]
+    assert [r["result"] for r in again] == [r["result"] for r in summary["runs"]]
 
-        # What the pages say and where they lead: test_site.py and tests/browser.
-        pages = results.parent / "pages"
-        for folder in folders:
-            assert f"pr-moe/smoke/{folder.name}/index.html" in (pages / "figures.html").read_text()
-            assert (pages / "pr-moe" / "smoke" / folder.name / "notebook.html").exists()
-
-    def test_a_failing_notebook_publishes_nothing_and_says_where(self, published):
-        results, env, _ = published
-        before = sorted((results / "pr-moe" / "smoke").iterdir())
-        done = moelab("run", "pr-moe", "--scale", "smoke", env={**env, "MOELAB_EXECUTOR": "nobody"})
-        assert done.returncode == 1
-        assert "executor must be one of auto, inline" in done.stdout and "executed copy" in done.stdout
-        assert sorted((results / "pr-moe" / "smoke").iterdir()) == before
-
-    def test_browse_serves_the_page(self, published):
-        _, env, _ = published
-        command = [sys.executable, "-m", "moelab.cli", "browse", "--port", "0"]
-        with subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                address = process.stdout.readline().split(" at ")[1].split()[0]
-                with urllib.request.urlopen(address) as response:
-                    assert b"moelab results" in response.read()
-            finally:
-                process.terminate()
-
-
-def test_notebooks_are_committed_without_outputs_and_with_typed_commented_parameters():
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        notebook = nbformat.read(path, as_version=4)
-        nbformat.validate(notebook)
-        assert all(not c.outputs and c.execution_count is None for c in notebook.cells if c.cell_type == "code"), path
-        assert all(part in notebook.cells[0].source for part in ("**Question", "**The paper's answer", "**Ours")), path
-    for experiment in EXPERIMENTS.values():
-        for p in parameters(experiment).values():
-            assert p.type not in ("None", "") and p.help, f"{experiment.name}: {p.name} needs a type and a comment"
+    # What the pages say and where they lead: test_site.py and tests/browser.
+    pages = tmp_path / "home" / "pages"
+    for name in (folder.name, last.name):
+        assert f"pr-moe/smoke/{name}/index.html" in (pages / "figures.html").read_text()
+        assert (pages / "pr-moe" / "smoke" / name / "notebook.html").exists()
 
 
 def test_packaging_lists_every_package():

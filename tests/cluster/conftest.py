@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from moelab.config import ModelConfig, TrainConfig
@@ -116,29 +117,19 @@ def until(condition: Callable[[], object], what: str, limit_s: float = 900) -> N
         time.sleep(0.1)
 
 
-def processes(job: str, cluster: Path) -> list[int]:
-    """A job's processes on this machine, and the step daemons above them, by the environment they were given."""
-    want = {f"SLURM_CONF={cluster}/etc/slurm.conf".encode(), f"SLURM_JOB_ID={job}".encode()}
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if want <= set((folder / "environ").read_bytes().split(b"\0")):
-                found.add(int(folder.name))
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
-                    found.add(parent)
-    return sorted(found)
+def processes(job: str, cluster: Path, **variables: str) -> list[psutil.Process]:
+    """A job's processes on this machine whose environment has these variables, too."""
+    want = {"SLURM_CONF": f"{cluster}/etc/slurm.conf", "SLURM_JOB_ID": job, **variables}
+    return [p for p in psutil.process_iter(["environ"]) if want.items() <= (p.info["environ"] or {}).items()]
 
 
-def find_process(job: str, cluster: Path, module: bytes, variable: bytes = b"") -> int:
-    """The process of a job that executes a module (``python -m``), with this in its environment."""
-    for pid in processes(job, cluster):
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if words[1:3] == [b"-m", module] and (not variable or variable in environment):
-                return pid
-    raise AssertionError(f"job {job} has no process of {module.decode()} {variable.decode()}")
+def find_process(job: str, cluster: Path, module: str, **variables: str) -> int:
+    """The process of a job that executes a module (``python -m``), with these variables in its environment."""
+    for process in processes(job, cluster, **variables):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[1:3] == ["-m", module]:
+                return process.pid
+    raise AssertionError(f"job {job} has no process of {module} {variables}")
 
 
 def _proc_status(pid: int) -> dict[str, str]:
@@ -206,8 +197,7 @@ class Workplace:
 
     def rank(self, run: Run, number: int) -> int:
         """The process that is this rank of a run."""
-        variable = f"SLURM_PROCID={number}".encode()
-        return find_process(self.job(run).id, self.cluster, b"moelab.runs.worker", variable)
+        return find_process(self.job(run).id, self.cluster, "moelab.runs.worker", SLURM_PROCID=str(number))
 
     def until_requeued(self, run: Run) -> None:
         """Wait until Slurm has started the run's job again, or is about to; its state alone may be over before one looks."""

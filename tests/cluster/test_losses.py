@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from moelab.config.parallel import ParallelConfig
@@ -38,8 +39,10 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(workplace, spec, tmp_pat
 def test_a_lost_node(workplace, spec, undisturbed):
     run, _ = workplace.halts(spec)
     job = workplace.job(run)
-    for pid in [workplace.pid(f"slurmd.{job.node}"), *processes(job.id, workplace.cluster)]:
-        os.kill(pid, signal.SIGKILL)
+    own = processes(job.id, workplace.cluster)
+    daemons = {parent for process in own if (parent := process.parent()) and "slurmstepd" in parent.name()}
+    for process in (psutil.Process(workplace.pid(f"slurmd.{job.node}")), *daemons, *own):
+        process.kill()
     try:
         until(lambda: workplace.job(run).node not in (job.node, ""), "another node")
     finally:

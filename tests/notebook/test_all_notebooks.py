@@ -12,6 +12,8 @@ from moelab.experiments import EXPERIMENTS
 from moelab.lab import Lab
 from moelab.notebook import batch
 
+pytestmark = [pytest.mark.notebook, pytest.mark.slow]
+
 SMOKE = [e.name for e in EXPERIMENTS.values() if "smoke" in e.scales]
 
 
@@ -36,48 +38,48 @@ def everything(tmp_path_factory):
     return root
 
 
-@pytest.mark.notebook
-@pytest.mark.slow
-class TestAllNotebooks:
-    @pytest.mark.parametrize("name", SMOKE)
-    def test_publishes_figures_and_every_run(self, everything, name):
-        summary = summaries(everything, name)[0]
-        assert not summary["missing"] and summary["figures"]
-        folder = sorted((everything / "home" / "results" / name / "smoke").iterdir())[0]
-        for figure in summary["figures"]:
-            assert (folder / f"{figure['name']}.svg").stat().st_size > 5_000 and figure["title"]
-            assert (folder / figure["data"]).exists()
+@pytest.mark.parametrize("name", SMOKE)
+def test_publishes_figures_and_every_run(everything, name):
+    summary = summaries(everything, name)[0]
+    assert not summary["missing"] and summary["figures"]
+    folder = sorted((everything / "home" / "results" / name / "smoke").iterdir())[0]
+    for figure in summary["figures"]:
+        assert (folder / f"{figure['name']}.svg").stat().st_size > 5_000 and figure["title"]
+        assert (folder / figure["data"]).exists()
 
-    def test_runs_are_shared_and_not_trained_again(self, everything, monkeypatch):
-        """Teachers and students too; that a notebook then publishes the same numbers: test_cli.py."""
-        before = {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")}
-        specs = [s.id for e in EXPERIMENTS.values() if e.trains and "smoke" in e.scales for s in e.specs("smoke")]
-        assert len(set(specs)) < len(specs), "experiments share runs"
-        monkeypatch.setenv("MOELAB_HOME", str(everything / "home"))
-        again = Lab().run(EXPERIMENTS["distillation"].specs("smoke"), executor="inline")
-        assert {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")} == before
-        (summary,) = summaries(everything, "distillation")
-        assert {run.spec.id: run.result for run in again} == {run["id"]: run["result"] for run in summary["runs"]}
 
-    def test_what_was_measured_is_read_back(self, everything, monkeypatch):
-        (first,) = summaries(everything, "throughput")
-        assert run(everything, "throughput").returncode == 0
-        second = summaries(everything, "throughput")[1]
-        assert [one["read_back"] for one in first["measurements"]] == [False]
-        assert [one["read_back"] for one in second["measurements"]] == [True]
-        assert second["measurements"][0]["measured"] == first["measurements"][0]["measured"]
-        assert (second["title"], second["claims"]) == (first["title"], first["claims"])
-        monkeypatch.setenv("MOELAB_HOME", str(everything / "home"))
-        monkeypatch.setenv("MOELAB_RESULTS", str(everything / "results"))
-        for name in (e.name for e in EXPERIMENTS.values() if e.measures):
-            values = resolve(EXPERIMENTS[name], {"scale": "smoke"}).values
-            last = batch.last_result(EXPERIMENTS[name], values)
-            assert batch.reads_back(last, values), f"{name} would run alone again"
-            assert not batch.reads_back(last, values | {"again": True})
+def test_runs_are_shared_and_not_trained_again(everything, monkeypatch):
+    """Teachers and students too; that a notebook then publishes the same numbers: test_cli.py."""
+    before = {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")}
+    specs = [s.id for e in EXPERIMENTS.values() if e.trains and "smoke" in e.scales for s in e.specs("smoke")]
+    assert len(set(specs)) < len(specs), "experiments share runs"
+    monkeypatch.setenv("MOELAB_HOME", str(everything / "home"))
+    again = Lab().run(EXPERIMENTS["distillation"].specs("smoke"), executor="inline")
+    assert {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")} == before
+    (summary,) = summaries(everything, "distillation")
+    assert {run.spec.id: run.result for run in again} == {run["id"]: run["result"] for run in summary["runs"]}
 
-    def test_the_ledger_knows_what_they_counted(self, everything):
-        from moelab.report.ledger import ledger
 
-        verdicts = {entry.claim: entry.verdict for entry in ledger(everything / "home" / "results")}
-        for counted in ("pr-moe-size", "top2-flops-33pct", "residual-halves-exchange", "mos-size-350m"):
-            assert verdicts[counted] == "reproduced"
+def test_what_was_measured_is_read_back(everything, monkeypatch):
+    (first,) = summaries(everything, "throughput")
+    assert run(everything, "throughput").returncode == 0
+    second = summaries(everything, "throughput")[1]
+    assert [one["read_back"] for one in first["measurements"]] == [False]
+    assert [one["read_back"] for one in second["measurements"]] == [True]
+    assert second["measurements"][0]["measured"] == first["measurements"][0]["measured"]
+    assert (second["title"], second["claims"]) == (first["title"], first["claims"])
+    monkeypatch.setenv("MOELAB_HOME", str(everything / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(everything / "results"))
+    for name in (e.name for e in EXPERIMENTS.values() if e.measures):
+        values = resolve(EXPERIMENTS[name], {"scale": "smoke"}).values
+        last = batch.last_result(EXPERIMENTS[name], values)
+        assert batch.reads_back(last, values), f"{name} would run alone again"
+        assert not batch.reads_back(last, values | {"again": True})
+
+
+def test_the_ledger_knows_what_they_counted(everything):
+    from moelab.report.ledger import ledger
+
+    verdicts = {entry.claim: entry.verdict for entry in ledger(everything / "home" / "results")}
+    for counted in ("pr-moe-size", "top2-flops-33pct", "residual-halves-exchange", "mos-size-350m"):
+        assert verdicts[counted] == "reproduced"

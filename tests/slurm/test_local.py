@@ -79,49 +79,28 @@ def driver(job: str) -> psutil.Process:
     return child
 
 
-@pytest.fixture
-def long_spec(tiny_spec):
-    return replace(tiny_spec, train=replace(tiny_spec.train, tokens=6 * tiny_spec.train.tokens, checkpoint_every=20))
-
-
-def test_submitits_signal_checkpoints_and_requeues(lab, long_spec, tmp_path):
-    alone = RunStore(tmp_path / "alone").run(long_spec)
+def test_a_run_that_is_requeued_and_one_that_is_cancelled_and_submitted_again_go_on(lab, tiny_spec, tmp_path):
+    train = replace(tiny_spec.train, tokens=6 * tiny_spec.train.tokens, checkpoint_every=20)
+    spec = replace(tiny_spec, train=train)
+    alone = RunStore(tmp_path / "alone").run(spec)
     execute(alone)
-    (job,) = lab.submit([long_spec], cluster="local")
+    (job,) = lab.submit([spec], cluster="local")
     until(lambda: job.run.status.step > 30)
-    driver(job.job_id).send_signal(signal.SIGUSR2)
+    driver(job.job_id).send_signal(signal.SIGUSR2)  # submitit's
     until(lambda: job.run.status.state == "stopped")
-    assert attempt.newest_checkpoint(job.run) > 30
-    job.wait()
-    assert losses(job.run) == losses(alone) and job.result()["validation_loss"] == alone.result["validation_loss"]
+    requeued = attempt.newest_checkpoint(job.run)
+    until(lambda: job.run.status.step > requeued + 10)
     (log,) = submissions()[0].folder.glob("*_log.out")
-    assert "Requeued job" in log.read_text()
-
-
-def test_a_cancelled_job_leaves_a_checkpoint_and_goes_on_when_submitted_again(lab, long_spec):
-    (job,) = lab.submit([long_spec], cluster="local")
-    until(lambda: job.run.status.step > 30)
+    assert requeued > 30 and "Requeued job" in log.read_text()
     job.cancel()
     until(lambda: not local.jobs(submissions(), lab.store))
-    step = attempt.newest_checkpoint(job.run)
-    assert (job.state, job.done()) == ("stopped", True) and step > 30
-    (again,) = lab.submit([long_spec], cluster="local")
+    assert (job.state, job.done()) == ("stopped", True) and attempt.newest_checkpoint(job.run) > requeued
+    (again,) = lab.submit([spec], cluster="local")
     assert again.job_id != job.job_id
     again.wait()
     steps = [int(number) for number in re.findall(r"step (\d+) of", again.stdout())]
-    assert again.state == "finished" and steps == sorted(steps), "it went on from the checkpoint"
-
-
-def test_a_teacher_first_then_its_student_then_the_notebook(lab, tiny_spec, monkeypatch):
-    started = []
-    monkeypatch.setattr(local, "start", lambda submission, profile, *rest: started.append(rest))
-    teacher = replace(tiny_spec, train=replace(tiny_spec.train, seed=5))
-    monkeypatch.setattr(type(tiny_spec), "requires", lambda self: [teacher] if self.train.seed == 0 else [])
-    plan = submit.submit("x", [({"a": 1}, [tiny_spec])], PROFILE)
-    assert list(plan.scripts) == ["runs-0", "runs-1", "notebook-0"] and set(plan.scripts.values()) == {""}
-    ((specs, directories),) = started
-    assert [group[0].id for group in specs.values()] == [teacher.id, tiny_spec.id]
-    assert [folders[0].name for folders in directories.values()] == [teacher.id, tiny_spec.id]
+    assert again.state == "finished" and steps == sorted(steps), "it went on from the checkpoints"
+    assert losses(again.run) == losses(alone) and again.result()["validation_loss"] == alone.result["validation_loss"]
 
 
 def test_a_run_whose_spec_is_unreadable_leaves_the_others_alone(lab, tiny_spec, monkeypatch, capsys):

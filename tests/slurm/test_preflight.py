@@ -1,7 +1,5 @@
 """What a submission is refused for before anything is queued."""
 
-import shutil
-from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -65,9 +63,6 @@ def test_measuring_needs_a_gpu_which_is_this_machines_without_slurm(tiny_spec):
     for given in ({"specs": [on_cuda(tiny_spec)]}, {"specs": [], "measuring": ["throughput"]}):
         with pytest.raises(ValueError, match="no CUDA device is available here"):
             preflight.check(profile=HERE, **given)
-    said = "throughput: its notebook measures on a GPU, and profile site gives notebooks none"
-    with pytest.raises(ValueError, match=said):
-        preflight.check([], PROFILE, measuring=["throughput"])
     preflight.check([], replace(PROFILE, notebook_gpus=1), measuring=["throughput"])
     preflight.check([], replace(PROFILE, sbatch=("--gres=gpu:1",)), measuring=["throughput"])
 
@@ -122,13 +117,6 @@ def test_a_dry_run_rounds_no_hour_to_zero():
     said = done.output.replace("\n", " ")
     assert "FLOPs, under 1 A100 hour" in said and " 0 A100 hours" not in said
     assert "under 1 A100 hour at the paper's 46 TFLOP/s a GPU (Table 3); small models reach far less; " in said
-
-
-def test_a_disk_without_room_is_refused(tiny_spec, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1 << 20))
-    for profile in (PROFILE, HERE):
-        with pytest.raises(ValueError, match=r"0\.00 GiB free, .* GiB needed for the checkpoints of 1 runs"):
-            preflight.check([tiny_spec], profile)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_if_it_is_published_into(tiny_spec, tmp_path, monkeypatch):
