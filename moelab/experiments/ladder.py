@@ -19,6 +19,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moelab.config import ModelConfig
@@ -152,9 +153,14 @@ def leverage(table: pd.DataFrame, fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
         for (arm, width, tokens, compute), part in table.groupby(["arm", "width", "tokens", "compute"], sort=False):
             if arm != "Dense":
                 loss = part["loss"].mean()
-                value = dense.interval(lambda law, loss=loss, compute=compute: law.compute(loss) / compute)
+                value = dense.interval(partial(_times, loss=loss, compute=compute))
                 rows.append([arm, width, tokens, compute, *value, value[0] * compute > most])
     return pd.DataFrame(rows, columns=["arm", "width", "tokens", "compute", *INTERVAL, "beyond"])
+
+
+def _times(law: laws.Law, loss: float, compute: float) -> float:
+    """Return the least compute to a loss, over another one."""
+    return law.compute(loss) / compute
 
 
 def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
