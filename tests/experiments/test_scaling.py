@@ -5,7 +5,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from moelab.design import comparison, rates
+from moelab import paper
+from moelab.design import budgets, comparison, rates
 from moelab.design import verdicts as claims
 from moelab.experiments import scaling
 from tests.experiments.helpers import final
@@ -94,3 +95,10 @@ def test_the_dense_model_of_equal_quality_is_a_mean_over_both_pairs():
         assert lost.verdict == claims.INCOMPLETE and "seed 1 of 350M+MoE-128" in lost.missing
     without = {arm: losses for arm, losses in LOSSES.items() if arm != "6.7B"}
     assert judged(without, curves([0.65] * 3))["dense-equivalent-4-5x"].verdict == claims.NOT_TESTED
+
+
+def test_the_papers_points_are_interpolated_as_ours():
+    curve, goal = paper.loss_curve("350M+MoE-128"), paper.loss_curve("350M").loss[-1]
+    reached = budgets.tokens_at(pd.DataFrame({"tokens": curve.tokens_B, "loss": curve.loss}), goal)
+    assert 30 < reached < 60
+    assert scaling.paper_efficiency()["350M+MoE-128"] == pytest.approx(paper.loss_curve("350M").tokens_B[-1] / reached)
