@@ -15,21 +15,21 @@ from moelab.experiments import EXPERIMENTS, experiment, upcycling
 TABLE = """
 experiment       smoke      quick      cpu        full       gpu        paper
 start            fdcfc197d8 -          94d75e102b -          -          -
-scaling          8079779132 1001b59c3f 52012ec8f2 670e8aef88 57b315ae86 b7b69637ff
-half-moe         d7458eba27 f723df7a91 9e8ad2dcd4 f15593427d 9e3588f334 81fc0d572f
-top2-vs-residual 3df32537ea 3996098de6 a94c22f7ca 6c45d430bf cfc28c9b36 d48faae13c
-pr-moe           c5d5234ee9 ea2a9350f4 ff97bad5fd 65fb5bf15c f1b8c0ae57 c692d735e0
-distillation     096ab2b263 4b31bca5d0 b91ca88044 6d7a270e54 c82b013649 ff47e20e3a
-throughput       e3dac82197 -          aa90976859 -          7a81d44018 -
-zero-shot        7b633e6514 -          7fa782540e -          477f4675ce -
-expert-count     9d95d1b174 5246c04780 5ad91496e6 -          c9217244c2 -
-capacity         b8937d103e 73d7fd4dd3 5e3047f4d7 -          caa24dd7a1 -
-specialisation   641c45f376 -          5ca7891e0f -          fcb0980c0c -
-seeds            13cd21e710 f9d4306ae2 5541447821 -          64a2a32456 -
+scaling          8079779132 1001b59c3f 52012ec8f2 670e8aef88 ce1ec9369f ff85921426
+half-moe         d7458eba27 f723df7a91 9e8ad2dcd4 f15593427d 237e5c576c 5da5fa9851
+top2-vs-residual 3df32537ea 3996098de6 a94c22f7ca 6c45d430bf 6ca8647aac 2e859c27d0
+pr-moe           c5d5234ee9 ea2a9350f4 ff97bad5fd 65fb5bf15c f33176081c 9c92bc5a14
+distillation     096ab2b263 4b31bca5d0 b91ca88044 6d7a270e54 ffc6ee3999 0ed24215a1
+throughput       e3dac82197 -          aa90976859 -          737db46bc6 -
+zero-shot        7b633e6514 -          7fa782540e -          37ee8a07f6 -
+expert-count     9d95d1b174 5246c04780 5ad91496e6 -          b4cbeb0665 -
+capacity         b8937d103e 73d7fd4dd3 5e3047f4d7 -          a06d93db82 -
+specialisation   641c45f376 -          5ca7891e0f -          4092c19b23 -
+seeds            13cd21e710 f9d4306ae2 5541447821 -          cc8dc4ed6d -
 learning-rate    2f5d305bc4 -          92d5fc8946 c2fb2ae94f -          -
-what-survives    1795eadae4 a1e68c5046 df7ff09ff4 -          c5081c12ef -
-upcycling        520f5a6049 747761d1dc 0839163dd4 -          fec4c3668b -
-ladder           d2f2a684e0 -          2635092ec9 -          0aa8bb563a -
+what-survives    1795eadae4 a1e68c5046 df7ff09ff4 -          1d8cc056d0 -
+upcycling        520f5a6049 747761d1dc 0839163dd4 -          45d8415712 -
+ladder           d2f2a684e0 -          2635092ec9 -          97134de833 -
 """
 (_, *SCALES), *ROWS = (line.split() for line in TABLE.split("\n") if line)
 IDS = {name: {s: id for s, id in zip(SCALES, ids, strict=True) if id != "-"} for name, *ids in ROWS}
@@ -40,12 +40,12 @@ DROPS = {"overrides": {"model.routing.drop_tokens": True}}
 TAUGHT = {"distill.temperature": 2.0, "distill.weight": 0.5, "distill.top_k": 8, "distill.cache_bytes": 1000}
 REQUESTS = [
     ("pr-moe", "cpu", TEXT, "3ce41b30fe"),
-    ("distillation", "paper", TEXT, "00338eee79"),
+    ("distillation", "paper", TEXT, "bf18f8a2a8"),
     ("pr-moe", "cpu", DROPS, "44e73f8fe3"),
-    ("pr-moe", "paper", DROPS, "987dd4085b"),
+    ("pr-moe", "paper", DROPS, "fa4d633a38"),
     ("pr-moe", "cpu", {"overrides": {"parallel.data": 2}}, "bc7303f2ca"),
     ("distillation", "cpu", {"base": "1.3B"}, "8e5c2adf06"),
-    ("distillation", "gpu", {"stop": 0.5, "overrides": TAUGHT}, "685527667c"),
+    ("distillation", "gpu", {"stop": 0.5, "overrides": TAUGHT}, "3bae9d91c6"),
     ("learning-rate", "cpu", {"base": "6.7B"}, "2fae7a7dfd"),
     ("learning-rate", "full", {"base": "1.3B"}, "9e40c13a8c"),
     ("ladder", "cpu", {"larger": True}, "d28e8065c8"),
