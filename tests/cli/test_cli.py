@@ -337,7 +337,8 @@ def test_packaging_lists_every_package():
 
 @pytest.mark.slow
 def test_a_wheel_brings_notebooks_and_paper(tmp_path):
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    """It is made from the source distribution, which leaves no build/ in the checkout for a later wheel."""
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     place = tmp_path / "elsewhere"
