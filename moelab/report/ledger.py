@@ -114,6 +114,7 @@ class Entry:
         verdict: of the claim alone.
         adjusted: the same after Holm's adjustment over all measured verdicts, which is what counts; other kinds need
             none.
+        p: the adjusted p-value; None where nothing was tested.
     """
 
     claim: str
@@ -128,6 +129,7 @@ class Entry:
     kind: str
     verdict: str
     adjusted: str
+    p: float | None = None
 
     @property
     def deciding(self) -> Evidence | None:
@@ -239,17 +241,17 @@ def family(entries: Sequence[Entry]) -> Family:
 
 
 def _adjusted(entries: list[Entry]) -> list[Entry]:
-    """Return the entries with `adjusted` set. A row that shares its claim is adjusted as the row that counts."""
+    """Return the entries with `adjusted` and `p`. A row that shares its claim is adjusted as the row that counts."""
     tested = [entry for entry in distinct(entries) if entry.tested]
     alone = [1.0 if e.deciding is None or e.deciding.p is None else e.deciding.p for e in tested]
     p_values = dict(zip((e.same_as or e.claim for e in tested), holm(alone), strict=True))
 
-    def verdict(entry: Entry) -> str:
-        p = p_values.get(entry.same_as or entry.claim)
-        decides = entry.tested and entry.verdict != CANNOT_TELL
-        return UNDECIDED if decides and p is not None and p >= ALPHA else entry.verdict
+    def adjusted(entry: Entry) -> Entry:
+        p = p_values.get(entry.same_as or entry.claim) if entry.tested else None
+        lost = p is not None and p >= ALPHA and entry.verdict != CANNOT_TELL
+        return replace(entry, adjusted=UNDECIDED if lost else entry.verdict, p=p)
 
-    return [replace(entry, adjusted=verdict(entry)) for entry in entries]
+    return [adjusted(entry) for entry in entries]
 
 
 def listing(entries: Sequence[Entry]) -> Group:

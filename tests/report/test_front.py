@@ -80,6 +80,7 @@ def test_findings_count_what_stands_after_holms_adjustment(tmp_path):
     rows = all_claims(read_results(tmp_path)[0], entries)
     (shown,) = (r for r in rows if r.claim.id == "pyramid-shrinks-gap")
     assert (shown.verdict, shown.alone, shown.key) == (v.UNDECIDED, v.REPRODUCED, "trained: undecided")
+    assert f"p-value is {weak.p:.2g} and, adjusted for all tests, {3 * weak.p:.2g}; it must be below" in shown.note
     assert [(item.label, item.claims) for item in tally(entries)["trained"]] == [(v.UNDECIDED, 3)]
     assert findings(rows)[0].sentence == "No trained claim agrees with the paper yet."
     assert ledger.counts(entries)["measured"] == {v.UNDECIDED: 3}

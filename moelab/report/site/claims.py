@@ -15,6 +15,7 @@ from moelab.report.ledger import OPEN, Entry, Evidence, distinct
 from moelab.report.site.order import position
 from moelab.report.site.results import Result
 from moelab.report.site.template import number, quantity
+from moelab.statistics import ALPHA
 
 TRAINED, TIMED = "trained", "timed"
 HEADINGS = {
@@ -175,6 +176,9 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
 
 def _outlook(claim: paper.Claim, result: Result, entry: Entry) -> str:
     """Return what it would take to decide a claim whose verdict, after Holm's adjustment, is undecided."""
+    alone = entry.deciding.p if entry.deciding else None
+    if entry.adjusted != entry.verdict and alone is not None and entry.p is not None:
+        return f"Its p-value is {alone:.2g} and, adjusted for all tests, {entry.p:.2g}; it must be below {ALPHA}."
     stored = next(v for v in result.summary.claims if v.claim == claim.id)
     return power.outlook(claim, replace(restate(claim, stored, result.scale), verdict=entry.adjusted))
 
