@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,33 +161,19 @@ def _write_if_changed(path: Path, text: str) -> bool:
 
 
 def _convert(root: Path, notebooks: Sequence[Path]) -> tuple[int, dict[Path, str]]:
-    """Convert the notebooks whose pages are not current, in parallel where there are many.
+    """Convert the notebooks whose pages are not current.
 
     Returns:
         The number of pages written, and the folder of each notebook that cannot be read with a line that says why.
     """
     outdated = [path for path in notebooks if not path.is_file() or not notebook.is_current(path)]
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
-    if len(outdated) < 8 or workers < 2:
-        errors = [_conversion_error(path) for path in outdated]
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            errors = list(pool.map(_conversion_error, outdated, chunksize=4))
-    failed = {
-        path.parent: unreadable_line(path, root, ValueError(error))
-        for path, error in zip(outdated, errors, strict=True)
-        if error
-    }
+    failed = {}
+    for path in outdated:
+        try:
+            notebook.convert(path)
+        except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
+            failed[path.parent] = unreadable_line(path, root, ValueError(str(error) or type(error).__name__))
     return len(outdated) - len(failed), failed
-
-
-def _conversion_error(path: Path) -> str:
-    """Convert a notebook; return why it cannot be read, an empty text if it can."""
-    try:
-        notebook.convert(path)
-    except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
-        return str(error) or type(error).__name__
-    return ""
 
 
 def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
