@@ -115,7 +115,7 @@ def check_device(device: str) -> None:
 
 
 def write_provenance(out: Path | None, name: str, title: str = "") -> None:
-    """Write commit, versions and hardware beside a benchmark's numbers, and the title of pages; of ranks, on rank 0."""
+    """Write commit, versions and hardware beside a benchmark's numbers, with a title; only rank 0 writes."""
     from moelab.engine.launch import process
 
     place = process.find()

@@ -37,7 +37,7 @@ TOKENIZER_CHARACTERS = 200_000_000  # of training text, after which a tokenizer 
 PIECE = 1 << 20  # characters encoded at a time; longer documents are cut at line ends
 BATCH = 8 << 20  # characters handed to all cores at once
 PROGRESS = "progress.json"  # of a build: how many documents are encoded, and what was counted about them
-SAVE_S = 60.0  # seconds of encoding that a killed build loses at most
+SAVE_S = 60.0  # seconds of encoding between two saves of a build's progress
 
 
 def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | None = None) -> TokenData:
@@ -186,7 +186,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
             "max_documents": config.max_documents,
             "max_bytes": config.max_bytes,
             "versions": _versions("moelab", "tokenizers", "numpy", "datasets"),
-            "seconds": round(time.monotonic() - started, 2),
+            "seconds": round(time.monotonic() - started, 2),  # of this call; a dead build's are not counted
         }
         (scratch / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         scratch.chmod(0o755)  # mkdtemp's folders are private; prepared data may be shared
@@ -218,7 +218,7 @@ def _take_over(folder: Path, scratch: Path) -> dict[str, Any] | None:
     save, for its folder is gone; until then it writes the bytes that this one writes to the same places.
     """
     for left in folder.parent.glob(f".building-{folder.name}-*/{PROGRESS}"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):  # another process may take it over at the same time
             done = read_json(left)
             if done and done["versions"] == _versions("tokenizers", "datasets"):
                 left.parent.rename(scratch)  # in place of the empty folder

@@ -145,6 +145,7 @@ FULL_RATES: dict[str, Rates] = {
 that only dense arms are trained at two."""
 
 PILE = "hf:monology/pile-uncopyrighted@3be90335b66f24456a5d6659d9c8d208c0357119"
+"""The public Pile without its copyrighted parts, at one commit of the data set, so that all runs read the same text."""
 
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=600_000),

@@ -6,7 +6,7 @@ import pytest
 
 from moelab import paper
 from moelab.design import verdicts as v
-from moelab.design.judging import judge
+from moelab.design.judging import judge, judge_timing
 from moelab.experiments import EXPERIMENTS
 from moelab.plotting import axis
 from moelab.report import ledger
@@ -84,6 +84,20 @@ def test_findings_count_what_stands_after_holms_adjustment(tmp_path):
     assert [(item.label, item.claims) for item in tally(entries)["trained"]] == [(v.UNDECIDED, 3)]
     assert findings(rows)[0].sentence == "No trained claim agrees with the paper yet."
     assert ledger.counts(entries)["measured"] == {v.UNDECIDED: 3}
+
+
+def test_a_row_that_shares_its_claim_says_the_p_value_of_the_row_that_counts(tmp_path):
+    shared = paper.claim("residual-faster-than-top2")
+    own = judge_timing(shared, [[0.99], [0.992], [0.991]])
+    counts = judge_timing(paper.claim(shared.same_as), [[0.97], [1.0], [1.04]])
+    others = [judge(paper.claim(id), [-0.1, 0.1, 0.0]) for id in ("residual-shrinks-gap", "moe128-beats-moe32")]
+    publish(tmp_path, "top2-vs-residual", "cpu", "2026-01-01", [own, counts], figures=())
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-02", others, figures=())
+    assert own.p < counts.p and counts.p < 0.05 < 3 * counts.p
+    (shown,) = (r for r in all_claims(read_results(tmp_path)[0], ledger.ledger(tmp_path)) if r.claim.id == shared.id)
+    assert (
+        f"By the row that counts for this claim, its p-value adjusted for all tests is {3 * counts.p:.2g}" in shown.note
+    )
 
 
 def test_a_claim_that_lacks_every_seeds_value_keeps_its_group_and_the_seeds_names(tmp_path):

@@ -178,6 +178,8 @@ def _outlook(claim: paper.Claim, result: Result, entry: Entry) -> str:
     """Return what it would take to decide a claim whose verdict, after Holm's adjustment, is undecided."""
     alone = entry.deciding.p if entry.deciding else None
     if entry.adjusted != entry.verdict and alone is not None and entry.p is not None:
+        if entry.same_as:
+            return f"By the row that counts for this claim, its p-value adjusted for all tests is {entry.p:.2g}."
         return f"Its p-value is {alone:.2g} and, adjusted for all tests, {entry.p:.2g}; it must be below {ALPHA}."
     stored = next(v for v in result.summary.claims if v.claim == claim.id)
     return power.outlook(claim, replace(restate(claim, stored, result.scale), verdict=entry.adjusted))
