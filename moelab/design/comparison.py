@@ -59,12 +59,12 @@ def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
     return there.assign(gap=there["validation_loss"] - there["seed"].map(base))[["arm", "seed", "gap"]]
 
 
-def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]]) -> pd.DataFrame:
+def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]], value: str = "validation_loss") -> pd.DataFrame:
     """Return the final loss of one arm minus another's, by seed, for pairs of arms that are both there.
 
-    Columns: arm ("left − right"), left, right, seed, gap (nats per token).
+    Columns: arm ("left − right"), left, right, seed, gap (nats per token, or the unit of another `value`).
     """
-    table = by_arm(final)
+    table = by_arm(final, value)
     rows = [
         [f"{left} − {right}", left, right, seed, gap]
         for left, right in of

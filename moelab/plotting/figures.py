@@ -358,7 +358,7 @@ def task_scores(
     arms = list(dict.fromkeys(table["arm"]))
     for i, arm in enumerate(arms):
         part = table[table["arm"] == arm].set_index("task").reindex(tasks)
-        places = [at + (i - (len(arms) - 1) / 2) * 0.22 for at in range(len(tasks))]
+        places = [at + (i - (len(arms) - 1) / 2) * min(0.22, 0.85 / len(arms)) for at in range(len(tasks))]
         marker, label = ("o", f"{arm} twin") if arm in twins else ("s", f"{arm} (real)")
         error = 100 * 1.96 * part["standard_error"]
         ax.errorbar(places, 100 * part["accuracy"], yerr=error, fmt=marker, capsize=3, color=colors[arm], label=label)

@@ -9,7 +9,7 @@ import pytest
 from moelab import paper
 from moelab.design import verdicts as claims
 from moelab.evaluation.zero_shot import Score, version
-from moelab.experiments import pr_moe, scaling, zero_shot
+from moelab.experiments import distillation, pr_moe, scaling, zero_shot
 
 
 def scores(accuracies, stand_in=True):
@@ -36,9 +36,10 @@ def test_bits_of_right_answers_count_only_tasks_that_fit():
     gain = {"Dense": 0.0, "MoE-128": -0.2, "PR-MoE-32/64": -0.1}
     rows["bits_per_byte"] += rows["arm"].map(gain) + 0.02 * rows["seed"] * (rows["arm"] == "MoE-128")
     rows.loc[(rows["task"] == "packaged_boolq") & (rows["arm"] == "MoE-128"), "bits_per_byte"] += 9
-    gaps = zero_shot.answer_bits(rows).set_index(["arm", "seed"])["gap"]
-    assert gaps["MoE-128", 0] == pytest.approx(-0.2) and gaps["MoE-128", 1] == pytest.approx(-0.18)
-    assert gaps["PR-MoE-32/64", 0] == pytest.approx(-0.1) and zero_shot.tasks_that_fit(rows)["packaged_boolq"] == 0.5
+    gaps = zero_shot.answer_bits(rows).set_index(["left", "right", "seed"])["gap"]
+    assert gaps["MoE-128", "Dense", 0] == pytest.approx(-0.2) and gaps["MoE-128", "Dense", 1] == pytest.approx(-0.18)
+    assert gaps["PR-MoE-32/64", "MoE-128", 1] == pytest.approx(0.08) and len(gaps) == 6
+    assert zero_shot.tasks_that_fit(rows)["packaged_boolq"] == 0.5
     line = zero_shot.bits_headline(rows)
     assert "-0.190 (95 % interval" in line and "without boolq, which do not fit" in line
     assert "no task in common" in zero_shot.bits_headline(rows[rows["arm"] == "Dense"])
@@ -110,6 +111,7 @@ def test_claims_are_shown_at_this_scale_and_judged_at_the_papers():
     assert all(v.samples == 0 for v in zero_shot.verdicts(scores(incomplete), "cpu"))
 
 
-def test_runs_are_those_of_the_other_experiments():
-    others = {s.id for module in (scaling, pr_moe) for s in module.EXPERIMENT.specs("cpu", 1)}
-    assert {s.id for s in zero_shot.EXPERIMENT.specs("cpu", 1)} <= others
+@pytest.mark.parametrize("scale", ["cpu", "full"])
+def test_runs_are_those_of_the_other_experiments(scale):
+    others = {s.id for module in (scaling, pr_moe, distillation) for s in module.EXPERIMENT.specs(scale, 1)}
+    assert {s.id for s in zero_shot.EXPERIMENT.specs(scale, 1)} <= others

@@ -22,7 +22,15 @@ def test_an_arm_has_one_colour_in_every_figure():
     ways = ["hierarchical", "coordinated", "two bare all-to-alls", "coordinated + hierarchical"]
     every = figures.colors(list(upcycling.ARMS)) | layer.EXCHANGE_COLORS
     every["350M+MoE-128"] = every["MoE-128"]
-    for arms in (pr_moe.ARMS, zero_shot.ARMS, top2_vs_residual.ARMS, scaling.ARMS, ["MoE-128", "Dense"], shown, ways):
+    for arms in (
+        pr_moe.ARMS,
+        zero_shot.arms("full"),
+        top2_vs_residual.ARMS,
+        scaling.ARMS,
+        ["MoE-128", "Dense"],
+        shown,
+        ways,
+    ):
         found = figures.colors(list(arms))
         assert list(found) == list(arms) and len(set(found.values())) == len(arms)
         assert {arm: every.setdefault(arm, color) for arm, color in found.items()} == found
