@@ -40,3 +40,15 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Return the parts of `gaps`, means over seeds: a row per pair, a column per target and one for all of them."""
     parts = table.groupby(["pair", "target"], sort=False)["part"].mean().unstack()
     return parts.assign(all=parts.sum(axis=1))
+
+
+def without_copying(table: pd.DataFrame) -> pd.DataFrame:
+    """Return, from `gaps`, the difference by seed on all targets and on those whose pair did not occur before.
+
+    Columns: arm (the pair), seed, all, others (nats per token of these targets).
+    """
+    new = table[table["target"] != "repeated"]
+    whole = table.groupby(["pair", "seed"], sort=False)["part"].sum()
+    part = new.groupby(["pair", "seed"], sort=False)[["part", "share"]].sum()
+    found = pd.DataFrame({"all": whole, "others": part["part"] / part["share"]}).reset_index()
+    return found.rename(columns={"pair": "arm"})

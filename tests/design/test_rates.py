@@ -86,4 +86,7 @@ def test_parts_sum_to_the_difference(tmp_path, result):
     assert list(table["part"]) == pytest.approx([-0.25, -0.3, -0.75, 0.0])
     means = targets.summary(table)
     assert means.loc["A − B"].to_dict() == pytest.approx({"repeated": -0.5, "new": -0.15, "all": -0.65})
+    split = targets.without_copying(table)
+    assert list(split.columns) == ["arm", "seed", "all", "others"] and list(split["seed"]) == [0, 1]
+    assert list(split["all"]) == pytest.approx([-0.55, -0.75]) and list(split["others"]) == pytest.approx([-0.4, 0.0])
     assert not len(targets.gaps(Runs(runs[-2:]), [("A", "B")]))
