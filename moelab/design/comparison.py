@@ -62,7 +62,8 @@ def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
 def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]], value: str = "validation_loss") -> pd.DataFrame:
     """Return the final loss of one arm minus another's, by seed, for pairs of arms that are both there.
 
-    Columns: arm ("left − right"), left, right, seed, gap (nats per token, or the unit of another `value`).
+    Columns: arm ("left − right"), left, right, seed, gap (nats per token, or the unit of another `value`), and
+    unrepeated where `final` has `unrepeated_loss`: the gap on these targets.
     """
     table = by_arm(final, value)
     rows = [
@@ -71,7 +72,11 @@ def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]], value: str = "vali
         if {left, right} <= set(table)
         for seed, gap in (table[left] - table[right]).dropna().items()
     ]
-    return pd.DataFrame(rows, columns=["arm", "left", "right", "seed", "gap"])
+    found = pd.DataFrame(rows, columns=["arm", "left", "right", "seed", "gap"])
+    if "unrepeated_loss" in final:
+        by_seed = by_arm(final, "unrepeated_loss")
+        found["unrepeated"] = [by_seed[r.left][r.seed] - by_seed[r.right][r.seed] for r in found.itertuples()]
+    return found
 
 
 def judge_losses(

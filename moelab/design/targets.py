@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moelab.design import comparison
 from moelab.lazy import pd
 from moelab.runs.collection import Runs
 
@@ -42,13 +43,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return parts.assign(all=parts.sum(axis=1))
 
 
-def without_copying(table: pd.DataFrame) -> pd.DataFrame:
-    """Return, from `gaps`, the difference by seed on all targets and on those whose pair did not occur before.
-
-    Columns: arm (the pair), seed, all, others (nats per token of these targets).
-    """
-    new = table[table["target"] != "repeated"]
-    whole = table.groupby(["pair", "seed"], sort=False)["part"].sum()
-    part = new.groupby(["pair", "seed"], sort=False)[["part", "share"]].sum()
-    found = pd.DataFrame({"all": whole, "others": part["part"] / part["share"]}).reset_index()
-    return found.rename(columns={"pair": "arm"})
+def headline(differences: pd.DataFrame, left: str, right: str, looks: Sequence[int] = ()) -> str:
+    """Return, from `comparison.pairs`, what one arm ends above another, with and without repeated pairs, one line."""
+    part = differences[differences["arm"] == f"{left} − {right}"]
+    if not len(part):
+        return f"{left} and {right} have no seed in common"
+    said = [f"{part['gap'].mean():+.3f} nats on all targets ({comparison.interval_text(list(part['gap']), looks)})"]
+    if part["unrepeated"].notna().all():
+        others = comparison.interval_text(list(part["unrepeated"]), looks)
+        said.insert(0, f"{part['unrepeated'].mean():+.3f} on targets that repeat no pair ({others})")
+    return f"{left} minus {right}: {', '.join(said)}"

@@ -101,22 +101,6 @@ def orders() -> list[tuple[str, str]]:
     return [(arm[c.left], arm[c.right]) for c in paper.claims("pr-moe") if c.quantity == "final validation loss"]
 
 
-def without_copying_headline(table: pd.DataFrame, scale: str = "") -> str:
-    """Return what PR-MoE ends above MoE-128 on all targets and on those that repeat no pair, in one line.
-
-    `table` is that of `targets.without_copying`.
-    """
-    part = table[table["arm"] == "PR-MoE-32/64 − MoE-128"]
-    if not len(part):
-        return "PR-MoE-32/64 and MoE-128 have no seed in common"
-    looks = EXPERIMENT.looks_at(scale)
-    everywhere, others = (comparison.interval_text(list(part[which]), looks) for which in ("all", "others"))
-    return (
-        f"PR-MoE-32/64 minus MoE-128, {part['others'].mean():+.3f} nats on targets that repeat no pair ({others}); "
-        f"{part['all'].mean():+.3f} on all ({everywhere})"
-    )
-
-
 def expert_load(training: pd.DataFrame) -> pd.DataFrame:
     """Return columns arm, seed, step, tokens, busiest_expert and dropped_share of the training metrics."""
     columns = ["arm", "seed", "step", "tokens", "busiest_expert", "dropped_share"]

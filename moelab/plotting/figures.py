@@ -27,6 +27,7 @@ from moelab.statistics import ALPHA, interval
 
 __all__ = [
     "colors",
+    "differences",
     "gaps",
     "legend_below",
     "loss_curves",
@@ -47,6 +48,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PAPER = {"color": "#444444", "marker": "D"}
 """How a value of the paper is drawn: a dark hollow diamond, everywhere."""
@@ -318,6 +320,24 @@ def gaps(
         ax.set_yticks(range(len(arms)), arms)
         ax.set_ylim(len(arms) - 0.4, -0.8)
     return ax
+
+
+def differences(table: pd.DataFrame, *, alpha: float = ALPHA) -> Figure:
+    """Draw differences of final losses as `gaps`, and once more on targets that repeat no pair where that is known.
+
+    Args:
+        table: of `moelab.design.comparison.pairs`.
+    """
+    arms = list(dict.fromkeys(table["arm"]))
+    names = {"gap": "on all targets", "unrepeated": "on targets that repeat no pair"}
+    there = {column: name for column, name in names.items() if column in table and table[column].notna().any()}
+    fig, axes = panels(len(there), height=0.45 * len(arms) + 0.8, sharex=True)
+    for ax, (column, name) in zip(axes, there.items(), strict=True):
+        gaps(table.dropna(subset=[column]), ax, arms=arms, value=column, paper={}, alpha=alpha)
+        ax.set_title(name)
+    axes[-1].set_xlabel("difference of final validation losses (nats per token); left of 0 the first is better")
+    legend_below(axes[-1])
+    return fig
 
 
 def means(results: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:

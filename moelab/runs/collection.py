@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moelab.config import DataConfig
@@ -99,7 +100,9 @@ class Runs(tuple[Run, ...]):
     def final(self) -> pd.DataFrame:
         """Return one row per finished run: arm, seed, losses (nats per token), bits per byte, sizes, FLOPs.
 
-        Not their time, which depends on what else their machines did.
+        `unrepeated_loss` is the validation loss on targets whose pair (the token before and itself) did not occur
+        earlier in the sequence, so that copying does not give them; NaN in older results. Not the runs' time, which
+        depends on what else their machines did.
         """
         rows = []
         for run in self.finished:
@@ -111,6 +114,7 @@ class Runs(tuple[Run, ...]):
                     "seed": run.spec.train.seed,
                     "run": run.spec.id,
                     **{k: r[k] for k in ("tokens", "steps", "validation_loss", "bits_per_byte", "unigram_loss")},
+                    "unrepeated_loss": _unrepeated(r.get("validation_by_pair", {})),
                     **{k: r[k] for k in ("parameters", "active_parameters", "flops_per_token")},
                 }
             )
@@ -130,3 +134,10 @@ class Runs(tuple[Run, ...]):
             if frames
             else pd.DataFrame(columns=["arm", "seed", "step", "tokens", "loss"])
         )
+
+
+def _unrepeated(by_pair: Mapping[str, Mapping[str, float]]) -> float:
+    """Return the loss over all kinds of targets but repeated ones (`moelab.data.batches.pairs`), NaN without any."""
+    others = [part for kind, part in by_pair.items() if kind != "repeated"]
+    share = sum(part["share"] for part in others)
+    return sum(part["share"] * part["loss"] for part in others) / share if share else math.nan

@@ -1,10 +1,12 @@
 """Comparisons at each arm's own rate and at a shared one, over the share of the training, and by kinds of targets."""
 
+import math
+
 import pandas as pd
 import pytest
 
 from moelab import paper
-from moelab.design import rates, settings, shares, targets
+from moelab.design import comparison, rates, settings, shares, targets
 from moelab.design.judging import judge
 from moelab.design.verdicts import UNDECIDED
 from moelab.files import write_json
@@ -86,7 +88,14 @@ def test_parts_sum_to_the_difference(tmp_path, result):
     assert list(table["part"]) == pytest.approx([-0.25, -0.3, -0.75, 0.0])
     means = targets.summary(table)
     assert means.loc["A − B"].to_dict() == pytest.approx({"repeated": -0.5, "new": -0.15, "all": -0.65})
-    split = targets.without_copying(table)
-    assert list(split.columns) == ["arm", "seed", "all", "others"] and list(split["seed"]) == [0, 1]
-    assert list(split["all"]) == pytest.approx([-0.55, -0.75]) and list(split["others"]) == pytest.approx([-0.4, 0.0])
+    differences = comparison.pairs(Runs(runs).final(), [("A", "B")])
+    assert list(differences["unrepeated"][:2]) == pytest.approx([-0.4, 0.0]) and math.isnan(
+        differences["unrepeated"][2]
+    )
+    said = targets.headline(differences[:2], "A", "B")
+    assert (
+        said.startswith("A minus B: -0.200 on targets that repeat no pair (95 % interval") and "on all targets" in said
+    )
+    assert "repeat" not in targets.headline(differences, "A", "B"), "a seed says nothing of them"
+    assert targets.headline(differences, "A", "C") == "A and C have no seed in common"
     assert not len(targets.gaps(Runs(runs[-2:]), [("A", "B")]))

@@ -1,6 +1,5 @@
 """What experiments judge: PR-MoE's claims from final losses, and all claims about inference by simulation."""
 
-import pandas as pd
 import pytest
 
 from moelab import paper
@@ -42,15 +41,6 @@ def test_pr_moe_pairs_by_seed_and_survives_missing_arms():
     assert "0.010 nats above" in pr_moe.headline(frame) and "40%" in pr_moe.headline(frame)
     assert "1 seed, no spread" in pr_moe.headline(frame[frame["seed"] == 0])
     assert "no finished pair" in pr_moe.headline(frame[frame["arm"] == "Dense"])
-
-
-def test_what_pr_moe_ends_above_moe128_is_said_with_and_without_copying():
-    rows = [("PR-MoE-32/64 − MoE-128", 0, 0.03, 0.05), ("PR-MoE-32/64 − MoE-128", 1, -0.01, 0.06)]
-    table = pd.DataFrame([*rows, ("other", 0, 9.0, 9.0)], columns=["arm", "seed", "all", "others"])
-    said = pr_moe.without_copying_headline(table)
-    assert "+0.055 nats on targets that repeat no pair" in said and "+0.010 on all" in said and "2 seeds" in said
-    assert "no seed in common" in pr_moe.without_copying_headline(table[2:])
-    assert ("PR-MoE-32/64", "MoE-128") in pr_moe.orders() and len(pr_moe.orders()) == 7
 
 
 def test_the_headline_sets_pr_moe_beside_what_128_experts_gain_over_32():
