@@ -15,7 +15,7 @@ from moelab import paper
 from moelab.design.verdicts import STYLES
 from moelab.files import write_text
 from moelab.plotting.axis import mark
-from moelab.report.ledger import Entry, distinct, entries, family, scale_rank
+from moelab.report.ledger import Entry, entries, family, scale_rank
 from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, template
 from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
@@ -102,12 +102,7 @@ def build(root: Path) -> Built:
         "sizes": front.sizes(results),
         "everything": downloads.EVERYTHING,
     }
-    once = {entry.claim for entry in distinct(ledger)}
-    overview = {
-        "findings": front.findings(claims, once),
-        "sizes": start["sizes"],
-        "forest": front.forest(claims, counted),
-    }
+    overview = {"sizes": start["sizes"], "forest": front.forest(claims, counted)}
     tested = [(chapter, plot.axes(of_it)) for chapter, of_it in by_chapter(claims, parts)]
     pages: dict[str, dict[str, Any]] = {
         "index.html": start,
