@@ -174,7 +174,7 @@ def _convert(root: Path, notebooks: Sequence[Path]) -> tuple[int, dict[Path, str
 def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
     """Write the page and the comparison data of a result; return how many files were written."""
     about = result.about
-    described = [about.title, about.paper, about.question, about.paper_answer] if about else []
+    described = [about.title, about.paper, about.question, about.paper_answer]
     rows = claims_of(result)
     tables: dict[str, list[dict[str, Any]]] = {}
     for table in result.summary.tables:
