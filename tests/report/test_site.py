@@ -217,7 +217,8 @@ def test_long_code_and_tables_are_folded_and_a_formula_nobody_can_read_stays(tmp
         *(nb.new_code_cell("table", outputs=[table(rows)]) for rows in (4, 40)),
     ]
     (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
-    page = site.convert(tmp_path / "notebook.ipynb").read_text()
+    assert site.convert(tmp_path / "notebook.ipynb")
+    page = (tmp_path / "notebook.html").read_text()
     assert 'display="block"' in page and "<summary>20 lines of code</summary>" in page
     assert 'href="../../../figures.html#half-moe">another notebook' in page
     assert "<summary>1 line of code</summary>" in page, "what JupyterLab hides"
@@ -261,7 +262,8 @@ def test_what_a_notebook_brings_along_runs_nothing(tmp_path, where):
         else:
             cells.append(nb.new_code_cell("1", outputs=[nb.new_output("display_data", data={where: text})]))
     (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
-    page = site.convert(tmp_path / "notebook.ipynb").read_text()
+    assert site.convert(tmp_path / "notebook.ipynb")
+    page = (tmp_path / "notebook.html").read_text()
     body = page.partition('<div class="notebook">')[2].partition("</main>")[0]
     found = elements(body)
     active = "script style iframe object embed form input meta base svg noscript"
