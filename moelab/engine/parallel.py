@@ -27,7 +27,6 @@ from moelab.engine.placement import Placement
 from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
 from moelab.models.dispatch import Dispatch
 from moelab.models.gpt import GPT, Block, allocate, initial_weight
-from moelab.models.grouped_attention import GroupedAttention
 from moelab.models.layers import RMSNorm
 from moelab.models.moe import MLP, Experts, MoE
 
@@ -93,12 +92,11 @@ def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
     if tensor.size > 1:
         attention = block.attention
         attention.heads //= tensor.size
-        if isinstance(attention, GroupedAttention):
-            attention.kv_heads //= tensor.size
-            if config.decoder.qk_norm == "all":
-                for name in ("q_norm", "k_norm"):
-                    setattr(attention, name, _sliced_norm(getattr(attention, name), tensor))
-                attention.pool = functools.partial(mean_over_group, group=tensor)
+        attention.kv_heads //= tensor.size
+        if config.decoder.qk_norm == "all":
+            for name in ("q_norm", "k_norm"):
+                setattr(attention, name, _sliced_norm(getattr(attention, name), tensor))
+            attention.pool = functools.partial(mean_over_group, group=tensor)
         mlp = block.ffn if isinstance(block.ffn, MLP) else block.ffn.mlp
         pairs = [(attention, "qkv", "out")] + ([] if mlp is None else [(mlp, "up", "down")])
         for owner, column, row in pairs:
