@@ -142,6 +142,7 @@ def test_a_mistake_in_overrides_is_one_line_with_what_is_allowed():
         ({"tokens": 1}, "no setting 'tokens'; did you mean train.tokens? allowed: model.…, train.…, data.…, parall"),
         ({"train.seed": 1}, "no setting 'train.seed'"),
         ({"distill.top_k": 8}, "no setting 'distill.top_k'"),
+        ({"model.dispatch": "einsum"}, "no setting 'model.dispatch'"),
         ({"train.tokens": 1.5}, "train.tokens must be a valid integer, got '1.5'"),
         ({"train.tokens": True}, "train.tokens must be a valid integer, got 'true'"),
         ({"train.device": "tpu"}, "train.device must be 'cpu' or 'cuda', got 'tpu'"),
