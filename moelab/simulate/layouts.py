@@ -86,8 +86,7 @@ class Layouts:
         for ffn in model.ffn_sizes:
             good &= (ffn % L == 0) & (ffn % W == 0)
         for count in {e for e in model.experts if e}:
-            spread = ExpertLayouts.of(self, count)
-            good &= spread.valid & ((model.dispatch == "local") | (spread.parallel * spread.slices == 1))
+            good &= ExpertLayouts.of(self, count).valid
         return good
 
 

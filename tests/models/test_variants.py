@@ -25,7 +25,7 @@ from moelab.config import (
 )
 from moelab.config.feed_forward import Weight
 from moelab.models import GPT, build
-from moelab.models.grouped_attention import rotation_at
+from moelab.models.attention import rotation_at
 from moelab.models.routing import Router, normalized_entropy
 from moelab.runs.dry_run import STATE_BYTES, state_bytes
 from moelab.runs.spec import RunSpec
