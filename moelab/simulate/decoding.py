@@ -41,7 +41,7 @@ from moelab.simulate.exchange import (
 )
 from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
-from moelab.simulate.memory import InferenceMemory, inference_memory
+from moelab.simulate.memory import inference_memory
 from moelab.simulate.published import named
 from moelab.simulate.systems import System, slots, system
 
@@ -65,15 +65,17 @@ class DecodeSweep:
         parts_ms: part -> device time, see `PARTS`.
         tokens_per_s_per_gpu: sequences of all replicas / step time / GPUs.
         cost_per_million: price of a million tokens at the cluster's price of a GPU.
-        memory: bytes per GPU, by use.
-        fits: whether that fits the GPU.
+        memory: bytes per GPU, by use, see `inference_memory`.
+        total: their sum.
+        fits: whether it fits the GPU.
     """
 
     latency_ms: Array
     parts_ms: dict[str, Array]
     tokens_per_s_per_gpu: Array
     cost_per_million: Array
-    memory: InferenceMemory
+    memory: dict[str, Array]
+    total: Array
     fits: Array
 
 
@@ -291,13 +293,15 @@ def decode_sweep(
     memory = inference_memory(
         model, layouts, code, batch=batch, context=context, width=width, weight=weight, constants=known
     )
+    total = np.sum(list(memory.values()), axis=0)
     return DecodeSweep(
         latency_ms=latency,
         parts_ms=parts,
         tokens_per_s_per_gpu=throughput,
         cost_per_million=where.price_per_gpu_hour / 3600 / throughput * 1e6,
         memory=memory,
-        fits=memory.total <= where.gpu.memory_gib * 2**30,
+        total=total,
+        fits=total <= where.gpu.memory_gib * 2**30,
     )
 
 
@@ -325,8 +329,8 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
         parts_ms={part: float(ms[0]) for part, ms in sweep.parts_ms.items()},
         tokens_per_s_per_gpu=float(sweep.tokens_per_s_per_gpu[0]),
         cost_per_million=float(sweep.cost_per_million[0]),
-        memory_gib={name: float(size[0]) / 2**30 for name, size in sweep.memory.parts().items()},
-        total_gib=float(sweep.memory.total[0]) / 2**30,
+        memory_gib={name: float(size[0]) / 2**30 for name, size in sweep.memory.items()},
+        total_gib=float(sweep.total[0]) / 2**30,
         capacity_gib=where.gpu.memory_gib,
         fits=bool(sweep.fits[0]),
         currency=where.currency,

@@ -81,7 +81,7 @@ def least_gpus(
             continue
         sweep = decode_sweep(model, options, where, program=program, batch=batch, context=context, dtype=dtype)
         if sweep.fits.any():
-            return n, options.config(int(np.argmin(np.where(sweep.fits, sweep.memory.total, np.inf))))
+            return n, options.config(int(np.argmin(np.where(sweep.fits, sweep.total, np.inf))))
     raise ValueError(
         f"simulate: {model} does not fit {most} GPUs of {where.name} with {batch} sequences of {context} tokens a "
         "tensor group"

@@ -93,7 +93,7 @@ def test_a_latent_step_by_hand():
     pairs = 2 * 100
     cache = max(pairs * 20 * 2 / 1e4, pairs * pair_flops(model, decoding=True) / 0.5e6)
     assert got.parts_ms["attention"][0] * 1e3 == pytest.approx(2 * 0.5 + model.attention_weights / 1e4 + cache)
-    assert got.memory.cache[0] == 2 * 100 * 20 * 2 and got.memory.weights[0] == model.parameters()
+    assert got.memory["cache"][0] == 2 * 100 * 20 * 2 and got.memory["weights"][0] == model.parameters()
 
 
 def test_experts_sliced_over_a_tensor_group():
@@ -103,7 +103,7 @@ def test_experts_sliced_over_a_tensor_group():
     read, weights = 8 * (1 - (7 / 8) ** 6), model.expert_feed_forward.weights / 2
     assert got.parts_ms["experts"][0] * 1e3 == pytest.approx(read * weights * 2 / 1e4)
     assert got.parts_ms["all_to_all"][0] == 0
-    assert got.memory.experts[0] == 8 * model.expert_feed_forward.parameters * 2 / 2
+    assert got.memory["experts"][0] == 8 * model.expert_feed_forward.parameters * 2 / 2
 
 
 def test_a_pipeline_idles_for_its_stages_and_overlap_hides_an_exchange_behind_products():
