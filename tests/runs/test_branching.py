@@ -24,8 +24,8 @@ from moelab.runs.store import Run, RunStore, Status
 from moelab.training.loop import TrainingStopped
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 from moelab.training.optimizer import make_optimizer
-from tests.conftest import numbers, stop_after
-from tests.runs.conftest import record, until
+from tests.conftest import numbers, stop_after, until
+from tests.runs.conftest import record
 
 pytestmark = pytest.mark.slow
 
