@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,6 +24,7 @@ from moelab.slurm import attempt, callables, local, preflight, queue, submit
 from moelab.slurm.profiles import Profile
 from moelab.slurm.status import log_of, overview
 from moelab.slurm.submission import submissions
+from tests.conftest import until
 
 pytestmark = pytest.mark.multiprocess
 
@@ -39,13 +38,6 @@ def lab(workshop, monkeypatch):
     yield Lab()
     for record in submissions():
         local.cancel(str(part.job) for part in record.parts)
-
-
-def until(condition: Callable[[], object], limit_s: float = 300) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def losses(run: Run) -> list:
