@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,6 @@ class RunLM(HFLM):
     def __init__(self, evaluated: Evaluated, *, batch: int = 16, answers: Answers | None = None) -> None:
         if batch < 1:
             raise ValueError(f"eval: batch must be at least 1, got {batch}")
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         super().__init__(
             evaluated.model,
             backend="causal",
@@ -76,7 +74,7 @@ class RunLM(HFLM):
         self.answers = Answers() if answers is None else answers  # not `or`: an empty store is falsy
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self.cut = self._done = self._all = 0
-        self._first: dict[bytes, int] = {}
+        self._first: dict[bytes, int] = {}  # of an input: the first position that predicts a continuation
         forward = getattr(evaluated.model, "forward", evaluated.model)
         self._shortens = "logits_to_keep" in inspect.signature(forward).parameters
         self.set_cache_hook(self)
@@ -101,22 +99,24 @@ class RunLM(HFLM):
         Args:
             requests: (texts, context ids, continuation ids) of each.
         """
+        self._first = {}
         if override_bs is not None:  # windows of whole texts, from `loglikelihood_rolling`
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         self.cut += sum(len(context) + len(wanted) > self.max_length + 1 for _, context, wanted in requests)
         keys = [hash_args("loglikelihood", texts) for texts, _, _ in requests]
-        self._first, fitting = {}, []  # of an input: the first position that predicts a continuation
+        fitting = []
         for request in self._missing(keys, requests):
             texts, context, wanted = request
             if 0 < len(wanted) <= self.max_length:
                 fitting.append(request)
-                tokens = (context + wanted)[-self.max_length - 1 : -1]
-                first = len(tokens) - len(wanted)
-                self._first[_key(tokens)] = min(first, self._first.get(_key(tokens), first))
                 continue
             windows = map(make_disjoint_window, get_rolling_token_windows(wanted, context[-1], self.max_length, 1))
             parts = super()._loglikelihood_tokens([(None, *window) for window in windows], disable_tqdm)
             self.add_partial("loglikelihood", texts, (sum(part[0] for part in parts), all(part[1] for part in parts)))
+        for _, context, wanted in fitting:
+            tokens = (context + wanted)[-self.max_length - 1 : -1]
+            first = len(tokens) - len(wanted)
+            self._first[_key(tokens)] = min(first, self._first.get(_key(tokens), first))
         super()._loglikelihood_tokens(fitting, disable_tqdm)
         return [tuple(self.answers[key]) for key in keys]
 

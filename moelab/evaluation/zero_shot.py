@@ -151,7 +151,6 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
     manager = _manager([task])
     asked = _packaged(task, cache, limit) if task in PACKAGED else task
     cut, started = getattr(lm, "cut", None), time.monotonic()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
         try:
             loaded = manager.load([asked])
@@ -197,6 +196,7 @@ def _manager(tasks: Sequence[str]) -> Any:
     for package in ("lm-eval", "transformers", "accelerate"):
         if find_spec(package.replace("-", "_")) is None:
             raise ValueError(f"eval: {package} is not installed; install moelab with its extra `eval`")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     others = [task for task in tasks if task not in PACKAGED]
     manager = _task_manager(bool(others))
     for task in others:
