@@ -40,7 +40,7 @@ from moelab.simulate.exchange import (
     transfer_us,
 )
 from moelab.simulate.hardware import Cluster, cluster
-from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
+from moelab.simulate.layouts import Array, Layouts
 from moelab.simulate.memory import inference_memory
 from moelab.simulate.published import named
 from moelab.simulate.systems import System, slots, system
@@ -213,7 +213,7 @@ def decode_sweep(
         program.kernels("experts", code.expert + code.once)
 
     def experts_layer(program: _Program, experts: int) -> None:
-        spread = ExpertLayouts.of(layouts, experts)
+        spread = layouts.experts(experts)
         C = slots(code, model, batch, experts)
         sent = rows_to_send(spread, np.full(len(layouts), batch), model.top_k, C)
         if model.fixed_feed_forward is not None:
@@ -318,7 +318,7 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
         not model.is_moe or parallel.ranks_per_node <= where.gpus_per_node,
         f"gpus_per_node {parallel.gpus_per_node} is more than the {where.gpus_per_node} of cluster {where.name}",
     )
-    sweep = decode_sweep(model, Layouts.of([parallel]), where, **options)
+    sweep = decode_sweep(model, Layouts([parallel]), where, **options)
     return DecodeEstimate(
         model=str(model),
         system=system(options.get("program", "deepspeed")).name,

@@ -22,7 +22,7 @@ def memory() -> pd.DataFrame:
     rows = []
     for variant, model in bars.family("8B").items():
         for gpus in (4, 8, 16, 32, 64, 128):
-            sweep = decode_sweep(model, layouts(model, [gpus], where.gpus_per_node), where, context=2048)
+            sweep = decode_sweep(model, layouts(model, (gpus,), where.gpus_per_node), where, context=2048)
             i = int(sweep.total.argmin())
             parts = {f"{name}_gib": float(size[i]) / 2**30 for name, size in sweep.memory.items()}
             rows.append(

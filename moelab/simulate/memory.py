@@ -10,7 +10,7 @@ from moelab.config import ModelConfig
 from moelab.simulate.attention import cache_slices, cached_numbers
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import rows_to_send
-from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
+from moelab.simulate.layouts import Array, Layouts
 from moelab.simulate.systems import System, slots
 
 
@@ -24,7 +24,7 @@ def rank_parameters(model: ModelConfig, layouts: Layouts, *, sliced: bool = Fals
     outside = model.parameters() - sum(model.experts) * one - gates
     experts = np.zeros(len(layouts))
     for count, layers in Counter(e for e in model.experts if e).items():
-        spread = ExpertLayouts.of(layouts, count)
+        spread = layouts.experts(count)
         experts += layers * count * one / (layouts.tensor if sliced else spread.parallel * spread.slices)
     return outside / layouts.tensor + gates, experts
 
@@ -56,7 +56,7 @@ def inference_memory(
     buffers = batch * model.vocab * 4 / layouts.tensor + batch * (2 * M + model.dense_feed_forward.inner) * width
     largest = np.zeros(n)
     for count in {e for e in model.experts if e}:
-        spread = ExpertLayouts.of(layouts, count)
+        spread = layouts.experts(count)
         sent = rows_to_send(spread, np.full(n, batch), model.top_k, slots(system, model, batch, count))
         arrived = sent * spread.slices
         at_once = 1 if system.grouped else spread.experts / spread.parallel

@@ -21,7 +21,7 @@ from moelab.engine.threads import World, traffic
 from moelab.models.dispatch import LocalDispatch
 from moelab.models.moe import Experts
 from moelab.simulate.exchange import all_to_all, rows_to_send, slice_exchange
-from moelab.simulate.layouts import ExpertLayouts, Layouts
+from moelab.simulate.layouts import Layouts
 
 M, F = 6, 8
 
@@ -311,8 +311,8 @@ def test_padded_slots_travel_and_the_result_is_that_of_one_process(name, tokens)
     parallel = PADDED[name]
     case = Case(parallel, 8, top_k=2, tokens=tokens, padded=True)
     busiest = [int(route(case, tokens_of(case, d)[1]).kept_E.max()) for d in range(parallel.data)]
-    layouts, grid = Layouts.of([parallel]), parallel.experts(case.experts)
-    spread = ExpertLayouts.of(layouts, case.experts)
+    layouts, grid = Layouts([parallel]), parallel.experts(case.experts)
+    spread = layouts.experts(case.experts)
     for rank, found in enumerate(run(case)):
         block = [r for r in range(parallel.ranks) if grid.position(r).replica == grid.position(rank).replica]
         C = max(1, *(busiest[r // parallel.tensor] for r in block))
