@@ -38,7 +38,7 @@ def slurm(*command: str) -> str:
 
 
 def until_all_is_over() -> dict:
-    until(lambda: all(row.over for row in overview(everything=True).rows), "the submissions to end", 1800)
+    until(lambda: all(row.over for row in overview(everything=True).rows), "the submissions to end", limit_s=1800)
     return {row.what if row.what.startswith("notebook") else row.id: row for row in overview(everything=True).rows}
 
 
