@@ -11,30 +11,24 @@ from ._triton import tl, triton
 
 @triton.jit(do_not_specialize=["S"])
 def _mix_kernel(
-    moe_p, mlp_p, x_p, w_p, b_p, a_p, y_p, S, M,
-    LEARNED: tl.constexpr, BIAS: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
+    moe_p, mlp_p, x_p, w_p, b_p, a_p, y_p, S, M, BS: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """Compute y = a_0 moe + a_1 mlp for BS tokens; LEARNED computes a from x and stores it."""
+    """Compute a = softmax(x W^T + b), which is stored, and y = a_0 moe + a_1 mlp for BS tokens."""
     s = tl.program_id(0) * BS + tl.arange(0, BS)
     at = s[:, None].to(tl.int64) * M
-    if LEARNED:
-        logit = tl.zeros([BS], tl.float32)
-        for start in range(0, M, BM):
-            m = start + tl.arange(0, BM)
-            inside = (s[:, None] < S) & (m[None, :] < M)
-            w = tl.load(w_p + m, mask=m < M, other=0.0).to(tl.float32)
-            w -= tl.load(w_p + M + m, mask=m < M, other=0.0).to(tl.float32)
-            x = tl.load(x_p + at + m[None, :], mask=inside, other=0.0).to(tl.float32)
-            logit += tl.sum(x * w[None, :], axis=1)
-        if BIAS:
-            logit += tl.load(b_p).to(tl.float32) - tl.load(b_p + 1).to(tl.float32)
-        a0 = 1.0 / (1.0 + tl.exp(-logit))
-        a1 = 1.0 / (1.0 + tl.exp(logit))
-        tl.store(a_p + s * 2, a0, mask=s < S)
-        tl.store(a_p + s * 2 + 1, a1, mask=s < S)
-    else:
-        a0 = tl.load(a_p + s * 2, mask=s < S, other=0.0).to(tl.float32)
-        a1 = tl.load(a_p + s * 2 + 1, mask=s < S, other=0.0).to(tl.float32)
+    logit = tl.zeros([BS], tl.float32)
+    for start in range(0, M, BM):
+        m = start + tl.arange(0, BM)
+        inside = (s[:, None] < S) & (m[None, :] < M)
+        w = tl.load(w_p + m, mask=m < M, other=0.0).to(tl.float32)
+        w -= tl.load(w_p + M + m, mask=m < M, other=0.0).to(tl.float32)
+        x = tl.load(x_p + at + m[None, :], mask=inside, other=0.0).to(tl.float32)
+        logit += tl.sum(x * w[None, :], axis=1)
+    logit += tl.load(b_p).to(tl.float32) - tl.load(b_p + 1).to(tl.float32)
+    a0 = 1.0 / (1.0 + tl.exp(-logit))
+    a1 = 1.0 / (1.0 + tl.exp(logit))
+    tl.store(a_p + s * 2, a0, mask=s < S)
+    tl.store(a_p + s * 2 + 1, a1, mask=s < S)
     for start in range(0, M, BM):
         m = start + tl.arange(0, BM)
         inside = (s[:, None] < S) & (m[None, :] < M)
@@ -46,10 +40,9 @@ def _mix_kernel(
 
 @triton.jit(do_not_specialize=["S"])
 def _mix_backward_kernel(
-    dy_p, moe_p, mlp_p, a_p, w_p, d_moe_p, d_mlp_p, da_p, dx_p, S, M,
-    LEARNED: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
+    dy_p, moe_p, mlp_p, a_p, w_p, d_moe_p, d_mlp_p, dl_p, dx_p, S, M, BS: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """Compute d moe, d mlp, and d a [S, 2]; with LEARNED instead d (logit_0 - logit_1) [S] and d x."""
+    """Compute d moe, d mlp, d (logit_0 - logit_1) [S] and d x."""
     s = tl.program_id(0) * BS + tl.arange(0, BS)
     at = s[:, None].to(tl.int64) * M
     a0 = tl.load(a_p + s * 2, mask=s < S, other=0.0).to(tl.float32)
@@ -64,18 +57,14 @@ def _mix_backward_kernel(
         da1 += tl.sum(dy * tl.load(mlp_p + at + m[None, :], mask=inside, other=0.0).to(tl.float32), axis=1)
         tl.store(d_moe_p + at + m[None, :], (a0[:, None] * dy).to(d_moe_p.dtype.element_ty), mask=inside)
         tl.store(d_mlp_p + at + m[None, :], (a1[:, None] * dy).to(d_mlp_p.dtype.element_ty), mask=inside)
-    if LEARNED:
-        dl = a0 * a1 * (da0 - da1)
-        tl.store(da_p + s, dl, mask=s < S)
-        for start in range(0, M, BM):
-            m = start + tl.arange(0, BM)
-            w = tl.load(w_p + m, mask=m < M, other=0.0).to(tl.float32)
-            w -= tl.load(w_p + M + m, mask=m < M, other=0.0).to(tl.float32)
-            inside = (s[:, None] < S) & (m[None, :] < M)
-            tl.store(dx_p + at + m[None, :], (dl[:, None] * w[None, :]).to(dx_p.dtype.element_ty), mask=inside)
-    else:
-        tl.store(da_p + s * 2, da0, mask=s < S)
-        tl.store(da_p + s * 2 + 1, da1, mask=s < S)
+    dl = a0 * a1 * (da0 - da1)
+    tl.store(dl_p + s, dl, mask=s < S)
+    for start in range(0, M, BM):
+        m = start + tl.arange(0, BM)
+        w = tl.load(w_p + m, mask=m < M, other=0.0).to(tl.float32)
+        w -= tl.load(w_p + M + m, mask=m < M, other=0.0).to(tl.float32)
+        inside = (s[:, None] < S) & (m[None, :] < M)
+        tl.store(dx_p + at + m[None, :], (dl[:, None] * w[None, :]).to(dx_p.dtype.element_ty), mask=inside)
 
 
 def _mix_tile(op: str, moe: torch.Tensor) -> dict:
@@ -87,33 +76,23 @@ def _mix_tile(op: str, moe: torch.Tensor) -> dict:
     return dict(BS=min(max(tile["tile"] // columns, 1), next_power_of_2(S)), BM=columns, num_warps=tile["num_warps"])
 
 
-def mix_triton(moe, mlp, a_S2, x=None, w=None, b=None):
+def mix_triton(moe, mlp, x, w, b):
     """Return (y, the coefficients a [S, 2])."""
     S, M = moe.shape
     y = torch.empty_like(moe)
-    learned = x is not None
-    if learned:
-        a_S2 = torch.empty(S, 2, dtype=torch.float32, device=moe.device)
+    a_S2 = torch.empty(S, 2, dtype=torch.float32, device=moe.device)
     if S * M:
         tile = _mix_tile("mix", moe)
-        _mix_kernel[(triton.cdiv(S, tile["BS"]),)](
-            moe, mlp, x if learned else moe, w if learned else moe, moe if b is None else b, a_S2, y, S, M,
-            LEARNED=learned, BIAS=b is not None, **tile,
-        )  # fmt: skip
+        _mix_kernel[(triton.cdiv(S, tile["BS"]),)](moe, mlp, x, w, b, a_S2, y, S, M, **tile)
     return y, a_S2
 
 
-def mix_backward_triton(dy, moe, mlp, a_S2, x=None, w=None):
-    """Return (d moe, d mlp, d a [S, 2] or d logit [S], d x or None)."""
+def mix_backward_triton(dy, moe, mlp, a_S2, x, w):
+    """Return (d moe, d mlp, d (logit_0 - logit_1) [S], d x)."""
     S, M = moe.shape
-    learned = x is not None
-    d_moe, d_mlp = torch.empty_like(moe), torch.empty_like(mlp)
-    dx = torch.empty_like(x) if learned else None
-    da = torch.empty((S,) if learned else (S, 2), dtype=torch.float32, device=moe.device)
+    d_moe, d_mlp, dx = (torch.empty_like(t) for t in (moe, mlp, x))
+    dl_S = torch.empty(S, dtype=torch.float32, device=moe.device)
     if S * M:
         tile = _mix_tile("mix_backward", moe)
-        _mix_backward_kernel[(triton.cdiv(S, tile["BS"]),)](
-            dy, moe, mlp, a_S2, w if learned else dy, d_moe, d_mlp, da, dx if learned else dy, S, M,
-            LEARNED=learned, **tile,
-        )  # fmt: skip
-    return d_moe, d_mlp, da, dx
+        _mix_backward_kernel[(triton.cdiv(S, tile["BS"]),)](dy, moe, mlp, a_S2, w, d_moe, d_mlp, dl_S, dx, S, M, **tile)
+    return d_moe, d_mlp, dl_S, dx

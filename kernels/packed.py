@@ -92,10 +92,10 @@ class PackedMix(NamedTuple):
     bias: float
 
 
-def pack_mix(w_2M: Tensor, b_2: Tensor | None) -> PackedMix:
+def pack_mix(w_2M: Tensor, b_2: Tensor) -> PackedMix:
     """Return the weights of a learned mix, packed."""
     w_2M = w_2M.detach().float()
-    return PackedMix((w_2M[0] - w_2M[1]).contiguous(), 0.0 if b_2 is None else float(b_2[0] - b_2[1]))
+    return PackedMix((w_2M[0] - w_2M[1]).contiguous(), float(b_2[0] - b_2[1]))
 
 
 def mix(moe_SM: Tensor, mlp_SM: Tensor, x_SM: Tensor, weights: PackedMix, add_SM: Tensor | None = None) -> Tensor:

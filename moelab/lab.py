@@ -11,7 +11,6 @@ lab.generate(runs[0], "Fellow") # text that the run's model generates
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -19,17 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moelab import environment, machine, paths
-from moelab.files import read_json, write_json
+from moelab.files import write_json
 from moelab.lazy import pd
 from moelab.report.publication import Publication
-from moelab.report.summary import SUMMARY, parse
 from moelab.runs import executors
 from moelab.runs.collection import Runs
-from moelab.runs.measurements import Measurement, MeasurementStore, prefix
+from moelab.runs.measurements import Measurement, MeasurementStore
 from moelab.runs.progress import NotebookProgress, in_notebook
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
-from moelab.terminal import duration
 
 if TYPE_CHECKING:
     from moelab.inference.text import Text
@@ -61,7 +58,6 @@ class Lab:
         self.measurements = MeasurementStore()
         self.measured: list[Measurement] = []
         self._again = measure_again
-        self._shown = ("", "")
 
     def run(
         self,
@@ -124,8 +120,8 @@ class Lab:
         """Return the result of a function, as JSON values.
 
         It is read back if the same code has measured it with the same arguments on the same machine. Otherwise the
-        function is called now, while no other notebook of this store measures. Prints before that what it does and how
-        long it took before, and then which of the two happened; publications list it.
+        function is called now, while no other notebook of this store measures. Prints before that what it does, and
+        then which of the two happened; publications list it.
 
         Raises:
             ValueError: a function outside moelab, or an argument by which nothing can be stored, see
@@ -133,24 +129,13 @@ class Lab:
         """
 
         def say() -> None:
-            took = max(self.measurements.took(function), *self._published(function), 0.0)
-            long = f"it has taken up to {duration(took)}" if took >= 1 else "it may take minutes"
             what = (inspect.getdoc(function) or function.__name__).splitlines()[0]
-            print(f"{function.__name__}: measures now; {long}. {what}", flush=True)
+            print(f"{function.__name__}: measures now; it may take minutes. {what}", flush=True)
 
         measurement = self.measurements.measure(function, *arguments, again=self._again, before=say)
         self.measured.append(measurement)
         print(measurement)
         return measurement.value
-
-    def _published(self, function: Callable[..., Any]) -> list[float]:
-        """Return the seconds of a function's measurements in published results of the experiment and scale shown."""
-        durations: list[float] = []
-        for file in paths.results().glob("/".join((*self._shown, "*", SUMMARY))) if all(self._shown) else ():
-            with contextlib.suppress(ValueError, OSError):
-                listed = parse(read_json(file)).measurements
-                durations += [one.seconds for one in listed if one.id.startswith(f"{prefix(function)}-")]
-        return durations
 
     def submit(
         self, specs: Sequence[RunSpec], profile: str | None = None, *, cluster: Literal["slurm", "local"] | None = None
@@ -269,6 +254,4 @@ class Lab:
         A batch run (`moelab run`) publishes to `.moelab/results/`, with `--publish` to `results/`; an interactive one
         writes a draft to `.moelab/drafts/`.
         """
-        opened = Publication.open(experiment, scale, parameters or {}, measurements=self.measured)
-        self._shown = (experiment, scale)
-        return opened
+        return Publication.open(experiment, scale, parameters or {}, measurements=self.measured)

@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -158,10 +160,24 @@ def numbers(folder: Path, after: int = -1) -> dict:
     rows = {file: [row for row in read_rows(folder / file) if row["step"] > after] for file in (TRAIN, VALIDATION)}
     rows["result.json"] = [read_json(folder / "result.json") or {}]
     found = {file: [{k: v for k, v in row.items() if k not in CLOCK} for row in part] for file, part in rows.items()}
-    for file in checkpoint.latest(folder / "checkpoints").path.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            found[f"{file.name} {name}"] = (tensor.shape, hashlib.sha256(tensor.numpy()).hexdigest())
-    return found
+    return found | tensors(checkpoint.latest(folder / "checkpoints").path)
+
+
+def tensors(folder: Path) -> dict:
+    """The tensors in a checkpoint's files."""
+    return {
+        f"{folder.name}/{file.name} {name}": (tensor.shape, hashlib.sha256(tensor.numpy()).hexdigest())
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def until(condition: Callable[[], object], what: str = "it", limit_s: float = 300) -> None:
+    """Wait for a condition; fail after a time that only something wrong takes."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
+        time.sleep(0.02)
 
 
 def stop_after(steps: int):

@@ -1,7 +1,6 @@
 """How hard must the gate be pushed towards balance? (beyond the paper, which sets the auxiliary loss to 0.01)"""
 
 from moelab.config import RoutingConfig
-from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
 
 ARMS = {
@@ -10,11 +9,6 @@ ARMS = {
 }
 
 EXPECTED = [("weight 0", "weight 0.01", "above"), ("weight 0.1", "weight 0.01", "cannot tell")]
-
-
-def headline(final):
-    return comparison.difference(final, "weight 0", "weight 0.01")
-
 
 EXPERIMENT = Experiment(
     name="balance-loss",

@@ -7,10 +7,8 @@ One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, 
 ``operation.h`` (PyTorch's tensors and threads). The same sources compile for every instruction set in `INSTRUCTIONS`. A
 result has the same bits on any number of threads.
 
-The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), or, where nothing can be
-written or run there, in a folder of this user among the temporary files; one that a wheel brings lies in this package.
-Its file name holds the digest of what it was made of and that of its own content, so that one which is truncated, stale
-or foreign is never loaded.
+The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), in a folder named after the
+digest of what it was made of. That folder appears complete or not at all, and is never replaced.
 """
 
 from __future__ import annotations
@@ -21,11 +19,9 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +50,6 @@ INSTRUCTIONS = {
 VARIABLE = "MOELAB_INSTRUCTIONS"
 """Environment variable that limits the instruction set to one of `INSTRUCTIONS`, or is "none" for plain PyTorch."""
 
-_ABANDONED_S = 3600.0  # no compilation takes as long
 _WAIT_S = 600.0  # for another process's compilation
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast")
 _TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable interface of PyTorch 2.11
@@ -96,7 +91,11 @@ def why_not() -> str | None:
     """Return why this machine cannot use the code, or None if it can (compiling it may still fail)."""
     if instructions() == "none":
         return f"{VARIABLE} is 'none'"
-    if shutil.which(compiler().split()[0]) is None and not any(_found(instructions(), folder) for folder in _folders()):
+    try:
+        compiled = os.path.exists(_library(instructions()))
+    except RuntimeError:  # a user without a home
+        return "there is no home directory to keep the compiled code in; set TORCH_EXTENSIONS_DIR"
+    if not compiled and shutil.which(compiler().split()[0]) is None:
         return f"there is no C++ compiler {compiler()!r}; install it, or set CXX"
     return None
 
@@ -126,7 +125,7 @@ def operations() -> Any:
     """Return the namespace of the operations, ``torch.ops.<name>``, after loading or compiling the code.
 
     Raises:
-        RuntimeError: one line: `why_not`, the last words of a compiler that fails, or that no folder takes the library.
+        RuntimeError: one line: `why_not`, the last words of a compiler that fails, or why its folder does not do.
     """
     return _load(instructions())
 
@@ -164,44 +163,32 @@ def _load(name: str) -> Any:
     """Load the library of an instruction set, which was compiled before or is now."""
     if reason := why_not():
         raise RuntimeError(reason)
-    problems, folders = [], _folders()
-    for get, places in ((_found, folders), (_compile, folders[1:])):
-        for folder in places:
-            try:
-                if library := get(name, folder):
-                    torch.ops.load_library(str(library))
-                    return getattr(torch.ops, _namespace(name))
-            except OSError as error:  # nothing can be written there, or be run
-                problems.append(f"{folder}: {error.__cause__ or error}")
-    raise RuntimeError(f"no folder takes the compiled code ({'; '.join(problems)})")
+    library = _library(name)
+    try:
+        if not os.path.exists(library):
+            _compile(name)
+        torch.ops.load_library(str(library))
+    except OSError as error:  # nothing can be written there, or be run
+        raise RuntimeError(
+            f"the compiled code cannot be kept in {_folder()} ({error.__cause__ or error}); set TORCH_EXTENSIONS_DIR "
+            "to a folder where files can be written and run"
+        ) from None
+    return getattr(torch.ops, _namespace(name))
 
 
 _HERE = Path(__file__).parent
 
 
-def _folders() -> tuple[Path, ...]:
-    """Return the folders that may hold the library, in the order in which they are tried."""
-    folders = [_HERE]
+def _folder() -> Path:
+    """Return the folder in which libraries are kept; a user without a home is a RuntimeError."""
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        folders.append(Path(given).absolute())
-    else:
-        with contextlib.suppress(RuntimeError):  # a user without a home
-            folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moelab")
-    with contextlib.suppress(OSError):  # nowhere can temporary files be written
-        folders.append(Path(tempfile.gettempdir()) / f"moelab-kernels-{_user()}")
-    return tuple(folders)
+        return Path(given).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moelab"
 
 
-def _check(folder: Path) -> None:
-    """Refuse a folder among temporary files, where any user writes, that another user may have filled."""
-    status = folder.lstat()
-    own = stat.S_ISDIR(status.st_mode) and status.st_uid == _user() and not status.st_mode & 0o022
-    if str(folder.parent) == tempfile.tempdir and not own:
-        raise PermissionError("others can write to it")
-
-
-def _user() -> int:
-    return os.getuid() if hasattr(os, "getuid") else 0
+def _library(name: str) -> Path:
+    """Return where the library of an instruction set is, once it is compiled."""
+    return _folder() / f"moelab-kernels-{name}-{_key(name)[:16]}" / "library.so"
 
 
 def _namespace(name: str) -> str:
@@ -221,32 +208,21 @@ def _key(name: str) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def _found(name: str, folder: Path) -> Path | None:
-    """Return the library if the folder has it whole; remove what is not whole."""
-    with contextlib.suppress(OSError):  # there is none, or it cannot be read
-        _check(folder)
-        for path in sorted(folder.glob(f"moelab-kernels-{name}-{_key(name)[:16]}-*.so")):
-            with contextlib.suppress(OSError):  # no file, or another process removes it
-                if path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest()[:16]):
-                    return path
-                path.unlink()
-    return None
-
-
-def _compile(name: str, folder: Path) -> Path:
-    """Compile the library into the folder, where it appears complete or not at all, and return it.
+def _compile(name: str) -> None:
+    """Compile the library, unless another process does.
 
     Raises:
         RuntimeError: the compiler fails.
         OSError: the folder cannot be written.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check(folder)
-    lock = FileLock(folder / f"moelab-kernels-{name}.lock")
+    _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(_folder() / f"moelab-kernels-{name}.lock")
     # It binds the processes of one node; others compile at the same time, and so do all where files have no locks.
     with contextlib.suppress(Timeout, NotImplementedError), _acquired(lock):
-        return _found(name, folder) or _compile_now(name, folder)
-    return _compile_now(name, folder)
+        if not os.path.exists(_library(name)):
+            _compile_now(name)
+        return
+    _compile_now(name)
 
 
 def _acquired(lock: FileLock) -> AcquireReturnProxy:
@@ -257,39 +233,36 @@ def _acquired(lock: FileLock) -> AcquireReturnProxy:
     return lock.acquire(timeout=_WAIT_S)
 
 
-def _compile_now(name: str, folder: Path) -> Path:
+def _compile_now(name: str) -> None:
     print(
         f"moelab: compiling the CPU kernels for {name} with {compiler()}, once (some 15 s on two cores)",
         file=sys.stderr,
         flush=True,
     )
-    for old in folder.glob("moelab-kernels-*.tmp"):  # of a compilation that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(old)
-    work = Path(tempfile.mkdtemp(".tmp", "moelab-kernels-", folder))
-    try:
+    with tempfile.TemporaryDirectory(".tmp", "moelab-kernels-", _folder(), ignore_cleanup_errors=True) as work:
         include = f"-I{Path(torch.__file__).parent / 'include'}"
-        objects = [str(work / Path(source).with_suffix(".o")) for source in SOURCES]
+        objects = [str(Path(work, source).with_suffix(".o")) for source in SOURCES]
         commands = [
             [*compiler().split(), *_flags(name), include, "-c", str(_HERE / source), "-o", to]
             for source, to in zip(SOURCES, objects, strict=True)
         ]
         _run(commands)
-        library = work / "library.so"
+        library = _library(name)
+        made = Path(work, "made", library.name)
+        made.parent.mkdir()
         libraries = f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch"
-        _run([[*compiler().split(), "-shared", *objects, "-o", str(library), *libraries]])
-        with library.open("rb") as file:  # on the disk before it has its name
+        _run([[*compiler().split(), "-shared", *objects, "-o", str(made), *libraries]])
+        with made.open("rb") as file:  # on the disk before it has its name
             os.fsync(file.fileno())
-            digest = hashlib.sha256(file.read()).hexdigest()[:16]
         if _key.__wrapped__(name) != _key(name):
             raise RuntimeError("the sources of the CPU kernels changed while they were compiled; start again")
-        # A name of its own: where nodes share files, replacing what another one has loaded would end its process.
-        final = folder / f"moelab-kernels-{name}-{_key(name)[:16]}-{work.stem[-8:]}-{digest}.so"
-        os.replace(library, final)
-        return final
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            # Unlike a file, a folder that is not empty cannot be replaced: where nodes share files, that would end the
+            # processes of a node that has loaded its library.
+            os.rename(made.parent, library.parent)
+        except OSError:
+            if not os.path.exists(library):
+                raise
 
 
 def _run(commands: list[list[str]]) -> None:

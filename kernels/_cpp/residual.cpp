@@ -20,11 +20,11 @@ inline float sum_of_row(int64_t M, const Add& add) {
   return sum(total);
 }
 
-// y = a_0 moe + a_1 mlp + add. The coefficients a [S, 2] are given, or computed from x: a_0 = sigmoid(x . difference +
-// bias), and written unless there is no a.
+// y = a_0 moe + a_1 mlp + add, where a_0 = sigmoid(x . difference + bias) and a_1 = 1 - a_0 are written to a [S, 2], if
+// there is one.
 template <typename T>
 void mix_as(
-    const Tensor& moe, const Tensor& mlp, const Optional& a, const Optional& x, const Optional& difference, double bias,
+    const Tensor& moe, const Tensor& mlp, const Optional& a, const Tensor& x, const Tensor& difference, double bias,
     const Optional& add, const Tensor& y) {
   const int64_t S = moe.size(0), M = moe.size(1);
   const auto *E = data<T>(moe), *P = data<T>(mlp), *X = data<T>(x), *added = data<T>(add);
@@ -33,17 +33,11 @@ void mix_as(
   auto* Y = data<T>(y);
   parallel(blocks_of(S), 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first * kBlock; s < std::min(last * kBlock, S); ++s) {
-      float both[2];
-      if (X) {
-        const float dot = sum_of_row(M, [&](Vec total, int64_t j, auto... n) {
-          return fma(load(X + s * M + j, n...), load(W + j, n...), total);
-        });
-        both[0] = sigmoid(all(dot + float(bias)))[0];
-        both[1] = 1.f - both[0];
-        if (A) std::copy_n(both, 2, A + 2 * s);
-      } else {
-        std::copy_n(A + 2 * s, 2, both);
-      }
+      const float dot = sum_of_row(M, [&](Vec total, int64_t j, auto... n) {
+        return fma(load(X + s * M + j, n...), load(W + j, n...), total);
+      });
+      const float a_0 = sigmoid(all(dot + float(bias)))[0], both[2] = {a_0, 1.f - a_0};
+      if (A) std::copy_n(both, 2, A + 2 * s);
       each_vector(M, [&](int64_t j, auto... n) {
         const Vec routed = load(E + s * M + j, n...) * both[0];
         Vec v = fma(load(P + s * M + j, n...), all(both[1]), routed);
@@ -54,19 +48,17 @@ void mix_as(
   });
 }
 
-// The gradients of both branches; d_a [S, 2] those of the coefficients; or with x those of x, of the difference [M] and,
-// after these, of the bias.
+// The gradients of both branches, of x, of the difference [M] and, after these, of the bias.
 template <typename T>
 void mix_backward_as(
-    const Tensor& dy, const Tensor& moe, const Tensor& mlp, const Tensor& a, const Optional& x,
-    const Optional& difference, const Tensor& d_moe, const Tensor& d_mlp, const Optional& d_a, const Optional& d_x,
-    const Optional& d_difference) {
+    const Tensor& dy, const Tensor& moe, const Tensor& mlp, const Tensor& a, const Tensor& x, const Tensor& difference,
+    const Tensor& d_moe, const Tensor& d_mlp, const Tensor& d_x, const Tensor& d_difference) {
   const int64_t S = moe.size(0), M = moe.size(1), blocks = blocks_of(S);
   const auto *DY = data<T>(dy), *E = data<T>(moe), *P = data<T>(mlp), *X = data<T>(x);
   const auto *A = data<float>(a), *W = data<float>(difference);
   auto *DE = data<T>(d_moe), *DP = data<T>(d_mlp), *DX = data<T>(d_x);
-  auto *DA = data<float>(d_a), *DW = data<float>(d_difference);
-  std::vector<float> sums(X ? blocks * (M + 1) : 0, 0.f);
+  auto* DW = data<float>(d_difference);
+  std::vector<float> sums(blocks * (M + 1), 0.f);
   parallel(blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first * kBlock; s < std::min(last * kBlock, S); ++s) {
       Vec dots[2] = {Vec{}, Vec{}};
@@ -78,13 +70,7 @@ void mix_backward_as(
         store(DE + at, d * A[2 * s], n...);
         store(DP + at, d * A[2 * s + 1], n...);
       });
-      const float d_0 = sum(dots[0]), d_1 = sum(dots[1]);
-      if (!X) {
-        DA[2 * s] = d_0;
-        DA[2 * s + 1] = d_1;
-        continue;
-      }
-      const float d = A[2 * s] * A[2 * s + 1] * (d_0 - d_1);
+      const float d = A[2 * s] * A[2 * s + 1] * (sum(dots[0]) - sum(dots[1]));
       float* own = sums.data() + s / kBlock * (M + 1);
       each_vector(M, [&](int64_t j, auto... n) {
         store(own + j, fma(load(X + s * M + j, n...), all(d), load(own + j, n...)), n...);
@@ -93,24 +79,21 @@ void mix_backward_as(
       own[M] += d;
     }
   });
-  if (!DW) return;  // not X, which is null without tokens
   std::fill_n(DW, M + 1, 0.f);
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t j = 0; j <= M; ++j) DW[j] += sums[b * (M + 1) + j];
 }
 
 Tensor mix(
-    const Tensor& moe, const Tensor& mlp, const Optional& a, const Optional& x, const Optional& difference, double bias,
+    const Tensor& moe, const Tensor& mlp, const Optional& a, const Tensor& x, const Tensor& difference, double bias,
     const Optional& add) {
   check(
       same_dtype(moe, mlp, x, add) && contiguous(moe, mlp, a, x, difference, add),
       "residual_mix: tensors must be contiguous, all float32 or all bfloat16");
   const int64_t S = moe.size(0), M = moe.size(1);
-  const auto has = [](const Optional& t, int64_t n) { return t.has_value() && t->numel() == n; };
-  const auto fits = [&](const Optional& t) { return !t.has_value() || has(t, S * M); };
+  const auto has = [](const Optional& t, int64_t n) { return !t.has_value() || t->numel() == n; };
   check(
-      moe.dim() == 2 && has(mlp, S * M) && fits(x) && fits(add) && (!a.has_value() || has(a, 2 * S)) &&
-          (x.has_value() ? has(difference, M) : a.has_value()),
+      moe.dim() == 2 && has(mlp, S * M) && has(x, S * M) && has(difference, M) && has(add, S * M) && has(a, 2 * S),
       "residual_mix: tensors do not fit branches [", S, ", ", M, "]");
   auto y = empty_rows(moe, M);
   (is_float(moe) ? mix_as<float> : mix_as<BFloat16>)(moe, mlp, a, x, difference, bias, add, y);
@@ -118,11 +101,10 @@ Tensor mix(
 }
 
 void mix_backward(
-    const Tensor& dy, const Tensor& moe, const Tensor& mlp, const Tensor& a, const Optional& x,
-    const Optional& difference, const Tensor& d_moe, const Tensor& d_mlp, const Optional& d_a, const Optional& d_x,
-    const Optional& d_difference) {
+    const Tensor& dy, const Tensor& moe, const Tensor& mlp, const Tensor& a, const Tensor& x, const Tensor& difference,
+    const Tensor& d_moe, const Tensor& d_mlp, const Tensor& d_x, const Tensor& d_difference) {
   const auto call = is_float(moe) ? mix_backward_as<float> : mix_backward_as<BFloat16>;
-  call(dy, moe, mlp, a, x, difference, d_moe, d_mlp, d_a, d_x, d_difference);
+  call(dy, moe, mlp, a, x, difference, d_moe, d_mlp, d_x, d_difference);
 }
 
 }  // namespace
@@ -130,10 +112,10 @@ void mix_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
   library.def(
-      "mix(Tensor moe, Tensor mlp, Tensor(a!)? a, Tensor? x, Tensor? difference, float bias, Tensor? add) -> Tensor");
+      "mix(Tensor moe, Tensor mlp, Tensor(a!)? a, Tensor x, Tensor difference, float bias, Tensor? add) -> Tensor");
   library.def(
-      "mix_backward(Tensor dy, Tensor moe, Tensor mlp, Tensor a, Tensor? x, Tensor? difference, Tensor(a!) d_moe, "
-      "Tensor(b!) d_mlp, Tensor(c!)? d_a, Tensor(d!)? d_x, Tensor(e!)? d_difference) -> ()");
+      "mix_backward(Tensor dy, Tensor moe, Tensor mlp, Tensor a, Tensor x, Tensor difference, Tensor(a!) d_moe, "
+      "Tensor(b!) d_mlp, Tensor(c!) d_x, Tensor(d!) d_difference) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MOELAB_OPERATIONS, CPU, library) {

@@ -114,14 +114,10 @@ def _ffn_case(R, E, M, F, dtype, activation="gelu_tanh", persistent=0) -> Callab
     return run
 
 
-def _mix_case(S, M, dtype, learned=True) -> Callable[[], None]:
+def _mix_case(S, M, dtype) -> Callable[[], None]:
     def run():
-        moe, mlp, x = (_meta(S, M, dtype=dtype, grad=True) for _ in range(3))
-        if learned:
-            w, b = _meta(2, M, dtype=dtype, grad=True), _meta(2, dtype=dtype, grad=True)
-            y = residual.residual_mix(moe, mlp, x, w, b, backend="triton")
-        else:
-            y = residual.residual_mix(moe, mlp, coefficient_S2=_meta(S, 2, grad=True), backend="triton")
+        shapes = (S, M), (S, M), (S, M), (2, M), (2,)
+        y = residual.residual_mix(*(_meta(*s, dtype=dtype, grad=True) for s in shapes), backend="triton")
         y.backward(torch.empty_like(y))
 
     return run
@@ -157,7 +153,6 @@ CASES: dict[str, Callable[[], None]] = {
     "ffn R4096 E8 M512 F2048 fp32 persistent": _ffn_case(4096, 8, 512, 2048, FP32, persistent=1),
     "ffn R600 E5 M100 F401 bf16 persistent": _ffn_case(600, 5, 100, 401, BF16, "none", persistent=1),
     "residual S8192 M1024 bf16": _mix_case(8192, 1024, BF16),
-    "residual S8192 M2048 fp16 given": _mix_case(8192, 2048, FP16, learned=False),
     "residual S333 M100 fp32": _mix_case(333, 100, FP32),
 }
 QUICK = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from moelab.config._check import check as _check
@@ -56,11 +56,6 @@ class DecoderConfig:
         """Return the decoder of most models since Llama: RMSNorm, rotary positions, SwiGLU, no biases, untied head."""
         settings = {"norm": "rms", "positions": "rotary", "feed_forward": "swiglu", "biases": "none", "tied": False}
         return cls(**{**settings, **changes})
-
-    @property
-    def plain_attention(self) -> bool:
-        """Return whether attention is the paper's: H heads of size M / H, with biases, not rotated, not normalised."""
-        return self == replace(self, qk_norm="none", positions="learned", kv_heads=0, head_size=0, biases="all")
 
 
 def expert_pattern(layers: int, experts: int, *, dense_first: int = 0, every: int = 1) -> tuple[int, ...]:

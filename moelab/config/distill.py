@@ -22,10 +22,8 @@ class DistillConfig:
             decay from the full weight at `start` to 0 at `stop`.
         unit: unit of `start` and `stop`: optimizer "steps" or training "tokens".
         start, stop: see `schedule`; a step is placed by its beginning. 0 where the schedule does not use them.
-        top_k: learn from the teacher's K likeliest tokens and the sum of the rest; 0 means the whole distribution.
-        cache_bytes: bound on the teacher's logits that are stored on disk, in its run, for all students with the same
-            batches; needs `top_k`. Logits that do not fit are computed again. 0 stores nothing. Results do not depend
-            on it, so it is not part of a run's identity.
+        top_k, cache_bytes: above 0 in specs of earlier versions, in which students could learn from the teacher's K
+            likeliest tokens, and these be kept on disk; new runs refuse them.
     """
 
     temperature: float = 1.0
@@ -55,9 +53,6 @@ class DistillConfig:
             decays or self.schedule == "stop" or not self.stop,
             f"stop belongs to 'stop', 'linear' and 'cosine', schedule is {self.schedule!r}",
         )
-        check(self.top_k >= 0, f"top_k must not be negative, got {self.top_k}")
-        check(self.cache_bytes >= 0, f"cache_bytes must not be negative, got {self.cache_bytes}")
-        check(not self.cache_bytes or self.top_k > 0, "a cache needs top_k: whole distributions are too large to keep")
 
     def weight_at(self, step: int, tokens: int) -> float:
         """Return the term's weight in a step that begins after `step` steps and `tokens` tokens."""

@@ -48,9 +48,7 @@ class ModelConfig:
         routing: the gate's behaviour.
         decoder: norms, positions, attention and the kind of feed-forward; the default is the paper's decoder.
         expert: the experts' width, and shared experts.
-        dispatch: how tokens are copied to their experts: "local" by a table, or "einsum", the paper's PyTorch baseline.
-            The results are the same. For experts on several ranks, "local" stands for the exchange that
-            `ParallelConfig` names, and "einsum" is refused.
+        dispatch: always "local"; earlier versions could also train by the masks of the paper's PyTorch baseline.
         name: text that ``str`` returns; not part of the configuration's identity.
     """
 
@@ -68,7 +66,7 @@ class ModelConfig:
     routing: RoutingConfig = field(default=RoutingConfig())
     decoder: DecoderConfig = field(default=DecoderConfig())
     expert: ExpertConfig = field(default=ExpertConfig())
-    dispatch: Literal["local", "einsum"] = "local"
+    dispatch: Literal["local"] = "local"
     name: str = field(default="", compare=False, metadata={"identity": False})
 
     def __post_init__(self) -> None:
@@ -310,13 +308,6 @@ class ModelConfig:
         """Check that the model can be distributed in a layout; ValueError, one line, if not."""
         for ffn in self.ffn_sizes:
             parallel.check(self.experts, heads=self.kv_heads, ffn=ffn)
-        for layer, count in enumerate(self.experts if self.dispatch != "local" else ()):
-            ranks = parallel.experts(count).parallel * parallel.expert_slicing if count else 1
-            _check(
-                ranks == 1,
-                f"model: dispatch {self.dispatch!r} knows no expert parallelism or slicing, but layer {layer + 1} has "
-                f"its {count} experts on {ranks} ranks; allowed: dispatch 'local', or expert 1 and expert_slicing 1",
-            )
 
     def attention_parameters(self) -> int:
         """Return the parameters of one layer's attention, with the norms of queries and keys."""

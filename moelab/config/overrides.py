@@ -35,7 +35,8 @@ SECTIONS = {
 }
 """First part of a dotted name -> the configuration class whose field it names."""
 
-_FIXED = ("model.name", "train.seed")  # a name has no effect; an experiment's `seeds` sets the seeds
+_FIXED = ("model.name", "train.seed", "model.dispatch", "train.compile", "distill.top_k", "distill.cache_bytes")
+"""A name has no effect, an experiment's `seeds` sets the seeds, and the others are settings of earlier versions."""
 
 
 @functools.cache

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Exchange = Literal["flat", "hierarchical", "coordinated", "coordinated-hierarchical"]
-EXCHANGES: tuple[str, ...] = get_args(Exchange)
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class ParallelConfig:
         Raises:
             ValueError: it cannot be distributed; one line naming the constraint and what is allowed.
         """
-        P, G, slices, tp = self.ranks, self.ranks_per_node, self.expert_slicing, self.tensor
-        ep = min(self.expert or P // slices, experts)
+        found = self.spread(experts)
+        P, G, slices, tp, ep = self.ranks, self.ranks_per_node, self.expert_slicing, self.tensor, found.parallel
         allowed = [x for x in _divisors(P // slices) if experts % x == 0]
         _check(
             experts % ep == 0,
@@ -152,12 +152,19 @@ class ParallelConfig:
             f"expert parallelism {ep} and tensor slicing {tp} must divide one another, for {experts} experts on "
             f"{P} ranks",
         )
-        tensor = min(tp, ep)
         _check(
             not self.hierarchical or _whole_nodes(ep, G),
             f"hierarchical exchange among {ep} ranks needs whole nodes of {G}, or a whole number of groups in a node; "
             f"allowed for expert: {[x for x in allowed if _whole_nodes(x, G)]}",
         )
+        return found
+
+    def spread(self, experts: int) -> ExpertLayout:
+        """Return the same unchecked: what is published of other programs' layouts need not divide evenly."""
+        P, G, slices, tp = self.ranks, self.ranks_per_node, self.expert_slicing, self.tensor
+        ep = min(self.expert or P // slices, experts)
+        tensor = min(tp, ep)
+        senders = tensor if self.coordinated else 1
         nodes = ep // G if _whole_nodes(ep, G) and ep > G else 1
         return ExpertLayout(
             experts=experts,
@@ -167,7 +174,8 @@ class ParallelConfig:
             nodes=nodes,
             local=ep // nodes // tensor,
             tensor=tensor,
-            token_replicas=tp // tensor if self.coordinated else tp,
+            senders=senders,
+            token_replicas=tp // senders,
         )
 
     def check(self, experts: tuple[int, ...], *, heads: int, ffn: int) -> None:
@@ -190,12 +198,12 @@ class ParallelConfig:
             ffn % self.expert_slicing == 0,
             f"expert_slicing {self.expert_slicing} does not divide the feed-forward size {ffn}",
         )
-        for layer, count in enumerate(experts):
+        for count in dict.fromkeys(experts):
             if count:
                 try:
                     self.experts(count)
                 except ValueError as error:
-                    raise ValueError(f"{error} (layer {layer + 1})") from None
+                    raise ValueError(f"{error} (layer {experts.index(count) + 1})") from None
 
 
 AXES = ("replica", "slice", "node", "local", "tensor")
@@ -210,6 +218,7 @@ class ExpertLayout:
         experts: E.
         replicas, slices, parallel: sizes of the layer's grid; `parallel` is the expert-parallel degree ep.
         nodes, local, tensor: sizes of the expert coordinate's grid; nodes * local * tensor = parallel.
+        senders: ranks that send a part each of the tokens that all of them hold (`coordinated`), else 1.
         token_replicas: how often each token is sent to its expert, over all replicas: once by each tensor rank
             (`flat`), or once by all tensor ranks of an expert-parallel group together (`coordinated`). Expert gradients
             are divided by it.
@@ -222,6 +231,7 @@ class ExpertLayout:
     nodes: int
     local: int
     tensor: int
+    senders: int
     token_replicas: int
 
     @property

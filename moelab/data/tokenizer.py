@@ -50,7 +50,7 @@ class Tokenizer:
         if eot is None:
             raise ValueError(f"tokenizer has no {end} token")
         backend.encode_special_tokens = True  # "treat special tokens in text as text"; not part of the saved file
-        self._backend = backend
+        self.backend = backend
         self.eot: int = eot
         self.vocab_size: int = backend.get_vocab_size()
 
@@ -101,29 +101,29 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""
-        path.write_text(self._backend.to_str(), encoding="utf-8")
+        path.write_text(self.backend.to_str(), encoding="utf-8")
 
     def digest(self) -> str:
         """Hexadecimal SHA-256 of what it does to a text: of its `tokenizer.json`."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; no `eot` is added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Token ids of each text, computed on all cores."""
-        for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False):
+        for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False):
             yield encoding.ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids (a list, array or tensor), `eot` as "<|endoftext|>", broken UTF-8 as U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def stream(self) -> Callable[[int], str]:
         """Return a function that takes one id after another and returns the text that it adds, if complete."""
         state = decoders.DecodeStream(skip_special_tokens=False)
-        return lambda token: state.step(self._backend, int(token)) or ""
+        return lambda token: state.step(self.backend, int(token)) or ""
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

@@ -16,18 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moelab.config import ModelConfig
-from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import all_reduce
 from moelab.engine.differentiable import mean_over_group
 from moelab.engine.exchange import Exchange
 from moelab.engine.groups import Group
 from moelab.engine.mesh import ExpertGroups, Mesh
-from moelab.engine.padded import PaddedExchange
 from moelab.engine.placement import Placement
 from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
-from moelab.models.dispatch import Dispatch
 from moelab.models.gpt import GPT, Block, allocate, initial_weight
-from moelab.models.grouped_attention import GroupedAttention
 from moelab.models.layers import RMSNorm
 from moelab.models.moe import MLP, Experts, MoE
 
@@ -93,12 +89,11 @@ def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
     if tensor.size > 1:
         attention = block.attention
         attention.heads //= tensor.size
-        if isinstance(attention, GroupedAttention):
-            attention.kv_heads //= tensor.size
-            if config.decoder.qk_norm == "all":
-                for name in ("q_norm", "k_norm"):
-                    setattr(attention, name, _sliced_norm(getattr(attention, name), tensor))
-                attention.pool = functools.partial(mean_over_group, group=tensor)
+        attention.kv_heads //= tensor.size
+        if config.decoder.qk_norm == "all":
+            for name in ("q_norm", "k_norm"):
+                setattr(attention, name, _sliced_norm(getattr(attention, name), tensor))
+            attention.pool = functools.partial(mean_over_group, group=tensor)
         mlp = block.ffn if isinstance(block.ffn, MLP) else block.ffn.mlp
         pairs = [(attention, "qkv", "out")] + ([] if mlp is None else [(mlp, "up", "down")])
         for owner, column, row in pairs:
@@ -110,7 +105,7 @@ def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
         groups = mesh.experts(block.ffn.router.experts)
         if _is_distributed(groups):
             block.ffn.experts = SlicedExperts(config, groups)
-            block.ffn.set_dispatch(config.dispatch, functools.partial(make_dispatch, groups=groups, config=mesh.config))
+            block.ffn.own = block.ffn.dispatcher = Exchange(groups, mesh.config)
         if mesh.data.size > 1 and config.routing.aux_scope == "step":
             block.ffn.router.pool = functools.partial(_mean, mesh=mesh)
 
@@ -118,18 +113,6 @@ def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
 def _sliced_norm(norm: RMSNorm, group: Group) -> RMSNorm:
     """Return a norm with the weights of this rank's part of the width."""
     return RMSNorm(norm.normalized_shape[0] // group.size, eps=norm.eps)
-
-
-def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, config: ParallelConfig) -> Dispatch:
-    """Return the dispatch of a layer whose experts are distributed over `groups`.
-
-    The function is a `moelab.models.dispatch.DispatchFactory`. The name "local" stands for the exchange that `config`
-    describes, "einsum" for the baseline's, which always reads the device and which only inference takes: a model that
-    begins with it is refused by `ModelConfig.check_layout`.
-    """
-    if name not in ("local", "einsum"):
-        raise ValueError(f"parallel: dispatch {name!r} knows no expert parallelism or slicing; use 'local' or 'einsum'")
-    return Exchange(groups, config) if name == "local" else PaddedExchange(groups)
 
 
 def _is_distributed(groups: ExpertGroups) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
@@ -71,10 +72,10 @@ class ThreadGroup(Group):
         self.handle.done()
 
     def all_reduce(self, tensor: Tensor, op: Any = None, asynchronous: bool = False) -> None:
-        """Add up the threads' tensors; see `Group.all_reduce`."""
-        total = torch.stack(self.handle.swap(self.index, tensor)).sum(0)
+        """Add up the threads' tensors, or take their maximum; see `Group.all_reduce`."""
+        theirs = torch.stack(self.handle.swap(self.index, tensor))
         self.handle.done()
-        tensor.copy_(total)
+        tensor.copy_(theirs.amax(0) if op == ReduceOp.MAX else theirs.sum(0))
 
 
 class World:

@@ -1,6 +1,6 @@
-"""Open the models that are evaluated: moelab's own, and published ones through transformers, with one interface.
+"""Open the models that are evaluated: moelab's own, and published ones through transformers, as lm-eval takes them.
 
-    model, tokenizer = open_evaluated(directory, cache=...)
+    evaluated = open_evaluated(directory, cache=...)
 
 A published model checks the pipeline: `moelab eval smollm2` fetches a small one whose scores are known and evaluates it
 by the same code as a run. Its weights are read from safetensors or GGUF files; nothing is unpickled, and no code that
@@ -13,14 +13,17 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from moelab.config import digest
 from moelab.data.packages import Package, pinned, unpacked
@@ -35,138 +38,88 @@ from moelab.models import GPT
 from moelab.terminal import one_line
 
 
-class LanguageModel(Protocol):
-    """Define the interface of a decoder that `moelab.evaluation.lm.RunLM` can evaluate.
+@dataclass(frozen=True)
+class Evaluated:
+    """Hold a model as lm-eval's wrapper of transformers models takes it.
 
     Attributes:
+        model: transformers', or `AsCausalLM`.
+        tokenizer: transformers'; the text of a special token is encoded as ordinary characters.
         context: longest input in tokens.
-        vocab: rows of the embedding.
-        device: device of the weights.
-        digest: hash of configuration and weights.
+        weights: hash of configuration, weights and tokenizer, which identifies the model's answers.
     """
 
+    model: Any
+    tokenizer: Any
     context: int
-    vocab: int
-    device: torch.device
-    digest: str
-
-    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
-        """Return the head's input x_BTM; causal: a token's row does not depend on the tokens after it."""
-        ...
-
-    def head(self, x_NM: Tensor) -> Tensor:
-        """Return the logits of the next token, logits_NV."""
-        ...
-
-    def likeliest(
-        self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], batch: int
-    ) -> list[list[int]]:
-        """Return greedy continuations of at most `limit` tokens.
-
-        One of `stops` ends a sequence and is its last token; an end-of-text token ends it and is left out.
-        """
-        ...
+    weights: str
 
 
-class Ours:
-    """Wrap a `GPT`, drop-free and in evaluation mode, so that results do not depend on the rest of a batch."""
+class AsCausalLM:
+    """Give a `GPT` the part of a transformers model's interface that lm-eval calls.
 
-    def __init__(self, model: GPT, end: int) -> None:
-        self.digest = _digest(digest(model.config), model)  # before `set_mode`, which may pack the weights
-        self.context, self.vocab = model.config.context, model.config.vocab
-        self.device = model.token_embedding.weight.device
-        self.model, self.end = set_mode(model), end
+    It is drop-free and in evaluation mode, so that results do not depend on the rest of a batch.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+        self.config, self.device = model.config, model.token_embedding.weight.device
+        self.model, self.tokenizer = set_mode(model), tokenizer
         self._generator: Generator | None = None
+        self._stops: dict[tuple[str, ...], tuple[int, ...]] = {}
 
-    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
-        """Return the head's input x_BTM."""
-        return self.model.hidden_states(tokens_BT)[0]
+    def __call__(self, tokens_BT: Tensor, logits_to_keep: int = 0) -> SimpleNamespace:
+        """Return `logits`, logits_BTV over the tokenizer's entries, of the last positions; 0 is all."""
+        x_BTM, _ = self.model.hidden_states(tokens_BT)
+        return SimpleNamespace(logits=self.model.head(x_BTM[:, -logits_to_keep:])[..., : self.tokenizer.vocab_size])
 
-    def head(self, x_NM: Tensor) -> Tensor:
-        """Return the logits of the next token, logits_NV."""
-        return self.model.head(x_NM)
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, max_length: int, stopping_criteria: Any, **_: Any
+    ) -> Tensor:
+        """Return the inputs, each followed by its likeliest continuation and padded with end-of-text tokens.
 
-    def likeliest(
-        self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], batch: int
-    ) -> list[list[int]]:
-        """Return greedy continuations, see `LanguageModel.likeliest`."""
-        if self._generator is None:
-            self._generator = Generator(self.model, batch=batch)
-        sampling = Sampling(max_new_tokens=limit, temperature=0.0, stop_tokens=(*stops, self.end))
-        texts = (list(one.tokens) for one in self._generator.generate(prompts, sampling))
-        return [tokens[:-1] if tokens[-1] == self.end else tokens for tokens in texts]
-
-
-class Theirs:
-    """Wrap a causal model of transformers; ValueError, one line, for one that is not supported."""
-
-    def __init__(self, model: Any) -> None:
-        if (context := getattr(model.config, "max_position_embeddings", None)) is None:
-            raise ValueError("its config.json has no max_position_embeddings")
-        self.model = model.eval()
-        place = ("_name_or_path", "transformers_version")
-        config = {key: value for key, value in model.config.to_dict().items() if key not in place}
-        self.digest = _digest(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}", model)
-        self.context, self.vocab = context, model.get_input_embeddings().num_embeddings
-        self.device = model.get_input_embeddings().weight.device
-        ends = model.generation_config.eos_token_id
-        self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
-        self._check_head()
-
-    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
-        """Return the head's input x_BTM."""
-        return self.model.base_model(tokens_BT, use_cache=False).last_hidden_state
-
-    def head(self, x_NM: Tensor) -> Tensor:
-        """Return the logits of the next token, logits_NV."""
-        return self.model.get_output_embeddings()(x_NM)
-
-    def likeliest(
-        self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], batch: int
-    ) -> list[list[int]]:
-        """Return greedy continuations, see `LanguageModel.likeliest`."""
-        texts = []
-        for start in range(0, len(prompts), batch):
-            texts += self._likeliest(prompts[start : start + batch], limit, {*stops, *self.ends})
-        return texts
-
-    @torch.inference_mode()
-    def _check_head(self) -> None:
-        """Compare `head` with the whole model: some (Gemma 2, Cohere, Granite) scale or cap the logits after it."""
-        tokens_BT = torch.arange(1, 9, device=self.device)[None]  # 0 is the padding of some, and its vector zero
-        ours, whole = self.head(self.hidden_states(tokens_BT)), self.model(tokens_BT, use_cache=False).logits
-        close = (ours - whole).abs().max() <= 4 * torch.finfo(ours.dtype).eps * ours.abs().max()
-        # A soft cap changes small logits by less than bf16 shows.
-        if not close or getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):
-            raise ValueError("it changes the logits after its head, which is not supported")
-
-    @torch.inference_mode()
-    def _likeliest(self, prompts: Sequence[Sequence[int]], limit: int, stops: set[int]) -> list[list[int]]:
-        longest = max(map(len, prompts))
-        pads = [longest - len(prompt) for prompt in prompts]
-        tokens_BT = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
-        mask_BT = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-        out = self.model.generate(
-            tokens_BT.to(self.device),
-            attention_mask=mask_BT.to(self.device),
-            max_new_tokens=limit,
-            do_sample=False,
-            eos_token_id=sorted(stops),
-            pad_token_id=0,
-        )
-        return [self._up_to_stop(row, stops) for row in out[:, longest:].tolist()]
-
-    def _up_to_stop(self, tokens: list[int], stops: set[int]) -> list[int]:
-        last = next((i for i, token in enumerate(tokens) if token in stops), len(tokens) - 1)
-        return tokens[: last if tokens[last] in self.ends else last + 1]
+        A continuation ends with the end of its text or with a token that contains a stop text.
+        """
+        end = self.tokenizer.eot
+        prompts = [row[mask.bool()].tolist() or [end] for row, mask in zip(input_ids, attention_mask, strict=True)]
+        texts = tuple(one.sequence for one in stopping_criteria)
+        if texts not in self._stops:
+            every = range(self.tokenizer.vocab_size)
+            self._stops[texts] = tuple(t for t in every if any(text in self.tokenizer.decode([t]) for text in texts))
+        sampling = Sampling(max_length - input_ids.shape[1], temperature=0.0, stop_tokens=(*self._stops[texts], end))
+        if self._generator is None or self._generator.cache.slots < len(prompts):
+            self._generator = Generator(self.model, batch=len(prompts))
+        new = [torch.tensor(text.tokens) for text in self._generator.generate(prompts, sampling)]
+        return torch.cat([input_ids.cpu(), pad_sequence(new, batch_first=True, padding_value=end)], 1)
 
 
-def _digest(config: str, model: nn.Module) -> str:
+def ours(model: GPT, tokenizer: Tokenizer) -> Evaluated:
+    """Return a model of moelab for lm-eval; its weights may be packed by it.
+
+    Raises:
+        ValueError: the tokenizer has more entries than the model's embedding.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    _check_entries(tokenizer, model.config.vocab)
+    weights = _fingerprint(digest(model.config), model, tokenizer)  # before the weights may be packed
+    end = tokenizer.backend.id_to_token(tokenizer.eot)
+    texts = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, bos_token=end, eos_token=end, split_special_tokens=True
+    )
+    return Evaluated(AsCausalLM(model, tokenizer), texts, model.config.context, weights)
+
+
+def _check_entries(tokenizer: Tokenizer, vocab: int) -> None:
+    if tokenizer.vocab_size > vocab:
+        raise ValueError(f"eval: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}")
+
+
+def _fingerprint(config: str, model: nn.Module, tokenizer: Tokenizer) -> str:
     hashed = hashlib.sha256(config.encode())
     for name, parameter in model.named_parameters():
         hashed.update(name.encode())
         hashed.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()
+    return hashlib.sha256(f"{hashed.hexdigest()} {tokenizer.digest()}".encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -201,10 +154,8 @@ def reference_directory(name: str, cache: Path) -> Path:
     return unpacked(reference.package, cache) / reference.folder
 
 
-def open_evaluated(
-    directory: Path, *, cache: Path, dtype: str = "fp32", device: str = "cpu"
-) -> tuple[LanguageModel, Tokenizer]:
-    """Return (model, tokenizer) of a run's newest checkpoint, an exported model or a published model.
+def open_evaluated(directory: Path, *, cache: Path, dtype: str = "fp32", device: str = "cpu") -> Evaluated:
+    """Return a run's newest checkpoint, an exported model or a published model.
 
     Args:
         directory: a run's, an exported model's, or one that transformers opens or that holds one GGUF file.
@@ -217,40 +168,52 @@ def open_evaluated(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
-    ours = (directory / "spec.json").is_file()
+    run = (directory / "spec.json").is_file()
     kind = (read_object(directory / "config.json") or {}).get("model_type")
     gguf = sorted(directory.glob("*.gguf"))
-    if ours or kind in hf.FORMATS or not (kind or gguf):
-        model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device)
-        return Ours(model, tokenizer.eot), tokenizer
+    if run or kind in hf.FORMATS or not (kind or gguf):
+        return ours(*open_model(directory, cache=cache, dtype=dtype, device=device))
     if len(gguf) > 1 and not kind:
         raise ValueError(f"{directory}: {len(gguf)} GGUF files; give a directory with one")
-    return _open_theirs(directory, gguf[0].name if not kind else None, dtype, device)
+    try:
+        return _theirs(*_open_theirs(directory, gguf[0].name if not kind else None, dtype, device))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
 
 
-def _open_theirs(directory: Path, gguf: str | None, dtype: str, device: str) -> tuple[LanguageModel, Tokenizer]:
-    for package in ("transformers", *(("gguf",) if gguf else ())):
-        if find_spec(package) is None:
-            raise ValueError(f"{directory}: needs {package}; install moelab with its extra `eval`")
+def _open_theirs(directory: Path, gguf: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    """Return transformers' (model, tokenizer) of a directory."""
+    if gguf and find_spec("gguf") is None:
+        raise ValueError("needs gguf; install moelab with its extra `eval`")
     import transformers
 
     try:
         with _quiet():
             own = dict(local_files_only=True, trust_remote_code=False, gguf_file=gguf)
-            texts = transformers.AutoTokenizer.from_pretrained(directory, **own)
+            texts = transformers.AutoTokenizer.from_pretrained(directory, split_special_tokens=True, **own)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 directory, dtype=DTYPES[dtype], use_safetensors=True, **own
             )
     except Exception as error:  # the library passes on its dependencies' exceptions
-        raise ValueError(f"{directory}: transformers cannot open it ({one_line(error)})") from None
+        raise ValueError(f"transformers cannot open it ({one_line(error)})") from None
+    return model.to(device), texts
+
+
+def _theirs(model: Any, texts: Any) -> Evaluated:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        raise ValueError("its config.json has no max_position_embeddings")
     backend = getattr(texts, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"{directory}: its tokenizer is none of the `tokenizers` library")
-    end = EOT if backend.token_to_id(EOT) is not None else texts.eos_token or EOT
-    try:
-        return Theirs(model.to(device)), Tokenizer(backend, end)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
+        raise ValueError("its tokenizer is none of the `tokenizers` library")
+    tokenizer = Tokenizer(backend, texts.eos_token or EOT)
+    texts.eos_token = texts.eos_token or EOT
+    texts.model_max_length = sys.maxsize  # no warning about long texts: lm-eval's wrapper cuts them
+    _check_entries(tokenizer, model.get_input_embeddings().num_embeddings)
+    place = ("_name_or_path", "transformers_version")
+    config = {key: value for key, value in model.config.to_dict().items() if key not in place}
+    named = f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}"
+    return Evaluated(model, texts, context, _fingerprint(named, model, tokenizer))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import logging
 import math
@@ -34,15 +33,11 @@ import yaml
 
 from moelab.config import from_json
 from moelab.evaluation.items import READERS, items
-from moelab.evaluation.requests import Requests
 from moelab.files import read_json, write_json
 from moelab.terminal import one_line
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
-
-    from moelab.data.tokenizer import Tokenizer
-    from moelab.evaluation.models import LanguageModel
 
 PACKAGED = tuple(READERS)
 """The tasks that need no data set hub, in the paper's order."""
@@ -130,12 +125,12 @@ def evaluate(
     if limit < 0 or limit == 1:
         raise ValueError(f"eval: limit must be 0 (all items) or at least 2, got {limit}")
     _manager(tasks)  # an unknown task is told before a model is opened
-    from moelab.evaluation.lm import RunLM
+    from moelab.evaluation.lm import Answers, RunLM
     from moelab.evaluation.models import open_evaluated
 
-    model, tokenizer = open_evaluated(directory, cache=cache, dtype=dtype, device=device)
-    folder = directory / "evaluation" / fingerprint(model, tokenizer)
-    lm = RunLM(model, tokenizer, batch=batch, requests=Requests(folder / "requests.jsonl"))
+    evaluated = open_evaluated(directory, cache=cache, dtype=dtype, device=device)
+    folder = directory / "evaluation" / evaluated.weights
+    lm = RunLM(evaluated, batch=batch, answers=Answers(folder / "requests.jsonl"))
     scores = []
     for task in tasks:
         file = folder / f"{task}{f'-first-{limit}' if limit else ''}.json"
@@ -156,7 +151,6 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
     manager = _manager([task])
     asked = _packaged(task, cache, limit) if task in PACKAGED else task
     cut, started = getattr(lm, "cut", None), time.monotonic()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
         try:
             loaded = manager.load([asked])
@@ -194,18 +188,15 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
     )
 
 
-def fingerprint(model: LanguageModel, tokenizer: Tokenizer) -> str:
-    """Return a short hash of the model and its tokenizer, which identifies their answers."""
-    return hashlib.sha256(f"{model.digest} {tokenizer.digest()}".encode()).hexdigest()[:12]
-
-
 def _manager(tasks: Sequence[str]) -> Any:
     """Return lm-eval's task manager; ValueError for an unknown task.
 
     lm-eval's own tasks are only indexed if one is requested, because that takes seconds.
     """
-    if find_spec("lm_eval") is None:
-        raise ValueError("eval: lm-eval is not installed; install moelab with its extra `eval`")
+    for package in ("lm-eval", "transformers", "accelerate"):
+        if find_spec(package.replace("-", "_")) is None:
+            raise ValueError(f"eval: {package} is not installed; install moelab with its extra `eval`")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     others = [task for task in tasks if task not in PACKAGED]
     manager = _task_manager(bool(others))
     for task in others:

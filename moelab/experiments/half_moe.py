@@ -33,11 +33,6 @@ def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
     return comparison.judge_losses("half-moe", final, ARMS, scale, EXPERIMENT.looks_at(scale), note)
 
 
-def headline(final: pd.DataFrame, scale: str = "") -> str:
-    """Return the result in one line."""
-    return comparison.difference(final, "Second half", "First half", EXPERIMENT.looks_at(scale))
-
-
 EXPERIMENT = Experiment(
     name="half-moe",
     number=2,

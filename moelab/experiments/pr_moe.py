@@ -107,11 +107,6 @@ def expert_load(training: pd.DataFrame) -> pd.DataFrame:
     return training.dropna(subset=["busiest_expert"])[columns] if "busiest_expert" in training else training.iloc[:0]
 
 
-def gaps(final: pd.DataFrame) -> pd.DataFrame:
-    """Return the final validation loss minus MoE-128's of the same seed, nats per token: columns arm, seed, gap."""
-    return comparison.gaps(final, "MoE-128")
-
-
 def paper_gaps() -> dict[str, tuple[float, float, float]]:
     """Return the paper's gaps by arm, (gap, low, high), from its text and Fig 1; Fig 4's values are not available."""
     dense, moe = paper.loss_curve("350M"), paper.loss_curve("350M+MoE-128")
@@ -172,11 +167,6 @@ def gain_headline(final: pd.DataFrame, scale: str = "") -> str:
     if not {"MoE-128", "MoE-32"} <= set(final["arm"]):
         return text
     return f"{text}; {comparison.difference(final, 'MoE-128', 'MoE-32', EXPERIMENT.looks_at(scale))}"
-
-
-def moe_headline(final: pd.DataFrame, scale: str = "") -> str:
-    """Return, in one line, how MoE-128 compares with the dense base."""
-    return comparison.difference(final, "MoE-128", "Dense", EXPERIMENT.looks_at(scale))
 
 
 def headline(final: pd.DataFrame, scale: str = "") -> str:

@@ -163,16 +163,6 @@ def equal_sizes(final: pd.DataFrame, scale: str) -> dict[str, Any]:
     return {"values": list(whole.prod(axis=1) ** (1 / len(PAIRS))), "missing": lost}
 
 
-def headline(final: pd.DataFrame, scale: str = "") -> str:
-    """Return the result in one line."""
-    return comparison.difference(final, "350M+MoE-128", "350M", EXPERIMENT.looks_at(scale))
-
-
-def paper_length() -> float:
-    """Return the tokens for each of the base's parameters at the last reading of the paper's 350M curves in Fig 1."""
-    return float(budgets.paper_gaps("350M+MoE-128", "350M")["per_parameter"].iloc[-1])
-
-
 def gap_headline(gaps: pd.DataFrame) -> str:
     """Return, in one line, the gap of the MoE to its base at its first and last budget and where it is smallest.
 

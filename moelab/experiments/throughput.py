@@ -66,11 +66,6 @@ def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
     )
 
 
-def rounds_table(ratios: Sequence[float]) -> pd.DataFrame:
-    """Return ratios of speed in the form that `figures.gaps` draws: columns arm, seed (the round), ratio."""
-    return pd.DataFrame({"arm": "twins, measured", "seed": range(len(ratios)), "ratio": ratios})
-
-
 def simulated_ratios(predicted: pd.DataFrame) -> pd.DataFrame:
     """Return 1.3B+MoE-128 over 6.7B on 128 A100: columns what, ours (simulated) and paper, a row for each rate.
 

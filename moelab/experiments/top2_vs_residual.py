@@ -138,11 +138,6 @@ def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]]
     return judged
 
 
-def headline(final: pd.DataFrame, scale: str = "") -> str:
-    """Return the result in one line."""
-    return comparison.difference(final, "Residual-MoE-32", "Top2-MoE-32", EXPERIMENT.looks_at(scale))
-
-
 EXPERIMENT = Experiment(
     name="top2-vs-residual",
     number=3,

@@ -117,11 +117,6 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, upcycle_at: fl
     return [*scratch.values(), *less, *branches.values()]
 
 
-def headline(final: pd.DataFrame) -> str:
-    """Return, in one line, where the upcycled run ends against the MoE from scratch at equal tokens."""
-    return comparison.difference(final, "Upcycled", "Top-2")
-
-
 def over_tokens_headline(final: pd.DataFrame) -> str:
     """Return, in one line, the final gaps to the dense run of the upcycled, the grown and the MoE from scratch."""
     shown = final[final["arm"].isin(["Dense", "Upcycled", "Top-2", "Grown", "MoE-128"])]

@@ -23,9 +23,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moelab.design import comparison, settings
+from moelab.design import settings
 from moelab.design.experiment import Experiment, twin_scales
-from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
 
 _SHARED = {"model.expert.shared": 1}
@@ -60,11 +59,6 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
         fine = {"model.expert.ffn": width, "model.expert.shared_ffn": 4 * width} if label == "Shared, fine" else {}
         runs.append(settings.spec(name, scale, seed, label=label, overrides={**changes, **fine, **overrides}))
     return runs
-
-
-def answer(final: pd.DataFrame) -> str:
-    """Return, in one line, whether a shared expert and the paper's residual branch end at the same loss."""
-    return comparison.difference(final, "Shared", "Residual")
 
 
 EXPERIMENT = Experiment(

@@ -49,11 +49,9 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
             moe.router.config = replace(moe.router.config, drop_tokens=False)
         moe.router.losses = mode == "baseline"
         if mode == "baseline":
-            moe.router.gate = mask_gate
-            moe.set_dispatch("einsum", static_tokens=static_tokens)
+            moe.router.gate, moe.dispatcher = mask_gate, moe.own.baseline(static_tokens)
         else:
-            moe.router.gate = kernels.gate
-            moe.set_dispatch("local")
+            moe.router.gate, moe.dispatcher = kernels.gate, moe.own
     if mode == "optimised" and can_pack(model):
         pack(model)
     return model.eval()

@@ -6,7 +6,7 @@
 A `Dispatch` holds settings, never a call's data: `state` passes the data that combine needs. All dispatches give the
 same results and gradients. This module has those within one process, `moelab.engine` those among ranks.
 
-To add a dispatch, write the class here, enter it in `DISPATCH`, and add its name to `ModelConfig.dispatch`.
+Each of them gives the paper's PyTorch form of itself, for inference in baseline mode (`Dispatch.baseline`).
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class Dispatch(ABC, Generic[State]):
         rows_RM = experts(rows_RM, offsets_E1)
         return self.combine(rows_RM, state)
 
+    def baseline(self, static_tokens: int = 0) -> Dispatch[Tensor]:
+        """Return the paper's PyTorch form of this dispatch, for the same experts; arguments as of `EinsumDispatch`."""
+        raise NotImplementedError
+
     def reads_device(self, tokens: int) -> bool:
         """Return whether a call with `tokens` tokens waits for the device, so that a CUDA graph cannot capture it."""
         return False
@@ -77,6 +81,10 @@ class LocalDispatch(Dispatch[ByTable]):
     def combine(self, rows_RM: Tensor, state: ByTable) -> Tensor:
         """Return each token's weighted sum of its experts' outputs, [S, M]."""
         return kernels.combine(rows_RM, state.table, state.weight_SK)
+
+    def baseline(self, static_tokens: int = 0) -> EinsumDispatch:
+        """Return the dispatch by masks."""
+        return EinsumDispatch(static_tokens)
 
 
 class EinsumDispatch(Dispatch[Tensor]):
@@ -108,19 +116,3 @@ class EinsumDispatch(Dispatch[Tensor]):
     def reads_device(self, tokens: int) -> bool:
         """Return whether the call reads the busiest expert's load: with more than `static_tokens` tokens."""
         return tokens > self.static_tokens
-
-
-DispatchFactory = Callable[[str, int], Dispatch]
-"""Function from a value of `ModelConfig.dispatch` and `static_tokens`, which only the baseline uses (see
-`EinsumDispatch`), to one layer's dispatch; the engine has one for its ranks."""
-
-DISPATCH: dict[str, Callable[[int], Dispatch]] = {
-    "local": lambda static_tokens: LocalDispatch(),
-    "einsum": EinsumDispatch,
-}
-"""`ModelConfig.dispatch` -> function from `static_tokens` to a dispatch for experts that are all in this process."""
-
-
-def make_dispatch(name: str, static_tokens: int = 0) -> Dispatch:
-    """Return a dispatch for experts that are all in this process (a `DispatchFactory`)."""
-    return DISPATCH[name](static_tokens)

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from moelab.config import ModelConfig
 from moelab.kernels import packed
-from moelab.models.attention import Attention, Past
-from moelab.models.grouped_attention import GroupedAttention, Rotation, rotation_at
+from moelab.models.attention import Attention, Past, Rotation, rotation_at
 from moelab.models.layers import RMSNorm
 from moelab.models.loss import LogitsLoss, linear_losses
 from moelab.models.moe import MLP, Experts, MoE
@@ -82,9 +81,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
         super().__init__()
-        decoder = config.decoder
         self.attention_norm = make_norm(config)
-        self.attention = (Attention if decoder.plain_attention else GroupedAttention)(config)
+        self.attention = Attention(config)
         self.ffn_norm = make_norm(config)
         self.ffn = MoE(config, experts) if experts else MLP(config.dense_feed_forward)
         self.dropout = nn.Dropout(config.dropout)

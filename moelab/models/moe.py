@@ -4,7 +4,7 @@
 
 Start reading at `MoE`, at the end. `routing.py` has the router, `dispatch.py` the copying of tokens to their experts
 and back, `baseline.py` the paper's PyTorch baseline. In a built layer, the engine replaces the experts by a module with
-the same interface, inference the router's gate, and both the dispatch, by `MoE.set_dispatch`.
+the same interface, inference the router's gate, and both the dispatch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moelab import kernels
 from moelab.config import FeedForward, ModelConfig
 from moelab.kernels import packed
 from moelab.kernels.gating import MAX_EXPERTS
-from moelab.models.dispatch import Dispatch, DispatchFactory, LocalDispatch, make_dispatch
+from moelab.models.dispatch import Dispatch, LocalDispatch
 from moelab.models.layers import Linear, sigmoid
 from moelab.models.routing import Router, Routing
 
@@ -124,6 +124,11 @@ class MoE(nn.Module):
     Residual-MoE (the paper): the released code mixes the two branches by learned coefficients (`Mix`), the paper's text
     adds them; `ModelConfig.residual_mix` selects one. Shared experts (`ExpertConfig`) form one MLP, whose output is
     added, or added times a learned gate (`SharedGate`). A dropped token still gets the fixed MLP's output.
+
+    Attributes:
+        own: the dispatch to where this layer's experts are; the engine sets another one if they are on several ranks.
+        dispatcher: the dispatch in use, `own` or (inference in baseline mode) `own.baseline()`; results do not depend
+            on it.
     """
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
@@ -138,20 +143,8 @@ class MoE(nn.Module):
             self.mix = Mix(config.hidden)
         elif config.expert.shared_gate:
             self.mix = SharedGate(config.hidden)
-        self.set_dispatch(config.dispatch, make_dispatch)
-
-    def set_dispatch(self, name: str, factory: DispatchFactory | None = None, static_tokens: int = 0) -> None:
-        """Choose the dispatch; the layer's results do not depend on it.
-
-        Args:
-            name: as `ModelConfig.dispatch`.
-            factory: function that makes the dispatch, in this call and in later calls without a factory. The engine
-                passes one for experts on several ranks; at first it is `make_dispatch`, for experts in this process.
-            static_tokens: see `moelab.models.dispatch.EinsumDispatch`.
-        """
-        if factory is not None:
-            self._factory = factory
-        self.dispatcher: Dispatch = self._factory(name, static_tokens)
+        self.own: Dispatch = LocalDispatch()
+        self.dispatcher: Dispatch = self.own
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Return (y [..., M], `add` included, the routing) of x [..., M]; S is the product of the leading dims."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,12 +12,9 @@ from typing import Any
 
 from moelab import machine, paths
 from moelab.design.parameters import Request, parameters, resolve
-from moelab.experiments import EXPERIMENTS, Experiment
-from moelab.files import read_json
+from moelab.experiments import EXPERIMENTS
 from moelab.report import site
-from moelab.report.summary import SUMMARY, Summary, parse
 from moelab.runs.collection import NoResult, Runs
-from moelab.runs.measurements import MeasurementStore
 from moelab.runs.spec import RunSpec
 
 
@@ -52,27 +48,6 @@ def left_out(scale: str) -> list[str]:
     """Return the experiments that read a file of times on ranks at this scale, of which each needs its own."""
     having = [e for e in EXPERIMENTS.values() if scale in e.scales] if scale == "paper" else []
     return [e.name for e in having if "measured_file" in parameters(e)]
-
-
-def last_result(experiment: Experiment, values: Mapping[str, Any]) -> Summary | None:
-    """Return the summary of the experiment's newest result with these parameters, None when there is none."""
-    files = [
-        file
-        for root in paths.all_results()
-        for file in (root / experiment.name / values["scale"]).glob(f"[!.]*/{SUMMARY}")
-    ]
-    for file in sorted(files, key=lambda file: file.parent.name, reverse=True):
-        with contextlib.suppress(ValueError, OSError, RecursionError):  # the results page names what cannot be read
-            summary = parse(read_json(file))
-            if all(values.get(name) == value for name, value in summary.parameters.items()):
-                return summary
-    return None
-
-
-def reads_back(last: Summary | None, values: Mapping[str, Any]) -> bool:
-    """Return whether all measurements of the last result are stored, for the present code and machine."""
-    ids = [measurement.id for measurement in last.measurements] if last else []
-    return bool(ids) and not values.get("again") and MeasurementStore().current(ids)
 
 
 def _publish(
@@ -110,17 +85,6 @@ def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs],
     if why := runs.explain_missing():
         print(why)
     print(f"{len({s.id for s in specs})} runs in {time.monotonic() - started:.0f} s", flush=True)
-    # A measurement beside nothing else: notebooks that time something anew come last and alone. Of the others the
-    # longest come first, so that none is left over at the end.
-    beside: list[tuple[float, Request]] = []
-    alone: list[Request] = []
-    for request in wanted:
-        last = last_result(request.experiment, request.values)
-        if request.experiment.measures and not reads_back(last, request.values):
-            alone.append(request)
-        else:
-            beside.append(((last and last.notebook_seconds) or 0.0, request))
-    beside.sort(key=lambda timed: -timed[0])
     logs = paths.home() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
@@ -140,8 +104,9 @@ def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs],
                     result = "published" if good else f"FAILED, see {log_of[name]}"
                     print(f"{name}: {result} ({time.monotonic() - since:.0f} s)", flush=True)
 
-    for request in (*(request for _, request in beside), *alone):
-        reap(0 if request in alone else machine.cores() - 1)
+    for request in sorted(wanted, key=lambda request: request.experiment.measures):
+        # A measurement beside nothing else: notebooks that time something come last, and each alone.
+        reap(0 if request.experiment.measures else machine.cores() - 1)
         name = request.experiment.name
         log_of[name] = str(logs / f"{name}-{request.scale}.log")
         arguments = (name, request.given, publish, log_of[name], dict(os.environ), os.getcwd())

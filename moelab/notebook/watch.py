@@ -17,7 +17,7 @@ from moelab.files import read_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.publication import SUMMARY
-from moelab.runs.progress import Estimate, Snapshot
+from moelab.runs.progress import Estimate, Snapshot, table
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 
@@ -45,7 +45,7 @@ def execute_watched(
         except notebooks.NotebookFailed as error:
             failure = f"[red]failed:[/] {escape(str(error))}"
         except KeyboardInterrupt:
-            failure = _stopped(plan)
+            failure = "stopped; the same command goes on, with unfinished runs from their last checkpoints"
         finally:
             done.set()
             watcher.join()
@@ -69,45 +69,19 @@ def execute_watched(
     return True
 
 
-def _stopped(plan: Path) -> str:
-    """Return what a command that was interrupted says of its runs."""
-    runs = [Path(path) for path in read_json(plan) or ()]
-    saved = [path for path in runs if not (path / "result.json").exists() and any(path.glob("checkpoints/step-*"))]
-    if saved:
-        return "stopped; unfinished runs wrote a checkpoint, the same command goes on from there"
-    return "stopped; no run was in the midst of its training, the same command starts again"
-
-
 def _watch(plan: Path, done: threading.Event, console: Console) -> None:
-    """Bars on a terminal; in a log, one line each half minute."""
-    from rich.progress import BarColumn, Progress, TextColumn
+    """Show the table of the runs on a terminal; in a log, one line each half minute."""
+    from rich.live import Live
 
-    every = 1.0 if console.is_terminal else 30.0
     runs: list[Run] = []
-    estimate: Estimate | None = None
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
-        tasks: list[Any] = []
-        total = bars.add_task("starting", total=1.0, note="kernel and text")
-        while not done.wait(1.0 if not runs else every):
+    with Live("starting: kernel and text", console=console, auto_refresh=False, transient=True) as live:
+        while not done.wait(1.0 if console.is_terminal or not runs else 30.0):
             if not runs and (listed := read_json(plan)):
                 runs = [Run(RunSpec.from_json(read_json(Path(p) / "spec.json")), Path(p)) for p in listed]
                 estimate = Estimate(Snapshot.of(runs))
-                names = [escape(f"  {r.spec.title} s{r.spec.train.seed}") for r in runs]
-                tasks = [bars.add_task(name, total=1.0, note="") for name in names]
-            if not runs or estimate is None:
-                continue
-            snapshot = Snapshot.of(runs)
-            words = snapshot.describe(estimate.seconds_left(snapshot))
-            for task, s, share in zip(tasks, snapshot.statuses, snapshot.shares, strict=True):
-                going = s.state in ("running", "finished") and s.loss is not None
-                note = f"training loss {s.loss:.3f}" if going else s.state
-                bars.update(task, completed=share, note=note)
-            bars.update(total, description="all runs", completed=snapshot.done, note=words)
-            if not console.is_terminal:
-                console.print(words)
+            if runs:
+                snapshot = Snapshot.of(runs)
+                left = estimate.seconds_left(snapshot)
+                live.update(table(runs, snapshot, left), refresh=True)
+                if not console.is_terminal:
+                    console.print(snapshot.describe(left))

@@ -1,4 +1,4 @@
-"""The paper's checkable statements, one row each, grouped by the experiment that tests them."""
+"""The paper's checkable statements, one row each, by the experiment that tests them, in the order of the paper."""
 
 from __future__ import annotations
 

@@ -39,7 +39,6 @@ __all__ = [
     "paper_points",
     "save",
     "seed_lines",
-    "share_curves",
     "student",
     "task_scores",
     "theme",
@@ -101,6 +100,14 @@ BANDS = 3
 """Curves that have their interval as a band; more bands cover one another, and each curve has a bar at its end."""
 
 
+ALONG = {
+    "tokens": (1e-6, "training tokens (millions)"),
+    "share": (100.0, "share of the training (%)"),
+    "per_parameter": (1.0, "training tokens for each parameter of the base (without embeddings)"),
+}
+"""Column over which losses are drawn -> by what its values are multiplied, and the label of the axis."""
+
+
 def loss_curves(
     curves: pd.DataFrame,
     ax: Axes,
@@ -109,75 +116,59 @@ def loss_curves(
     of: Sequence[str] = (),
     skip_first: bool = True,
     against: str = "",
+    along: str = "tokens",
+    log: bool = False,
+    paper: Mapping[str, pd.DataFrame] | None = None,
 ) -> Axes:
-    """Draw validation loss over tokens, one line per arm: the mean over seeds with the 95 % interval of each point.
+    """Draw validation loss over training, one line per arm: the mean over seeds with the 95 % interval of each point.
 
     That interval takes each point by itself: it is not the wider one of planned looks, by which claims are judged.
 
     Args:
-        curves: `Runs.curves()`: columns arm, seed, tokens, loss.
+        curves: `Runs.curves()`: columns arm, seed, tokens (or `along`), loss.
         arms: the arms to draw, in the order of the legend.
-        of: all arms of the experiment, where only some are drawn: each keeps its colour and its dashes.
+        of: all arms of the experiment, where only some are drawn: each keeps its colour and, over tokens, its dashes.
         skip_first: leave out the untrained model, whose loss would compress the rest of the axis.
         against: the arm whose loss is subtracted, for curves of differences.
+        along: one of `ALONG`; `per_parameter` is for final losses of runs of several lengths, each with a bar.
+        log: draw on a logarithmic axis, where curves have a bar at their end and no band.
+        paper: of curves of differences, label -> columns `along`, gap, low, high; an arm's name gives its colour.
     """
     palette, every = colors(of or arms), list(of or arms)
-    shown = curves[curves["tokens"] > 0] if skip_first else curves
-    end = shown["tokens"].max() / 1e6
+    shown = curves[curves[along] > 0] if skip_first else curves
+    (unit, xlabel), runs = ALONG[along], along == "per_parameter"
+    end = unit * shown[along].max()
     for i, arm in enumerate(arms):
-        part = shown[shown["arm"] == arm].groupby("tokens")["loss"]
+        part = shown[shown["arm"] == arm].groupby(along)["loss"]
         if not len(part):
             continue
-        millions, means = [tokens / 1e6 for tokens in part.groups], list(part.mean())
-        dash = DASHES[every.index(arm) % len(DASHES)]
-        ax.plot(millions, means, color=palette[arm], dashes=dash or (None, None), label=arm)
+        x, means = [unit * at for at in part.groups], list(part.mean())
         low, high = zip(*(student(values) for _, values in part), strict=True)
-        if len(arms) <= BANDS:
-            ax.fill_between(millions, low, high, color=palette[arm], alpha=0.12, linewidth=0)
+        if runs:
+            apart = [at * (1 + 0.015 * i) for at in x]  # beside one another, not on one another
+            our_points(ax, apart, means, low, high, label=arm, color=palette[arm])
+            continue
+        dash = DASHES[every.index(arm) % len(DASHES)] if along == "tokens" else ""
+        ax.plot(x, means, color=palette[arm], dashes=dash or (None, None), label=arm)
+        if len(arms) <= BANDS and not log:
+            ax.fill_between(x, low, high, color=palette[arm], alpha=0.12, linewidth=0)
         elif low[-1] < high[-1]:
-            at = max(millions[-1], end) + end * 0.015 * (i + 1)
+            at = max(x[-1], end) + end * (0.06 if log else 0.015) * (i + 1)
             bars = _around(means[-1:], low[-1:], high[-1:])
             ax.errorbar([at], means[-1:], yerr=bars, fmt=".", color=palette[arm], capsize=2)
-    if against:
+    for label, theirs in (paper or {}).items():
+        bounds, color = (theirs["gap"], theirs["low"], theirs["high"]), palette.get(label, PAPER["color"])
+        paper_points(ax, unit * theirs[along], *bounds, color=color, label=f"paper: {label}", line=runs)
+    if against or paper is not None:
         ax.axhline(0, color="#888888", linewidth=1)
-    what = f"loss minus {against}’s" if against else "validation loss"
-    ax.set(xlabel="training tokens (millions)", ylabel=f"{what} (nats per token)")
+    if log:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
+    plain = "validation loss" if paper is None else "difference of validation losses"
+    what = f"loss minus {against}’s" if against else plain
+    ax.set(xlabel=xlabel, ylabel=f"{what} (nats per token)")
     legend_below(ax)
-    return ax
-
-
-def share_curves(
-    curves: Mapping[str, Mapping[float, Sequence[float]]],
-    ax: Axes,
-    *,
-    paper: Sequence[tuple[float, float, float]] = (),
-    label: str = "paper",
-) -> Axes:
-    """Draw differences over the share of the paper's training, on a logarithmic axis, the paper's points beside them.
-
-    Args:
-        curves: arm -> share of the training (1 is all) -> the difference of each seed; drawn are means, and at the end
-            the 95 % interval of that point by itself, see `loss_curves`.
-        paper: share, difference, uncertainty of the reading.
-        label: of the paper's points.
-    """
-    palette = colors(list(curves))
-    for i, (arm, points) in enumerate(curves.items()):
-        x, y = [100 * share for share in points], [sum(values) / len(values) for values in points.values()]
-        ax.plot(x, y, color=palette[arm], label=arm)
-        low, high = student(pd.Series(list(points.values())[-1]))
-        at = x[-1] * 1.06 ** (i + 1)  # beside one another
-        ax.errorbar([at], y[-1:], yerr=_around(y[-1:], [low], [high]), fmt=".", color=palette[arm], capsize=2)
-    if paper:
-        read = [value for _, value, _ in paper]
-        least, most = ([value + sign * wide for _, value, wide in paper] for sign in (-1, 1))
-        paper_points(ax, [100 * share for share, _, _ in paper], read, least, most, label=label)
-    ax.axhline(0, color="#888888", linewidth=1)
-    ax.set_xscale("log")
-    ticks = (1, 2, 5, 10, 20, 50, 100)
-    ax.set_xticks(ticks, [f"{tick} %" for tick in ticks])
-    ax.minorticks_off()
-    ax.set(xlabel="share of the paper’s training (tokens a parameter)", ylabel="loss minus Dense’s (nats per token)")
     return ax
 
 

@@ -12,7 +12,7 @@ nearest checkpoint before.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ def starting_point(
         say: gets one line that says so.
 
     Raises:
-        ValueError: one line: no layout of as many ranks fits the trunk, or its training has left no checkpoint.
+        ValueError: one line: the branch's layout does not fit the trunk, or its training has left no checkpoint.
     """
     from moelab.engine import checkpoint
     from moelab.engine.launch import process
@@ -78,33 +78,17 @@ def starting_point(
 def _trained_again(trunk: RunSpec, wanted: ParallelConfig) -> RunSpec:
     """Return a trunk as it is trained again for a branch: in the branch's layout, without rows and checkpoints of it.
 
-    Where that layout does not fit the trunk, whose model may be another, it is one of as many ranks and nodes that
-    does: with the nearest tensor-parallel degree, and then the most expert-parallel ranks. No number depends on it.
-
     Raises:
-        ValueError: one line: none fits.
+        ValueError: one line: that layout does not fit the trunk, whose model may be another.
     """
     quiet = replace(trunk.train, eval_every=trunk.train.steps(trunk.data.context) + 1, keep_at=(), tensorboard=False)
-    degrees = [n for n in range(wanted.ranks, 0, -1) if wanted.ranks % n == 0]
-    others: Iterator[dict[str, Any]] = (
-        {
-            "tensor": tensor,
-            "data": wanted.ranks // tensor,
-            "expert": expert,
-            "expert_slicing": 1,
-            "exchange": "flat",
-            "shard": wanted.shard and tensor == 1,
-        }
-        for tensor in sorted(degrees, key=lambda n: abs(n - wanted.tensor))
-        for expert in degrees
-    )
-    why = ""
-    for changes in ({}, *others):
-        try:
-            return replace(trunk, train=quiet, parallel=replace(wanted, **changes))
-        except ValueError as error:
-            why = why or str(error)
-    raise ValueError(f"the trunk {trunk.id} must be trained again, which no layout of {wanted.ranks} ranks fits: {why}")
+    try:
+        return replace(trunk, train=quiet, parallel=wanted)
+    except ValueError as error:
+        raise ValueError(
+            f"the trunk {trunk.id} must be trained again, which the layout of its branch does not fit: {error}; remove "
+            "the trunk's folder and ask for both, which trains it in its own layout"
+        ) from None
 
 
 def token_budgets(trunk: RunSpec, budgets: Sequence[int]) -> list[RunSpec]:

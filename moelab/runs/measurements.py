@@ -117,16 +117,6 @@ class MeasurementStore:
             write_json(file, record)
         return _of(key, record, read_back=False)
 
-    def current(self, ids: Sequence[str]) -> bool:
-        """Whether all of these are stored, by this code and on this machine."""
-        records = [read_record(self.root / f"{id}.json", _NEEDED) for id in ids]
-        return all(r is not None and (r["code"], r["machine"]) == (code(), machine()) for r in records)
-
-    def took(self, function: Callable[..., Any]) -> float:
-        """Return the seconds of the longest stored measurement by a function, of any arguments; 0 without one."""
-        stored = [read_record(file, _NEEDED) for file in self.root.glob(f"{prefix(function)}-*.json")]
-        return max((record["seconds"] for record in stored if record), default=0.0)
-
     def _read(self, key: str) -> Measurement | None:
         record = read_record(self.root / f"{key}.json", _NEEDED)
         return _of(key, record, read_back=True) if record else None

@@ -1,4 +1,4 @@
-"""Progress of a set of runs, read from their status files: as a table in a notebook, as bars in a terminal."""
+"""Progress of a set of runs, read from their status files, as a table in notebooks and terminals."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ class Snapshot:
     """Statuses of the runs at one moment.
 
     Attributes:
-        shares: of each run's own steps, what is done.
         done: share of all their FLOPs that is done.
         left: share that is still to be done; what a failed run lacks is in neither.
     """
 
     statuses: tuple[Status, ...]
-    shares: tuple[float, ...]
     done: float
     left: float
 
@@ -32,12 +30,12 @@ class Snapshot:
         """Read the statuses of runs."""
         statuses = tuple(run.status for run in runs)
         total = sum(run.spec.cost for run in runs) or 1.0
-        shares = tuple(map(_share, runs, statuses))
         done = left = 0.0
-        for run, s, share in zip(runs, statuses, shares, strict=True):
+        for run, s in zip(runs, statuses, strict=True):
+            share = _share(run, s)
             done += run.spec.cost * share / total
             left += run.spec.cost * (1 - share) / total if s.state != "failed" else 0.0
-        return cls(statuses, shares, done, left)
+        return cls(statuses, done, left)
 
     @property
     def over(self) -> bool:

@@ -7,7 +7,7 @@ The free constants were fitted on the bars with `Bar.fitted`; all others are pre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
@@ -118,50 +118,19 @@ def layout(model: ModelConfig, gpus: int, tensor: int, program: str) -> Parallel
     )
 
 
-def pr_moe(model: ModelConfig) -> ModelConfig:
-    """Return the PR-MoE of a standard MoE: residual, with 64 experts in its MoE layers, and 128 in the last two.
+def family(base: str, layers: int = 0) -> dict[str, ModelConfig]:
+    """Return the standard MoE of a base and its variants: "MoE", "PR-MoE", "PR-MoE+MoS".
 
-    These are the numbers of the 1.3B base; the authors' script (`SCRIPT`) has the same for the large models, with 20
-    and 22 MoE layers.
+    The PR-MoE has the expert counts of the 1.3B base, which the authors' script (`SCRIPT`) has for the large models,
+    too. The Mixture-of-Students has an eighth fewer layers: 21 of 24, and in `SCRIPT` 35 of 40 and 38 of 44.
+
+    Args:
+        layers: of the first two, where they are fewer than the base's.
     """
-    places = [i for i, e in enumerate(model.experts) if e]
-    counts = dict.fromkeys(places, 64) | dict.fromkeys(places[-2:], 128)
-    listed = tuple(counts.get(i, 0) for i in range(model.layers))
-    base = str(model).split("+")[0]
-    return replace(model, experts=listed, residual=True, name=f"{base}+PR-MoE-64/128")
-
-
-def student(model: ModelConfig) -> ModelConfig:
-    """Return the Mixture-of-Students of a PR-MoE: its depth is cut by an eighth.
-
-    That is 24 -> 21 layers, and in `SCRIPT` 40 -> 35 and 44 -> 38. The last two MoE layers keep the larger number of
-    experts.
-    """
-    layers = round(model.layers * 7 / 8)
-    few, many = min(e for e in model.experts if e), max(model.experts)
-    places = range(1, layers, 2)
-    counts = dict.fromkeys(places, few) | dict.fromkeys(list(places)[-2:], many)
-    listed = tuple(counts.get(i, 0) for i in range(layers))
-    return replace(model, layers=layers, experts=listed, name=f"{model}+L{layers}")
-
-
-def family(plain: ModelConfig) -> dict[str, ModelConfig]:
-    """Return a standard MoE and its variants: "MoE", "PR-MoE", "PR-MoE+MoS"."""
-    return {"MoE": plain, "PR-MoE": pr_moe(plain), "PR-MoE+MoS": student(pr_moe(plain))}
-
-
-def standard_1_5t() -> ModelConfig:
-    """Return the 1.5T MoE with 128 experts.
-
-    The paper does not state its shape; the authors' script (`SCRIPT`) has 44 layers of width 8192, which hold 1.54T.
-    """
-    return ModelConfig(
-        layers=44,
-        hidden=8192,
-        heads=64,
-        experts=tuple(128 * (i % 2) for i in range(44)),
-        name="1.5T MoE",
-    )
+    depth = f"+L{layers}" if layers else ""
+    plain, pr_moe = (ModelConfig.parse(f"{base}+{experts}{depth}") for experts in ("MoE-128", "PR-MoE-64/128"))
+    student = ModelConfig.parse(f"{base}+PR-MoE-64/128+L{round(pr_moe.layers * 7 / 8)}")
+    return {"MoE": plain, "PR-MoE": pr_moe, "PR-MoE+MoS": student}
 
 
 def fig10() -> list[Bar]:
@@ -198,7 +167,7 @@ def variants(names: tuple[str, ...] = ("1.3B", "2.4B", "8B", "24B", "47B")) -> l
     bars = []
     for base in names:
         gpus = 256 if base in ("24B", "47B") else 128
-        for kind, model in family(ModelConfig.parse(f"{base}+MoE-128")).items():
+        for kind, model in family(base).items():
             assumed = "" if kind == "MoE" or base in ("1.3B", "8B") else "experts 64/128 as in the sizes that are known"
             bars.append(_bar("fig-13", f"{base} {kind}", "deepspeed", gpus, assumed, model=model, tensor=TENSOR[base]))
     return bars
@@ -207,23 +176,26 @@ def variants(names: tuple[str, ...] = ("1.3B", "2.4B", "8B", "24B", "47B")) -> l
 def fig14() -> list[Bar]:
     """Return the bars of Fig 14: 6.7B dense on one GPU, and the 52B family on 128."""
     dense = _bar("fig-14", "6.7B dense", "pytorch", 1, model=ModelConfig.parse("6.7B"), tensor=1)
-    return [dense, *_family_bars("fig-14", "52B MoE", 128, ModelConfig.parse("1.3B+MoE-128"), 1)]
+    return [dense, *_family_bars("fig-14", "52B MoE", 128, family("1.3B"), 1)]
 
 
 def fig15() -> list[Bar]:
     """Return the bars of Fig 15: 175B dense in 16 slices, and the 1.5T family in 8.
 
-    GPU counts are not in the paper; the authors' script (`SCRIPT`) has 32 nodes.
+    GPU counts and the shape of the 1.5T model are not in the paper; the authors' script (`SCRIPT`) has 32 nodes and 44
+    layers of width 8192, which hold 1.54T.
     """
     dense = _bar("fig-15", "175B dense", "pytorch", 16, model=ModelConfig.parse("175B"), tensor=16)
     assumed = "shape and GPU count from the authors' script"
-    return [dense, *_family_bars("fig-15", "1.5T MoE", 256, standard_1_5t(), 8, assumed)]
+    return [dense, *_family_bars("fig-15", "1.5T MoE", 256, family("47B", layers=44), 8, assumed)]
 
 
-def _family_bars(figure: str, label: str, gpus: int, plain: ModelConfig, tensor: int, assumed: str = "") -> list[Bar]:
+def _family_bars(
+    figure: str, label: str, gpus: int, models: dict[str, ModelConfig], tensor: int, assumed: str = ""
+) -> list[Bar]:
     """Return the bars of a standard MoE on both systems, and of its variants on DeepSpeed."""
-    variants = {label if kind == "MoE" else kind: model for kind, model in family(plain).items()}
-    served = [(label, "pytorch", plain), *((name, "deepspeed", model) for name, model in variants.items())]
+    served = [(label, "pytorch", models["MoE"])]
+    served += [(label if kind == "MoE" else kind, "deepspeed", model) for kind, model in models.items()]
     return [_bar(figure, name, program, gpus, assumed, model=model, tensor=tensor) for name, program, model in served]
 
 

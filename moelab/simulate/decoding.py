@@ -40,8 +40,8 @@ from moelab.simulate.exchange import (
     transfer_us,
 )
 from moelab.simulate.hardware import Cluster, cluster
-from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
-from moelab.simulate.memory import InferenceMemory, inference_memory
+from moelab.simulate.layouts import Array, Layouts
+from moelab.simulate.memory import inference_memory
 from moelab.simulate.published import named
 from moelab.simulate.systems import System, slots, system
 
@@ -65,15 +65,17 @@ class DecodeSweep:
         parts_ms: part -> device time, see `PARTS`.
         tokens_per_s_per_gpu: sequences of all replicas / step time / GPUs.
         cost_per_million: price of a million tokens at the cluster's price of a GPU.
-        memory: bytes per GPU, by use.
-        fits: whether that fits the GPU.
+        memory: bytes per GPU, by use, see `inference_memory`.
+        total: their sum.
+        fits: whether it fits the GPU.
     """
 
     latency_ms: Array
     parts_ms: dict[str, Array]
     tokens_per_s_per_gpu: Array
     cost_per_million: Array
-    memory: InferenceMemory
+    memory: dict[str, Array]
+    total: Array
     fits: Array
 
 
@@ -211,7 +213,7 @@ def decode_sweep(
         program.kernels("experts", code.expert + code.once)
 
     def experts_layer(program: _Program, experts: int) -> None:
-        spread = ExpertLayouts.of(layouts, experts)
+        spread = layouts.experts(experts)
         C = slots(code, model, batch, experts)
         sent = rows_to_send(spread, np.full(len(layouts), batch), model.top_k, C)
         if model.fixed_feed_forward is not None:
@@ -291,13 +293,15 @@ def decode_sweep(
     memory = inference_memory(
         model, layouts, code, batch=batch, context=context, width=width, weight=weight, constants=known
     )
+    total = np.sum(list(memory.values()), axis=0)
     return DecodeSweep(
         latency_ms=latency,
         parts_ms=parts,
         tokens_per_s_per_gpu=throughput,
         cost_per_million=where.price_per_gpu_hour / 3600 / throughput * 1e6,
         memory=memory,
-        fits=memory.total <= where.gpu.memory_gib * 2**30,
+        total=total,
+        fits=total <= where.gpu.memory_gib * 2**30,
     )
 
 
@@ -314,7 +318,7 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
         not model.is_moe or parallel.ranks_per_node <= where.gpus_per_node,
         f"gpus_per_node {parallel.gpus_per_node} is more than the {where.gpus_per_node} of cluster {where.name}",
     )
-    sweep = decode_sweep(model, Layouts.of([parallel]), where, **options)
+    sweep = decode_sweep(model, Layouts([parallel]), where, **options)
     return DecodeEstimate(
         model=str(model),
         system=system(options.get("program", "deepspeed")).name,
@@ -325,8 +329,8 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
         parts_ms={part: float(ms[0]) for part, ms in sweep.parts_ms.items()},
         tokens_per_s_per_gpu=float(sweep.tokens_per_s_per_gpu[0]),
         cost_per_million=float(sweep.cost_per_million[0]),
-        memory_gib={name: float(size[0]) / 2**30 for name, size in sweep.memory.parts().items()},
-        total_gib=float(sweep.memory.total[0]) / 2**30,
+        memory_gib={name: float(size[0]) / 2**30 for name, size in sweep.memory.items()},
+        total_gib=float(sweep.total[0]) / 2**30,
         capacity_gib=where.gpu.memory_gib,
         fits=bool(sweep.fits[0]),
         currency=where.currency,

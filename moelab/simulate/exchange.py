@@ -23,7 +23,7 @@ import numpy as np
 
 from moelab.simulate.constants import Constants
 from moelab.simulate.hardware import Cluster
-from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
+from moelab.simulate.layouts import Array, Columns, Layouts
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def transfer_us(size: Size, gb_s: float) -> Size:
     return size / (gb_s * 1e3)
 
 
-def rows_to_send(expert: ExpertLayouts, tokens: Array, top_k: int, slots: int) -> Array:
+def rows_to_send(expert: Columns, tokens: Array, top_k: int, slots: int) -> Array:
     """Return the rows that a rank sends to all experts, its own included.
 
     Args:
@@ -80,7 +80,7 @@ def rows_to_send(expert: ExpertLayouts, tokens: Array, top_k: int, slots: int) -
     return (slots * expert.experts if slots else tokens * top_k) / expert.senders
 
 
-def all_to_all(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_per_node: int) -> list[Stage]:
+def all_to_all(layouts: Layouts, expert: Columns, rows: Array, gpus_per_node: int) -> list[Stage]:
     """Return the stages of one all-to-all of `rows` rows per rank towards the experts; the way back reverses them."""
     X, c = expert.parallel, expert.senders
     in_node = np.gcd(X, np.minimum(gpus_per_node, layouts.ranks)) // c  # group members in a node
@@ -107,7 +107,7 @@ def all_to_all(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_per_no
     return [first, second]
 
 
-def share_gather(expert: ExpertLayouts, rows: Array) -> Stage:
+def share_gather(expert: Columns, rows: Array) -> Stage:
     """Return the all-gather in which the c ranks of a share group exchange the results of their parts of the tokens.
 
     Only the coordinated exchange has it.
@@ -117,7 +117,7 @@ def share_gather(expert: ExpertLayouts, rows: Array) -> Stage:
     return Stage("all-gather of results", peers, none, rows * peers, none)
 
 
-def slice_exchange(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_per_node: int) -> Stage:
+def slice_exchange(layouts: Layouts, expert: Columns, rows: Array, gpus_per_node: int) -> Stage:
     """Return the all-gather of `rows` received rows over the W slices, or the equal reduce-scatter after experts."""
     W, X = expert.slices, expert.parallel
     in_node = np.maximum(np.gcd(X * W, np.minimum(gpus_per_node, layouts.ranks)) // X, 1)

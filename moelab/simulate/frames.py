@@ -9,7 +9,7 @@ from moelab.simulate import bars
 from moelab.simulate.constants import FREE, calibration
 from moelab.simulate.decoding import decode, decode_sweep
 from moelab.simulate.hardware import cluster
-from moelab.simulate.scoreboard import fig12, table3
+from moelab.simulate.scoreboard import table3
 from moelab.simulate.search import layouts
 
 
@@ -20,16 +20,16 @@ def memory() -> pd.DataFrame:
     """
     where = cluster(bars.CLUSTER)
     rows = []
-    for variant, model in fig12().items():
+    for variant, model in bars.family("8B").items():
         for gpus in (4, 8, 16, 32, 64, 128):
-            sweep = decode_sweep(model, layouts(model, [gpus], where.gpus_per_node), where, context=2048)
-            i = int(sweep.memory.total.argmin())
-            parts = {f"{name}_gib": float(size[i]) / 2**30 for name, size in sweep.memory.parts().items()}
+            sweep = decode_sweep(model, layouts(model, (gpus,), where.gpus_per_node), where, context=2048)
+            i = int(sweep.total.argmin())
+            parts = {f"{name}_gib": float(size[i]) / 2**30 for name, size in sweep.memory.items()}
             rows.append(
                 {
                     "variant": variant,
                     "gpus": gpus,
-                    "gib_per_gpu": float(sweep.memory.total[i]) / 2**30,
+                    "gib_per_gpu": float(sweep.total[i]) / 2**30,
                     "fits": bool(sweep.fits[i]),
                     **parts,
                 }

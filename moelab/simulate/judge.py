@@ -71,7 +71,7 @@ def layer(m: Measurement, s: Known, known: Constants) -> float:
 def _layout(s: Known) -> tuple[Layouts, int]:
     tensor, expert = s.get("tensor", 1), s.get("expert", 0)
     node = max(8, tensor)
-    return Layouts.of([ParallelConfig(tensor=tensor, data=expert or 1, expert=expert, gpus_per_node=node)]), node
+    return Layouts([ParallelConfig(tensor=tensor, data=expert or 1, expert=expert, gpus_per_node=node)]), node
 
 
 def decode(m: Measurement, s: Known, known: Constants) -> float:

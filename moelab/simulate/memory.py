@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -11,36 +10,8 @@ from moelab.config import ModelConfig
 from moelab.simulate.attention import cache_slices, cached_numbers
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import rows_to_send
-from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
+from moelab.simulate.layouts import Array, Layouts
 from moelab.simulate.systems import System, slots
-
-
-@dataclass(frozen=True)
-class InferenceMemory:
-    """Bytes on a GPU while decoding.
-
-    Attributes:
-        weights: everything outside experts, sliced over the tensor group (section 5.2).
-        experts: its experts, or slices of them.
-        cache: keys and values of its heads for all sequences of its tensor group.
-        buffers: what the exchange and the experts hold at once, in the largest layer.
-        reserved: `Constants.reserved_gib`.
-    """
-
-    weights: Array
-    experts: Array
-    cache: Array
-    buffers: Array
-    reserved: Array
-
-    def parts(self) -> dict[str, Array]:
-        """Return the fields by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @property
-    def total(self) -> Array:
-        """The sum of the fields."""
-        return self.weights + self.experts + self.cache + self.buffers + self.reserved
 
 
 def rank_parameters(model: ModelConfig, layouts: Layouts, *, sliced: bool = False) -> tuple[Array, Array]:
@@ -53,7 +24,7 @@ def rank_parameters(model: ModelConfig, layouts: Layouts, *, sliced: bool = Fals
     outside = model.parameters() - sum(model.experts) * one - gates
     experts = np.zeros(len(layouts))
     for count, layers in Counter(e for e in model.experts if e).items():
-        spread = ExpertLayouts.of(layouts, count)
+        spread = layouts.experts(count)
         experts += layers * count * one / (layouts.tensor if sliced else spread.parallel * spread.slices)
     return outside / layouts.tensor + gates, experts
 
@@ -68,8 +39,14 @@ def inference_memory(
     width: int,
     weight: int,
     constants: Constants,
-) -> InferenceMemory:
-    """Return the memory of each layout; see `InferenceMemory`.
+) -> dict[str, Array]:
+    """Return the bytes on a GPU while decoding, by use, in each layout.
+
+    weights: everything outside experts, sliced over the tensor group (section 5.2).
+    experts: its experts, or slices of them.
+    cache: keys and values of its heads for all sequences of its tensor group.
+    buffers: what the exchange and the experts hold at once, in the largest layer.
+    reserved: `Constants.reserved_gib`.
 
     Args:
         width, weight: bytes of a number, and of a weight. Other arguments are those of `decode_sweep`.
@@ -79,7 +56,7 @@ def inference_memory(
     buffers = batch * model.vocab * 4 / layouts.tensor + batch * (2 * M + model.dense_feed_forward.inner) * width
     largest = np.zeros(n)
     for count in {e for e in model.experts if e}:
-        spread = ExpertLayouts.of(layouts, count)
+        spread = layouts.experts(count)
         sent = rows_to_send(spread, np.full(n, batch), model.top_k, slots(system, model, batch, count))
         arrived = sent * spread.slices
         at_once = 1 if system.grouped else spread.experts / spread.parallel
@@ -87,10 +64,11 @@ def inference_memory(
         largest = np.maximum(
             largest, (2 * sent * M + 2 * arrived * M + hidden) * width
         )  # out, in, results, intermediate
-    return InferenceMemory(
-        weights=outside * weight,
-        experts=experts * weight,
-        cache=batch * context * model.layers * cached_numbers(model) * width / cache_slices(model, layouts.tensor),
-        buffers=buffers + largest,
-        reserved=np.full(n, constants.reserved_gib * 2**30),
-    )
+    numbers = batch * context * model.layers * cached_numbers(model)
+    return {
+        "weights": outside * weight,
+        "experts": experts * weight,
+        "cache": numbers * width / cache_slices(model, layouts.tensor),
+        "buffers": buffers + largest,
+        "reserved": np.full(n, constants.reserved_gib * 2**30),
+    }

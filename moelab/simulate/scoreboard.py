@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from moelab import paper
-from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate import bars
 from moelab.simulate.calibrate import fit
@@ -55,11 +54,12 @@ def rows(constants: Constants | None = None) -> list[Row]:
         assumed = "shapes and GPU count from the authors' script" if figure == "fig-15" else ""
         word = "faster" if metric == "speedup" else "cheaper"
         add("ratio", f"{figure}: {word} than dense", reported, ratio, "x", assumed=assumed)
+    family = bars.family("8B")
     needed = paper.inference_results(figure="fig-12", metric="gpus-needed")[0]
     assert needed.baseline_gpus is not None
     for what, gpus, model in (
-        ("8B+MoE-128", needed.baseline_gpus, fig12()["MoE"]),
-        ("its PR-MoE+MoS", needed.value, fig12()["PR-MoE+MoS"]),
+        ("8B+MoE-128", needed.baseline_gpus, family["MoE"]),
+        ("its PR-MoE+MoS", needed.value, family["PR-MoE+MoS"]),
     ):
         assumed = "" if what == "8B+MoE-128" else "experts from the authors' script"
         add("GPUs", f"fig-12: fewest for {what}", gpus, least_gpus(model, bars.CLUSTER)[0], "GPUs", assumed=assumed)
@@ -96,11 +96,6 @@ def against_dense(constants: Constants | None = None) -> dict[str, float]:
         ratios[f"{figure}:speedup"] = dense.latency_ms / small.latency_ms
         ratios[f"{figure}:cost-saving"] = small.tokens_per_s_per_gpu / dense.tokens_per_s_per_gpu
     return ratios
-
-
-def fig12() -> dict[str, ModelConfig]:
-    """Return the 349B model and its variants."""
-    return bars.family(ModelConfig.parse("8B+MoE-128"))
 
 
 TABLE3_ASSUMED = "batch, micro-batch and slicing of the released scripts, recomputation as there"

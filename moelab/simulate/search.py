@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -25,34 +27,34 @@ OBJECTIVES: tuple[str, ...] = ("latency", "throughput", "cost")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def layouts(model: ModelConfig, gpus: Sequence[int], gpus_per_node: int) -> Layouts:
+@functools.lru_cache(maxsize=32)  # plans of one model and several batches or clusters share them
+def layouts(model: ModelConfig, gpus: tuple[int, ...], gpus_per_node: int) -> Layouts:
     """Return every valid layout on each of these numbers of GPUs.
 
     They have tensor slicing inside a node, expert parallelism over any divisor, expert slicing by any power of two, and
     for MoE models all four exchanges.
     """
-    rows = []
+    found = []
     for P in gpus:
         G = min(gpus_per_node, P)
-        if P % G:
-            continue
-        for L in (d for d in range(1, G + 1) if G % d == 0):
-            if not model.is_moe:
-                rows.append((L, P // L, 0, 1, gpus_per_node, 0))
-                continue
-            slicing = [w for w in (1, 2, 4, 8, 16) if P % w == 0 and all(ffn % w == 0 for ffn in model.ffn_sizes)]
+        slicing, parallel, exchanges = [1], [0], EXCHANGES[:1]
+        if model.is_moe:
+            slicing = [w for w in (1, 2, 4, 8, 16) if P % w == 0]
             parallel = [x for x in range(1, min(P, max(model.experts)) + 1) if P % x == 0]
-            for W, X, exchange in product(slicing, parallel, range(len(EXCHANGES))):
-                if X * W <= P:
-                    rows.append((L, P // L, X, W, gpus_per_node, exchange))
-    found = Layouts(*np.array(rows, dtype=np.int64).reshape(-1, 6).T)
-    return found[found.valid(model)]
+            exchanges = EXCHANGES
+        tensor = [d for d in range(1, G + 1) if G % d == 0]
+        for L, W, X, exchange in product(tensor, slicing, parallel, exchanges):
+            with contextlib.suppress(ValueError):  # the model cannot be distributed so
+                config = ParallelConfig(L, P // L, X, W, gpus_per_node, exchange)
+                model.check_layout(config)
+                found.append(config)
+    return Layouts(found)
 
 
-def sizes(most: int, gpus_per_node: int) -> list[int]:
+def sizes(most: int, gpus_per_node: int) -> tuple[int, ...]:
     """Return the numbers of GPUs up to `most` that fill nodes: powers of two, and `most` itself."""
     powers = [2**i for i in range(20) if 2**i <= most]
-    return sorted({n for n in (*powers, most) if n <= gpus_per_node or n % gpus_per_node == 0})
+    return tuple(sorted({n for n in (*powers, most) if n <= gpus_per_node or n % gpus_per_node == 0}))
 
 
 def least_gpus(
@@ -76,12 +78,12 @@ def least_gpus(
     model = named(model)
     where = cluster(on)
     for n in sizes(most, where.gpus_per_node):
-        options = layouts(model, [n], where.gpus_per_node)
+        options = layouts(model, (n,), where.gpus_per_node)
         if not len(options):
             continue
         sweep = decode_sweep(model, options, where, program=program, batch=batch, context=context, dtype=dtype)
         if sweep.fits.any():
-            return n, options.config(int(np.argmin(np.where(sweep.fits, sweep.memory.total, np.inf))))
+            return n, options.rows[int(np.argmin(np.where(sweep.fits, sweep.total, np.inf)))]
     raise ValueError(
         f"simulate: {model} does not fit {most} GPUs of {where.name} with {batch} sequences of {context} tokens a "
         "tensor group"
@@ -228,7 +230,8 @@ def plan(
 
     # By the objective; among equals by latency, throughput, fewer GPUs, and the simpler exchange.
     main = latency if objective == "latency" else 1 / throughput
-    keys = np.broadcast_arrays(options.exchange, options.ranks, 1 / throughput, latency, np.where(good, main, np.inf))
+    exchange = 2 * options.coordinated + options.hierarchical  # the index in `EXCHANGES`
+    keys = np.broadcast_arrays(exchange, options.ranks, 1 / throughput, latency, np.where(good, main, np.inf))
     order = np.lexsort([key.ravel() for key in keys])[: int(good.sum())]
     n, worth = len(options), main.ravel()
     first = int(order[0])
@@ -238,7 +241,7 @@ def plan(
 
     def estimate(flat: int) -> DecodeEstimate:
         b, i = divmod(flat, n)
-        return decode(model, options.config(i), where, batch=list(batches)[b], **settings)
+        return decode(model, options.rows[i], where, batch=list(batches)[b], **settings)
 
     return Plan(
         objective=objective,

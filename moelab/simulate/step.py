@@ -37,7 +37,7 @@ from moelab.simulate.attention import pair_flops
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import all_reduce_us, all_to_all, rows_to_send, share_gather, slice_exchange, transfer_us
 from moelab.simulate.hardware import Cluster, cluster
-from moelab.simulate.layouts import ExpertLayouts, Layouts
+from moelab.simulate.layouts import Columns, Layouts
 from moelab.simulate.memory import rank_parameters
 from moelab.simulate.published import named
 from moelab.simulate.systems import System, system
@@ -142,7 +142,7 @@ def training(
         raise ValueError(f"simulate: zero must be 0, 1 or 2, got {zero}")
     if pipeline < 1 or chunks < 1 or (not code.modern and (pipeline > 1 or dtype == "fp8")):
         raise ValueError(f"simulate: {code.name} knows no pipeline of {pipeline} x {chunks} in {dtype}")
-    layouts = Layouts.of([parallel])
+    layouts = Layouts([parallel])
     tokens = micro_batch * model.context
     forward = forward_us(model, layouts, where, code, known, tokens, dtype=dtype, train=True)
     passes = 3 + parallel.recompute
@@ -234,7 +234,7 @@ def forward_us(
         "all_to_all": 0.0,
     }
     for experts, count in Counter(e for e in model.experts if e).items():
-        spread = ExpertLayouts.of(layouts, experts)
+        spread = layouts.experts(experts)
         C = training_slots(model, tokens, experts)
         sent = rows_to_send(spread, np.array([tokens]), model.top_k, C)
         # Every sender fills its slots, so a rank multiplies as many rows as it sends; with slices, it multiplies the
@@ -275,7 +275,7 @@ def expert_row_bytes(model: ModelConfig, width: int) -> int:
 
 
 def _grouped_us(
-    model: ModelConfig, spread: ExpertLayouts, where: Cluster, known: Constants, tokens: float, dtype: str
+    model: ModelConfig, spread: Columns, where: Cluster, known: Constants, tokens: float, dtype: str
 ) -> float:
     """Return the microseconds of a layer's dispatch, with fp8 in 8 bits, and combine, of a rank's own `tokens`."""
     ranks = int(spread.parallel[0])
@@ -301,7 +301,7 @@ def _expert_gradients_us(model: ModelConfig, layouts: Layouts, where: Cluster, k
     one = model.expert_feed_forward.parameters
     total = 0.0
     for experts, count in Counter(e for e in model.experts if e).items():
-        spread = ExpertLayouts.of(layouts, experts)
+        spread = layouts.experts(experts)
         size = 2 * count * experts / spread.parallel[0] * one / spread.slices[0]
         stride = spread.parallel * spread.slices
         total += float(all_reduce_us(spread.replicas, size, where, known, stride=stride)[0])

@@ -15,7 +15,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.simulate import hardware
 from moelab.simulate.constants import fitted
 from moelab.simulate.exchange import Stage, all_to_all, rows_to_send, share_gather
-from moelab.simulate.layouts import ExpertLayouts, Layouts
+from moelab.simulate.layouts import Layouts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,8 +63,8 @@ def kept(way: str, ranks: int) -> int:
 
 def _stages(config: ParallelConfig, ranks: int) -> tuple[list[Stage], Stage]:
     """Return the stages of one direction, and the gather after the way back."""
-    of = Layouts.of([config])
-    experts = ExpertLayouts.of(of, ranks)
+    of = Layouts([config])
+    experts = of.experts(ranks)
     rows = rows_to_send(experts, np.array([ranks]), 1, 0)
     return all_to_all(of, experts, rows, config.ranks_per_node), share_gather(experts, rows)
 

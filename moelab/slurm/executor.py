@@ -186,7 +186,7 @@ def _executor(
         raise ValueError(f"{folder}: Slurm and submitit would replace what follows the % of a path; set MOELAB_HOME")
     # The driver stays outside the container: it calls srun. `exec`: signals to the batch script reach it.
     driver = sys.executable if profile.container else interpreter(profile)
-    executor = Executor(folder, max_num_timeout=profile.restarts, python=f"exec {shlex.quote(driver)}")
+    executor = Executor(folder, python=f"exec {shlex.quote(driver)}")
     dependency = parameters.pop("dependency", "")
     extra = dict(argument.removeprefix("--").partition("=")[::2] for argument in profile.sbatch)
     parameters["comment"] = " ".join(filter(None, (extra.pop("comment", ""), parameters["comment"])))

@@ -22,12 +22,12 @@ from rich.console import Console
 
 from moelab import paths
 from moelab.slurm import executor, queue
-from moelab.slurm.callables import Checkpointable
+from moelab.slurm.callables import begin, wait_for
 from moelab.slurm.profiles import Profile
 
 
 @dataclass
-class ServeJupyter(Checkpointable):
+class ServeJupyter:
     """Serve JupyterLab as a Slurm step.
 
     Attributes:
@@ -42,8 +42,9 @@ class ServeJupyter(Checkpointable):
     folder: str
     everywhere: bool
 
-    def work(self) -> dict[str, Any]:
+    def __call__(self) -> dict[str, Any]:
         """Serve until the server ends or is stopped."""
+        stop = begin()
         folder = Path(self.folder)
         (folder / "node").write_text(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
         token = (folder / "token").read_text()
@@ -51,7 +52,7 @@ class ServeJupyter(Checkpointable):
         variables.pop("XDG_RUNTIME_DIR", None)
         address = f"--ServerApp.ip={socket.getfqdn() if self.everywhere else '127.0.0.1'}"
         command = [*self.command, "-m", "jupyterlab", address, *self.options]
-        return {"exit code": self.wait_for(subprocess.Popen(command, env=variables), signal.SIGTERM)}
+        return {"exit code": wait_for(subprocess.Popen(command, env=variables), stop, signal.SIGTERM)}
 
 
 def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:

@@ -328,7 +328,7 @@ class Trainer:
             number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
             torch.manual_seed(draw_seed(config.seed, step, number))
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
-            logits_loss = self.distiller.loss(tokens_BT[rows], step, number) if self.distiller else None
+            logits_loss = self.distiller.loss(tokens_BT[rows], step) if self.distiller else None
             with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
                 output = module(tokens_BT[rows], targets_BT=targets_BT[rows], logits_loss=logits_loss)
             routing_loss = output.routing_loss()

@@ -266,7 +266,7 @@ def test_a_captured_step_reads_nothing_from_the_device(mode, config, host_reads,
     model = set_mode(decode_steps.filled(config, "cpu"), mode)
     for block in model.blocks:
         if mode == "baseline" and isinstance(block.ffn, MoE):
-            block.ffn.set_dispatch("einsum", static_tokens=STATIC_TOKENS)  # as `set_mode` does on CUDA
+            block.ffn.dispatcher = block.ffn.own.baseline(STATIC_TOKENS)  # as `set_mode` does on CUDA
     step = captured_step(Generator(model, batch=2, static=True))
     with host_reads:
         step()

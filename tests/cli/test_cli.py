@@ -255,7 +255,7 @@ def test_what_commands_print_fits_a_terminal_of_80_columns(command, tmp_path, mo
 
 
 def test_doctor_finds_this_installation_sound_and_says_that_there_is_no_compiler(tmp_path):
-    nothing_compiled = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TMPDIR": str(tmp_path), "CXX": "no-such-compiler"}
+    nothing_compiled = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
     done = moelab("doctor", env={"COLUMNS": "200", **nothing_compiled})
     assert done.returncode == 0, done.stdout
     for part in ("embedded corpus", "Jupyter kernel", "CPU kernels: there is no C++ compiler"):

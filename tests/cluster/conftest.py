@@ -7,18 +7,19 @@ halts by itself at a given step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+import tests.conftest
 from moelab.config import ModelConfig, TrainConfig
 from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
@@ -98,23 +99,7 @@ def undisturbed(spec, tmp_path_factory) -> Run:
     return run
 
 
-def numbers(run: Run) -> dict:
-    """All that a run found, without how long it took."""
-
-    def timeless(row: dict) -> dict:
-        return {k: v for k, v in row.items() if k not in ("seconds", "time_s", "tokens_per_s")}
-
-    files = ("train.jsonl", "validation.jsonl")
-    rows = {file: [timeless(row) for row in run.rows(file).to_dict("records")] for file in files}
-    return {"result": timeless(run.result), **rows}
-
-
-def until(condition: Callable[[], object], what: str, limit_s: float = 900) -> None:
-    """Wait for a condition; fail after a time that only something wrong takes."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
-        time.sleep(0.1)
+until = functools.partial(tests.conftest.until, limit_s=900)
 
 
 def processes(job: str, cluster: Path, **variables: str) -> list[psutil.Process]:
@@ -193,7 +178,7 @@ class Workplace:
     def numbers(self, run: Run) -> dict:
         """What a run found, once it is over."""
         self.until_over(run)
-        return numbers(run)
+        return tests.conftest.numbers(run.path)
 
     def rank(self, run: Run, number: int) -> int:
         """The process that is this rank of a run."""

@@ -21,7 +21,8 @@ from moelab.runs.store import RunStore
 from moelab.runs.supervisor import supervise
 from moelab.slurm import attempt, queue, submit
 from moelab.slurm.status import overview
-from tests.cluster.conftest import EVERY, ROOT, find_process, numbers, until
+from tests.cluster.conftest import EVERY, ROOT, find_process, until
+from tests.conftest import numbers
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +38,7 @@ def slurm(*command: str) -> str:
 
 
 def until_all_is_over() -> dict:
-    until(lambda: all(row.over for row in overview(everything=True).rows), "the submissions to end", 1800)
+    until(lambda: all(row.over for row in overview(everything=True).rows), "the submissions to end", limit_s=1800)
     return {row.what if row.what.startswith("notebook") else row.id: row for row in overview(everything=True).rows}
 
 
@@ -112,7 +113,7 @@ def test_a_run_on_two_nodes_is_interrupted_loses_a_rank_and_ends_with_the_same_n
     until(lambda: attempt.history(run), "the attempt's record")
     assert [(a.kind, a.checkpoint, a.again) for a in attempt.history(run)] == [("killed", EVERY, True)]
     workplace.until_over(run)
-    assert numbers(run) == numbers(local)
+    assert numbers(run.path) == numbers(local.path)
 
 
 def test_steps_start_in_a_container(workplace, spec, undisturbed, tmp_path):
@@ -131,7 +132,7 @@ def test_steps_start_in_a_container(workplace, spec, undisturbed, tmp_path):
     assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"/mnt/env/bin/python\0")
     slurm("scontrol", "requeue", workplace.job(run).id)
     workplace.until_over(run, lost)
-    assert numbers(run) == numbers(undisturbed)
+    assert numbers(run.path) == numbers(undisturbed.path)
     assert [a.kind for a in attempt.history(lost)] == ["failed", "failed"]
     (row,) = overview([bad.id]).rows
     assert row.state == "failed" and row.reason.startswith("failed twice the same way: ") and "nothing" in row.reason

@@ -14,7 +14,8 @@ from moelab.runs.store import RunStore
 from moelab.runs.supervisor import supervise
 from moelab.slurm import attempt, queue
 from moelab.slurm.status import overview
-from tests.cluster.conftest import EVERY, numbers, processes, until
+from tests.cluster.conftest import EVERY, processes, until
+from tests.conftest import numbers
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(workplace, spec, tmp_pat
     assert first.reason.startswith("rank 0 of 2 on node") and "hangs: no sign of life for 12 s" in first.reason
     workplace.until_over(run)
     assert first.node.startswith("node") and first.node not in workplace.job(run).node
-    assert numbers(run) == numbers(alone)
+    assert numbers(run.path) == numbers(alone.path)
 
 
 def test_a_lost_node(workplace, spec, undisturbed):
@@ -47,7 +48,7 @@ def test_a_lost_node(workplace, spec, undisturbed):
         until(lambda: workplace.job(run).node not in (job.node, ""), "another node")
     finally:
         workplace.start(job.node)
-    assert workplace.numbers(run) == numbers(undisturbed)
+    assert workplace.numbers(run) == numbers(undisturbed.path)
     workplace.until_idle()
 
 
@@ -65,4 +66,4 @@ def test_the_controller_restarts(workplace, spec, undisturbed):
         workplace.start("slurmctld")
     until(lambda: not overview([spec.id]).trouble, "the controller")
     os.kill(pid, signal.SIGCONT)
-    assert workplace.numbers(run) == numbers(undisturbed)
+    assert workplace.numbers(run) == numbers(undisturbed.path)

@@ -1,12 +1,9 @@
 """Layouts are arithmetic: every one the paper uses, at any size, without a process."""
 
-from dataclasses import replace
-
 import pytest
 
-from moelab.config import DataConfig, ModelConfig, TrainConfig
+from moelab.config import ModelConfig
 from moelab.config.parallel import EXCHANGES, ParallelConfig
-from moelab.runs.spec import RunSpec
 
 P = ParallelConfig
 
@@ -76,20 +73,3 @@ def test_impossible_layouts_name_the_constraint(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("layout", "ranks"),
-    [({"data": 8}, 4), ({"data": 4, "expert": 2}, 2), ({"data": 2, "expert": 1, "expert_slicing": 2}, 2)],
-)
-def test_the_one_rank_baseline_is_refused_on_ranks_before_anything_starts(layout, ranks):
-    layout = ParallelConfig(**layout)
-    local = ModelConfig(layers=3, hidden=32, heads=4, experts=(0, 4, 8), vocab=96, context=16)
-    train = TrainConfig(tokens=4096, batch_size=8, micro_batch=1)
-    spec = RunSpec(replace(local, dispatch="einsum"), train, DataConfig(context=16))
-    with pytest.raises(ValueError) as error:
-        replace(spec, parallel=layout)
-    said = f"'einsum' knows no expert parallelism or slicing, but layer 2 has its 4 experts on {ranks} ranks; allowed: "
-    assert said in str(error.value) and "\n" not in str(error.value)
-    assert replace(spec, parallel=ParallelConfig(data=4, expert=1)).id == spec.id, "each rank has all experts"
-    replace(spec, model=local, parallel=layout)

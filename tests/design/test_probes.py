@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from moelab import paper, paths
+from moelab.design import comparison
 from moelab.design import verdicts as claims
 from moelab.design.judging import restate
 from moelab.experiments import distillation, pr_moe, scaling
@@ -57,7 +58,8 @@ def test_a_seed_that_diverged_or_is_missing_is_named_and_not_dropped(lost):
     found = {v.claim: v for v in pr_moe.verdicts(frame, "cpu")}["moe128-beats-moe32"]
     assert found.verdict == claims.INCOMPLETE
     assert found.why == ("Missing: value 4." if lost == math.inf else "Missing: seed 3 of MoE-128.")
-    assert pr_moe.moe_headline(frame).endswith("without seed 3 of MoE-128)") or lost == math.inf
+    said = comparison.difference(frame, "MoE-128", "Dense", pr_moe.EXPERIMENT.looks_at("cpu"))
+    assert said.endswith("without seed 3 of MoE-128)") or lost == math.inf
 
 
 def test_holm_with_a_p_value_that_is_nan_rejects_nothing_by_it():

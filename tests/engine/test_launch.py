@@ -16,6 +16,7 @@ from moelab.engine.launch import Limits, RankFailed, launch, launcher, postmorte
 from moelab.engine.launch.process import rank_name
 from moelab.engine.launch.ranks import SlurmRanks
 from moelab.files import sweep
+from tests.conftest import until
 
 pytestmark = pytest.mark.multiprocess
 
@@ -79,13 +80,6 @@ def alive(folder):
         for p in psutil.process_iter(["environ", "status"])
         if (p.info["environ"] or {}).get("MOELAB_TEST_MARK") == str(folder) and p.info["status"] != psutil.STATUS_ZOMBIE
     ]
-
-
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert condition()
 
 
 def fails(go, *arguments, **options):

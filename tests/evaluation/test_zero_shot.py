@@ -11,10 +11,9 @@ from moelab.cli import app
 from moelab.config import ModelConfig
 from moelab.evaluation import zero_shot
 from moelab.evaluation.items import READERS, items
-from moelab.evaluation.models import Ours, open_evaluated
-from moelab.evaluation.requests import Requests
+from moelab.evaluation.models import open_evaluated, ours
 from moelab.evaluation.zero_shot import PACKAGED, evaluate, run_task
-from moelab.models import build
+from moelab.models import GPT, build
 
 PR = dict(layers=4, experts=(0, 2, 0, 4), residual=True, name="small PR")
 
@@ -41,21 +40,17 @@ def test_every_packaged_task_is_read(cache):
         items("race", cache)
 
 
-def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
+def test_answers_survive_a_kill_in_the_middle_of_a_line(lm_eval, tmp_path):
+    from moelab.evaluation.lm import Answers
+
     path = tmp_path / "a" / "requests.jsonl"
-    keys = [Requests.key("score", [1, 2], [i]) for i in range(3)]
-    assert len(set(keys)) == 3
-    first = Requests(path)
-    first.put({keys[0]: [-1.5, True], keys[1]: [-0.1 - 0.2, False]})
+    Answers(path)["one"] = [-0.1 - 0.2, False]
     with path.open("a") as file:
-        file.write('["' + keys[2] + '", [-3')
-    again = Requests(path)
-    assert len(again) == 2 and again.get(keys[1]) == [-0.1 - 0.2, False] and again.get(keys[2]) is None
-    again.put({keys[2]: "text\n"})
-    assert Requests(path).get(keys[2]) == "text\n"
-    with path.open("a") as file:
-        file.write("7\n")
-    assert len(Requests(path)) == 3 and path.read_bytes().endswith(b'"text\\n"]\n')
+        file.write('\n7\n["two", [-3')
+    again = Answers(path)
+    assert again == {"one": [-0.1 - 0.2, False]}
+    again["three"] = "text\n"
+    assert Answers(path) == again and len(again) == 2
 
 
 @pytest.fixture
@@ -78,13 +73,18 @@ def ask(lm, kind, *pairs):
     return getattr(lm, kind)([Instance(kind, {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)
 
 
-def naive(model, context, continuation):
+def last_logits(model, tokens):
+    """Logits after the tokens, by the whole model."""
+    with torch.no_grad():
+        found = model(torch.tensor([tokens]))
+    return (found.logits_BTV if isinstance(model, GPT) else found.logits)[0, -1]
+
+
+def naive(model, context, continuation, longest=24):
     """Sum and greediness of one request, token by token."""
     total, greedy = 0.0, True
     for i, token in enumerate(continuation):
-        seen = (context + continuation[:i])[-model.config.context :]
-        with torch.no_grad():
-            row = model(torch.tensor([seen])).logits_BTV[0, -1].log_softmax(0)
+        row = last_logits(model, (context + continuation[:i])[-longest:]).log_softmax(0)
         total, greedy = total + float(row[token]), greedy and int(row.argmax()) == token
     return total, greedy
 
@@ -97,9 +97,10 @@ def test_scores_are_the_models_whatever_the_batch(RunLM, model, tokenizer):
         ("a", "b" * 9): ("a", "b" * 9),
         ("the mast and", " wind"): ("the mast and", " wind"),
     }
-    lm = RunLM(Ours(model, tokenizer.eot), tokenizer, batch=4)
+    evaluated = ours(model, tokenizer)
+    lm = RunLM(evaluated, batch=4)
     found = ask(lm, "loglikelihood", *asked)
-    alone = ask(RunLM(lm.model, tokenizer, batch=1), "loglikelihood", *asked)
+    alone = ask(RunLM(evaluated, batch=1), "loglikelihood", *asked)
     for (context, wanted), (score, greedy), one in zip(asked.values(), found, alone, strict=True):
         tokens = [tokenizer.eot] if context is None else tokenizer.encode(context)
         whole = tokenizer.encode((context or "") + wanted)
@@ -110,36 +111,14 @@ def test_scores_are_the_models_whatever_the_batch(RunLM, model, tokenizer):
 
 
 def test_what_does_not_fit_is_cut_on_the_left_or_scored_in_windows(RunLM, model, tokenizer):
-    lm = RunLM(Ours(model, tokenizer.eot), tokenizer)
+    lm = RunLM(ours(model, tokenizer))
     ((long, _), (short, _)) = ask(lm, "loglikelihood", ("a" * 90, "q"), ("a" * 24, "q"))
     assert long == pytest.approx(short, abs=1e-5) and lm.cut == 1
     ((score, _),) = ask(lm, "loglikelihood", ("x", "q" * 60))
     assert lm.cut == 2 and score < 0 and ask(lm, "loglikelihood_rolling", ("q" * 60,))[0] < 0
     ((whole, _),) = ask(lm, "loglikelihood", ("", "q" * 9))
-    assert ask(lm, "loglikelihood_rolling", ("q" * 9,)) == [whole]
-
-
-def test_continuations_are_the_likeliest_and_end_at_a_stop_text(RunLM, model, tokenizer):
-    lm = RunLM(Ours(model, tokenizer.eot), tokenizer, batch=2)
-    settings = {"until": ["\n"], "do_sample": False, "max_gen_toks": 8}
-    contexts = ["the wave", "does the tide", "gull " * 30]
-    texts = ask(lm, "generate_until", *((c, settings) for c in contexts))
-    for context, text in zip(contexts, texts, strict=True):
-        tokens, wanted = tokenizer.encode(context)[-16:], []
-        while len(wanted) < 8:
-            with torch.no_grad():
-                token = int(model(torch.tensor([tokens + wanted])).logits_BTV[0, -1].argmax())
-            if token == tokenizer.eot:
-                break
-            wanted.append(token)
-        assert text == tokenizer.decode(wanted).split("\n")[0]
-    stop = texts[0][2:4]
-    (shorter,) = ask(lm, "generate_until", (contexts[0], {**settings, "until": [stop]}))
-    assert shorter == texts[0].partition(stop)[0]
-    whole, same = ask(lm, "generate_until", *((contexts[0], {**settings, "until": until}) for until in ([], [""])))
-    assert whole == same, "an empty text stops nothing"
-    with pytest.raises(ValueError, match="only tasks that take the likeliest text"):
-        ask(lm, "generate_until", ("a", {"do_sample": True, "temperature": 1.0}))
+    assert ask(lm, "loglikelihood_rolling", ("q" * 9,)) == [pytest.approx(whole, abs=1e-5)]
+    assert ask(lm, "loglikelihood", ("x", "")) == [(0, True)] and lm.cut == 2
 
 
 @pytest.fixture
@@ -155,27 +134,45 @@ def llama(tmp_path, tokenizer):
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save(folder / "tokenizer.json")
     record = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    record["add_bos_token"] = True
     (folder / "tokenizer_config.json").write_text(json.dumps(record))
     return folder
 
 
-def test_continuations_of_a_model_of_others_end_as_they_should(llama, cache, tokenizer):
-    model, _ = open_evaluated(llama, cache=cache)
-    prompts = [tokenizer.encode(text) for text in ("the wave", "does the tide wait for the gull", "no")]
-    free = model.likeliest(prompts, 6, [], 2)
-    assert [len(tokens) for tokens in free] == [6, 6, 6] and free == model.likeliest(prompts, 6, [], 1)
-    stop = free[1][2]
-    first = free[1].index(stop)
-    assert model.likeliest(prompts, 6, [stop], 3)[1] == free[1][: first + 1], "a stop token is the last one"
-    model.ends = {stop}
-    assert model.likeliest(prompts, 6, [], 3)[1] == free[1][:first], "the end of a text is no text"
+@pytest.mark.parametrize("whose", ["ours", "others"])
+def test_continuations_are_the_likeliest_and_end_at_a_stop_text(RunLM, model, tokenizer, llama, cache, whose):
+    evaluated = ours(model, tokenizer) if whose == "ours" else open_evaluated(llama, cache=cache)
+    lm = RunLM(evaluated, batch=2)
+    settings = {"until": ["\n"], "do_sample": False, "max_gen_toks": 8}
+    contexts = ["the wave", "does the tide", "gull " * 90]
+    texts = ask(lm, "generate_until", *((c, settings) for c in contexts))
+    assert lm.cut == 1
+    for context, text in zip(contexts, texts, strict=True):
+        tokens, wanted = evaluated.tokenizer.encode(context)[8 - lm.max_length :], []
+        while len(wanted) < 8:
+            token = int(last_logits(model if whose == "ours" else evaluated.model, tokens + wanted).argmax())
+            if token == tokenizer.eot:
+                break
+            wanted.append(token)
+        assert text == tokenizer.decode(wanted).split("\n")[0]
+    stop = texts[0][2:4]
+    (shorter,) = ask(lm, "generate_until", (contexts[0], {**settings, "until": [stop]}))
+    assert shorter == texts[0].partition(stop)[0]
+    whole, same = ask(lm, "generate_until", *((contexts[0], {**settings, "until": until}) for until in ([], [""])))
+    assert whole == same, "an empty text stops nothing"
+    (most,) = ask(lm, "generate_until", (contexts[0], {"until": [], "max_gen_toks": 999}))
+    assert most.startswith(whole) and len(most) > len(whole), "half of the context"
+    with pytest.raises(ValueError, match="only tasks that take the likeliest text"):
+        ask(lm, "generate_until", ("a", {"do_sample": True, "temperature": 1.0}))
 
 
 def test_the_end_of_text_of_a_model_of_others_is_its_own(llama, cache):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (llama / name).write_text((llama / name).read_text().replace("<|endoftext|>", "</s>"))
-    model, tokenizer = open_evaluated(llama, cache=cache)
-    assert tokenizer.eot == 0 and tokenizer.encode("<|endoftext|>") != [0]
+    texts = open_evaluated(llama, cache=cache).tokenizer
+    assert texts.eos_token_id == 0
+    for text in ("<|endoftext|>", "</s>"):
+        assert 0 not in texts.encode(text, add_special_tokens=False), "ordinary characters"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (llama / name).write_text((llama / name).read_text().replace("</s>", "<end>" if "config" in name else "<fin>"))
     record = json.loads((llama / "tokenizer_config.json").read_text())
@@ -184,22 +181,36 @@ def test_the_end_of_text_of_a_model_of_others_is_its_own(llama, cache):
         open_evaluated(llama, cache=cache)
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "message"),
-    [
-        *((kind, {}, "it changes the logits after its head, which is not supported") for kind in ("Gemma2", "Cohere")),
-        ("Granite", {"logits_scaling": 8.0}, "it changes the logits after its head, which is not supported"),
-        ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 1}, "its config.json has no max_position_embeddings"),
-    ],
-)
-def test_a_model_of_others_that_would_be_scored_wrongly_is_refused(llama, cache, kind, settings, message):
+def save_other(kind, llama, **settings):
+    """Put a small model of another architecture in the directory."""
     import transformers
 
-    sizes = {} if kind == "Mpt" else {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2} if sizes else {}
-    config = getattr(transformers, f"{kind}Config")(vocab_size=300, **sizes, **settings)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=300, **settings)
+    torch.manual_seed(0)
     getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(llama)
-    with pytest.raises(ValueError, match=f"llama: {message}$"):
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 8}),
+        ("Cohere", {"logit_scale": 9.0}),
+        ("Granite", {"logits_scaling": 8.0}),
+    ],
+)
+def test_a_model_of_others_that_changes_its_logits_is_scored_with_that(RunLM, llama, cache, kind, settings):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    save_other(kind, llama, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4, **sizes, **settings)
+    evaluated = open_evaluated(llama, cache=cache)
+    encode = evaluated.tokenizer.encode
+    ((score, greedy),) = ask(RunLM(evaluated), "loglikelihood", ("the wave", " and the"))
+    tokens = encode(" and the", add_special_tokens=False)
+    assert (pytest.approx(score, abs=1e-4), greedy) == naive(evaluated.model, encode("the wave"), tokens)
+
+
+def test_a_model_of_others_whose_context_is_unknown_is_one_line(llama, cache):
+    save_other("Mpt", llama, d_model=32, n_heads=4, n_layers=1)
+    with pytest.raises(ValueError, match=r"llama: its config.json has no max_position_embeddings$"):
         open_evaluated(llama, cache=cache)
 
 
@@ -248,20 +259,21 @@ def test_a_killed_evaluation_goes_on_and_a_finished_one_is_read_back(RunLM, expo
     folder = exported(**PR)
     tasks = ("packaged_boolq", "packaged_trivia")
     answered = []
-    score = RunLM._score
-    monkeypatch.setattr(RunLM, "_score", lambda self, pairs: answered.append(len(pairs)) or score(self, pairs))
+    store = RunLM.add_partial
+    monkeypatch.setattr(RunLM, "add_partial", lambda self, kind, *of: answered.append(kind) or store(self, kind, *of))
 
     def kill(task, done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(folder, tasks, cache=cache, batch=2, on_progress=kill)
-    assert sum(answered) == 2
+    assert answered == ["loglikelihood"]
     seen = []
     scores = evaluate(folder, tasks, cache=cache, batch=2, on_progress=lambda *state: seen.append(state))
-    assert sum(answered) == 10 + 4, "each request once: 5 items of 2 answers, and the right answers of 4"
-    assert seen[0] == ("packaged_boolq", 4, 10) and seen[-1][1] == seen[-1][2]
-    assert evaluate(folder, tasks, cache=cache) == scores and sum(answered) == 14
+    assert answered.count("loglikelihood") == 10 + 4, "each once: 5 items of 2 answers, and the right answers of 4"
+    assert answered.count("generate_until") == 4
+    assert seen[0] == ("packaged_boolq", 2, 10) and seen[-1][1] == seen[-1][2]
+    assert evaluate(folder, tasks, cache=cache) == scores and len(answered) == 18
     boolq, trivia = scores
     assert boolq.chance == 0.5 and boolq.majority == 0.8 and boolq.metric == "acc"
     assert trivia.chance == 0 and trivia.majority is None and trivia.metric == "exact_match"
@@ -277,11 +289,11 @@ def test_other_weights_are_evaluated_anew(exported, tokenizer):
 
     folder = exported()
     model = hf.load(folder)
-    before = zero_shot.fingerprint(Ours(hf.load(folder), tokenizer.eot), tokenizer)
-    assert zero_shot.fingerprint(Ours(hf.load(folder), tokenizer.eot), tokenizer) == before
+    before = ours(hf.load(folder), tokenizer).weights
+    assert ours(hf.load(folder), tokenizer).weights == before
     with torch.no_grad():
         model.blocks[1].ffn.up.bias[3] += 1e-6
-    assert zero_shot.fingerprint(Ours(model, tokenizer.eot), tokenizer) != before
+    assert ours(model, tokenizer).weights != before
 
 
 def test_the_command(lm_eval, exported, place, monkeypatch):
@@ -298,7 +310,7 @@ def test_a_full_disk_is_no_missing_data(lm_eval, exported, cache, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Requests, "put", full)
+    monkeypatch.setattr("moelab.evaluation.lm.Answers.__setitem__", full)
     with pytest.raises(OSError, match="No space left on device"):
         evaluate(exported(), ["packaged_piqa"], cache=cache, limit=2)
 

@@ -37,7 +37,7 @@ IDS = {name: {s: id for s, id in zip(SCALES, ids, strict=True) if id != "-"} for
 
 TEXT = {"overrides": {"train.tokens": 4194304, "data.corpus": "sotu"}}
 DROPS = {"overrides": {"model.routing.drop_tokens": True}}
-TAUGHT = {"distill.temperature": 2.0, "distill.weight": 0.5, "distill.top_k": 8, "distill.cache_bytes": 1000}
+TAUGHT = {"distill.temperature": 2.0, "distill.weight": 0.5}
 REQUESTS = [
     ("pr-moe", "cpu", TEXT, "3ce41b30fe"),
     ("distillation", "paper", TEXT, "bf18f8a2a8"),
@@ -45,7 +45,7 @@ REQUESTS = [
     ("pr-moe", "paper", DROPS, "fa4d633a38"),
     ("pr-moe", "cpu", {"overrides": {"parallel.data": 2}}, "bc7303f2ca"),
     ("distillation", "cpu", {"base": "1.3B"}, "8e5c2adf06"),
-    ("distillation", "gpu", {"stop": 0.5, "overrides": TAUGHT}, "3bae9d91c6"),
+    ("distillation", "gpu", {"stop": 0.5, "overrides": TAUGHT}, "4a2bce2f71"),
     ("learning-rate", "cpu", {"base": "6.7B"}, "2fae7a7dfd"),
     ("learning-rate", "full", {"base": "1.3B"}, "9e40c13a8c"),
     ("ladder", "cpu", {"larger": True}, "d28e8065c8"),
@@ -141,6 +141,8 @@ def test_a_mistake_in_overrides_is_one_line_with_what_is_allowed():
         ({"top_k": 4}, "did you mean model.top_k?"),
         ({"tokens": 1}, "no setting 'tokens'; did you mean train.tokens? allowed: model.…, train.…, data.…, parall"),
         ({"train.seed": 1}, "no setting 'train.seed'"),
+        ({"distill.top_k": 8}, "no setting 'distill.top_k'"),
+        ({"model.dispatch": "einsum"}, "no setting 'model.dispatch'"),
         ({"train.tokens": 1.5}, "train.tokens must be a valid integer, got '1.5'"),
         ({"train.tokens": True}, "train.tokens must be a valid integer, got 'true'"),
         ({"train.device": "tpu"}, "train.device must be 'cpu' or 'cuda', got 'tpu'"),

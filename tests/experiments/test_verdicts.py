@@ -3,6 +3,7 @@
 import pytest
 
 from moelab import paper
+from moelab.design import comparison
 from moelab.design import verdicts as claims
 from moelab.design.experiment import LOOKS
 from moelab.experiments import (
@@ -54,7 +55,8 @@ def test_the_headline_sets_pr_moe_beside_what_128_experts_gain_over_32():
 
 def test_the_interval_of_a_headline_is_that_of_the_planned_look():
     frame = final({"MoE-128": [4.8, 4.81, 4.8], "Dense": [5.0, 5.02, 5.01]})
-    plain, planned = pr_moe.moe_headline(frame), pr_moe.moe_headline(frame, "full")
+    looks = [pr_moe.EXPERIMENT.looks_at(scale) for scale in ("quick", "full")]
+    plain, planned = (comparison.difference(frame, "MoE-128", "Dense", plan) for plan in looks)
     assert "interval -0.221 to -0.192, 3 seeds" in plain and "interval -0.232 to -0.181, 3 seeds" in planned
 
 

@@ -62,19 +62,17 @@ def ops(backend, device):
     def combined(rows, weight, row, entry):
         return combine(rows, RowTable(row, entry, None), weight, backend=backend)
 
-    mixed = partial(residual_mix, backend=backend)
     return dict(
         gate=(gated, [torch.randn(S, E, **random), torch.randn(S, E, **random)]),
         row_table=(tabled, [g.expert_SK, g.slot_SK, g.kept_E]),
         dispatch=(dispatched, [torch.randn(S, M, **random), table.row_SK, table.entry_R]),
         combine=(combined, [torch.randn(R, M, **random), g.weight_SK, table.row_SK, table.entry_R]),
         expert_ffn=(partial(expert_ffn, backend=backend), [ffn[0], table.offsets_E1, *ffn[1:]]),
-        residual_learned=(mixed, mix),
-        residual_given=(lambda moe, mlp, a: mixed(moe, mlp, coefficient_S2=a), [*mix[:2], torch.rand(S, 2, **random)]),
+        residual=(partial(residual_mix, backend=backend), mix),
     )
 
 
-OPS = ["gate", "row_table", "dispatch", "combine", "expert_ffn", "residual_learned", "residual_given"]
+OPS = ["gate", "row_table", "dispatch", "combine", "expert_ffn", "residual"]
 DIFFERENTIABLE = [op for op in OPS if op != "row_table"]
 
 

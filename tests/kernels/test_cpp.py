@@ -1,4 +1,4 @@
-"""Where the library of the C++ comes from: compiled once, found again, never loaded unless it is whole and this user's.
+"""Where the library of the C++ comes from: compiled once, found again, there as a whole or not at all, never replaced.
 
 A script stands for the compiler, and a list for what is loaded, so that nothing is compiled or loaded here.
 """
@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,9 +31,8 @@ class Place:
     """Folders, a compiler, and what was loaded."""
 
     def __init__(self, root: Path):
-        self.root, self.first, self.sources = root, root / "first", root / "sources"
-        self.temporary = root / "tmp" / f"moelab-kernels-{os.getuid()}"
-        self.loaded, self.refuse = [], []
+        self.root, self.folder, self.sources = root, root / "folder", root / "sources"
+        self.loaded, self.refuse = [], ""
 
     def compiler(self, also=""):
         path = self.root / "compiler"
@@ -47,8 +45,8 @@ class Place:
         return len(log.read_text().splitlines()) if log.exists() else 0
 
     def load_library(self, path):
-        if Path(path).parent in self.refuse:
-            raise OSError(f"Could not load this library: {path}") from OSError("Operation not permitted")
+        if self.refuse:
+            raise OSError(f"Could not load this library: {path}") from OSError(self.refuse)
         assert Path(path).read_text() == "made\n"
         self.loaded.append(Path(path))
 
@@ -63,11 +61,9 @@ ONCE = len(_cpp.SOURCES) + 1  # calls of the compiler: one links
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     place = Place(tmp_path)
-    (tmp_path / "tmp").mkdir()
-    shutil.copytree(_cpp._HERE, place.sources, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place.first))
+    shutil.copytree(_cpp._HERE, place.sources, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place.folder))
     monkeypatch.setenv("CXX", place.compiler())
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(_cpp, "_HERE", place.sources)
     monkeypatch.setattr(torch.ops, "load_library", place.load_library)
     _cpp._key.cache_clear()
@@ -76,19 +72,20 @@ def place(tmp_path, monkeypatch):
     _cpp._key.cache_clear()
 
 
-def test_it_is_compiled_once_with_one_line(place, capfd):
+def test_it_is_compiled_once_with_one_line(place, monkeypatch, capfd):
     path = place.load()
-    assert path.parent == place.first and place.calls() == ONCE
+    assert path.parent.parent == place.folder and place.calls() == ONCE
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"moelab: compiling the CPU kernels for {NAME} with {place.root}")
+    monkeypatch.setenv("CXX", "no-such-compiler")
     assert place.load() == path and place.calls() == ONCE and capfd.readouterr() == ("", "")
-    assert [p for p in place.first.iterdir() if p.suffix != ".lock"] == [path]
-    assert place.first.stat().st_mode & 0o077 == 0
+    assert [p for p in place.folder.rglob("*") if p.suffix != ".lock"] == [path.parent, path]
+    assert place.folder.stat().st_mode & 0o077 == 0
 
 
 def test_who_waits_for_another_compilation_says_so(place, capfd):
-    place.first.mkdir(mode=0o700)
-    other = FileLock(place.first / f"moelab-kernels-{NAME}.lock")
+    place.folder.mkdir(mode=0o700)
+    other = FileLock(place.folder / f"moelab-kernels-{NAME}.lock")
     other.acquire()
     with ThreadPoolExecutor() as pool:
         path, said = pool.submit(place.load), ""
@@ -100,13 +97,19 @@ def test_who_waits_for_another_compilation_says_so(place, capfd):
         assert path.result().exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
-def test_what_is_not_whole_is_compiled_again(place, damage):
+@pytest.mark.parametrize("remove", [Path.unlink, lambda path: shutil.rmtree(path.parent)], ids=["file", "folder"])
+def test_what_was_removed_is_compiled_again(place, remove):
     path = place.load()
-    path.unlink() if damage == "removed" else path.write_text({"truncated": "", "altered": "madf\n"}[damage])
-    again = place.load()
-    assert again != path and place.calls() == 2 * ONCE
-    assert not path.exists() and again.exists()
+    remove(path)
+    assert place.load() == path and path.exists() and place.calls() == 2 * ONCE
+
+
+def test_what_another_node_compiled_meanwhile_is_not_replaced(place):
+    path = place.load()
+    before = path.stat()
+    _cpp._compile_now(NAME)
+    assert place.calls() == 2 * ONCE and path.stat() == before
+    assert [p for p in place.folder.iterdir() if p.suffix != ".lock"] == [path.parent]
 
 
 def test_other_sources_or_flags_are_another_library(place, monkeypatch):
@@ -127,96 +130,34 @@ def test_sources_that_change_meanwhile_make_no_library(place, monkeypatch):
     monkeypatch.setenv("CXX", place.compiler(f"echo >> {place.sources}/vectors.h"))
     with pytest.raises(RuntimeError, match="the sources of the CPU kernels changed while they were compiled"):
         place.load()
-    assert not list(place.first.glob("*.so")) and not list(place.first.glob("*.tmp")) and not place.loaded
-
-
-def test_foreign_files_of_the_same_prefix_stay(place):
-    place.first.mkdir()
-    key = _cpp._key(NAME)[:16]
-    folder = place.first / f"moelab-kernels-{NAME}-{key}-.so"  # the first one in order
-    folder.mkdir()
-    others = [
-        place.first / name for name in (f"moelab-kernels-{NAME}-x.so", f"moelab-kernels-avx2-{key}-x.so", "x.tmp")
-    ]
-    for path in others:
-        path.touch()
-    assert place.load() == place.load() and place.calls() == ONCE
-    assert folder.is_dir() and all(path.exists() for path in others)
-
-
-def test_what_a_killed_compilation_left_is_removed_later(place):
-    place.first.mkdir()
-    killed, other, file = (place.first / f"moelab-kernels-{n}.tmp" for n in ("killed", "other", "file"))
-    killed.mkdir()
-    other.mkdir()
-    file.touch()
-    for old in (killed, file):
-        os.utime(old, (0, 0))
-    place.load()
-    assert not killed.exists() and other.exists() and file.exists()
+    assert [p.suffix for p in place.folder.iterdir()] == [".lock"] and not place.loaded
 
 
 @pytest.mark.parametrize("why", ["no folder", "noexec", "no home"])
-def test_the_folder_of_temporary_files_is_next(place, monkeypatch, why):
+def test_where_it_cannot_be_kept_one_line_says_so(place, monkeypatch, capfd, why):
+    reason = f"the compiled code cannot be kept in {place.folder} ("
     if why == "no folder":
-        (place.root / "file").touch()
-        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place.root / "file" / "below"))
+        place.folder.touch()
     elif why == "noexec":
-        place.refuse.append(place.first)
+        place.refuse = "Operation not permitted"
+        reason += "Operation not permitted); set TORCH_EXTENSIONS_DIR to "
     else:
         monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
-    path, calls = place.load(), place.calls()
-    assert path.parent == place.temporary
-    assert place.load() == path and place.calls() == calls, "it is found there again"
-
-
-def test_no_folder_takes_it(place, monkeypatch):
-    place.refuse += [place.first, place.temporary]
-    with pytest.raises(RuntimeError, match=r"^no folder takes the compiled code \(.*: Operation not permitted\)$"):
-        place.load()
-    monkeypatch.setattr(tempfile, "gettempdir", Mock(side_effect=FileNotFoundError))
-    assert _cpp._folders() == (place.sources, place.first)
-
-
-@pytest.mark.parametrize("how", ["for all", "a link", "another user's"])
-def test_a_folder_of_temporary_files_that_others_may_have_filled_is_refused(place, how):
-    whole = place.load()
-    shutil.rmtree(place.temporary, ignore_errors=True)
-    real = place.root / "real" if how == "a link" else place.temporary
-    real.mkdir()
-    planted = real / whole.name
-    shutil.move(whole, planted)
-    if how == "for all":
-        real.chmod(0o777)
-    elif how == "a link":
-        place.temporary.symlink_to(real)
-    elif os.getuid() != 0:
-        pytest.skip("only root can make it another user's")
-    else:
-        os.chown(real, 65534, 65534)
-    place.refuse.append(place.first)
-    with pytest.raises(RuntimeError, match=r"no folder takes .*: others can write to it"):
-        place.load()
-    assert place.loaded == [whole], "what was planted is not loaded"
-
-
-def test_a_library_of_the_package_comes_first(place, monkeypatch):
-    path = place.load()
-    brought = place.sources / path.name
-    shutil.copy(path, brought)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert place.load() == brought
-    brought.write_text("x")
-    assert place.load() == path
+        reason = "there is no home directory to keep the compiled code in; set TORCH_EXTENSIONS_DIR."
+    monkeypatch.setattr(_cpp, "_load", _cpp._load.__wrapped__)  # which keeps what this process has loaded
+    assert not _cpp.available() and version()["instructions"] == "none"
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"moelab: no CPU kernels: {reason}") and "; set TORCH_EXTENSIONS_DIR" in line
+    assert "Plain PyTorch computes instead" in line
 
 
 def test_a_compiler_may_have_arguments_and_fail(place, monkeypatch):
     monkeypatch.setenv("CXX", f"{place.compiler()} -B /some/where")
     place.load()
     assert all(line.startswith("-B /some/where -") for line in (place.root / "log").read_text().splitlines())
-    shutil.rmtree(place.first)
+    shutil.rmtree(place.folder)
     for said, line in (
         ("x.cpp:1: error: made up\\nand more\\nmore\\nmore", "x.cpp:1: error: made up"),
         ("a\\nb\\nc\\nd", "b | c | d"),
@@ -226,7 +167,7 @@ def test_a_compiler_may_have_arguments_and_fail(place, monkeypatch):
         with pytest.raises(RuntimeError) as caught:
             place.load()
         assert str(caught.value).endswith(f"failed: {line}")
-        assert [p.suffix for p in place.first.iterdir()] == [".lock"]
+        assert [p.suffix for p in place.folder.iterdir()] == [".lock"]
 
 
 COMPILERS = ["g++", "clang++", *(f"clang++-{n}" for n in range(14, 30))]
@@ -281,11 +222,10 @@ def test_without_a_compiler_plain_pytorch_computes(place, monkeypatch, capfd, co
 @pytest.mark.multiprocess
 def test_processes_at_the_same_time_compile_once_and_do_not_wait_for_a_killed_one(tmp_path):
     place = Place(tmp_path)
-    code = "from pathlib import Path; from moelab.kernels import _cpp\n"
-    code += f"print(_cpp._compile({NAME!r}, Path({str(place.first)!r})))"
+    code = f"from moelab.kernels import _cpp; _cpp._compile({NAME!r}); print(_cpp._library({NAME!r}))"
 
     def start(also):
-        env = os.environ | {"CXX": place.compiler(also)}
+        env = os.environ | {"CXX": place.compiler(also), "TORCH_EXTENSIONS_DIR": str(place.folder)}
         options = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         return subprocess.Popen([sys.executable, "-c", code], **options)
 
@@ -307,4 +247,4 @@ def test_processes_at_the_same_time_compile_once_and_do_not_wait_for_a_killed_on
     lines = (said + said_second).splitlines()
     assert sum("compiling" in line for line in lines) == 1 and len(lines) <= 2, lines  # the other one may have to wait
     assert place.calls() == ONCE
-    assert len(list(place.first.glob("*.so"))) == 1
+    assert len(list(place.folder.glob("*/library.so"))) == 1

@@ -1,21 +1,14 @@
 """The ways to the experts and back on hand-written arrays, and what a layer does with them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from moelab.kernels import gate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelab.config import ModelConfig, RoutingConfig
 from moelab.models.baseline import mask_gate
-from moelab.models.dispatch import EinsumDispatch, LocalDispatch, make_dispatch
-from moelab.models.moe import MoE
+from moelab.models.dispatch import LocalDispatch
 
-CONFIG = ModelConfig(
-    layers=2, hidden=12, heads=1, experts=(0, 5), vocab=16, context=16, routing=RoutingConfig(drop_tokens=False)
-)
-WAYS = [LocalDispatch(), EinsumDispatch(), EinsumDispatch(static_tokens=100)]
+WAYS = [LocalDispatch(), LocalDispatch().baseline(), LocalDispatch().baseline(static_tokens=100)]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["local", "einsum", "einsum, static"])
@@ -42,22 +35,10 @@ class NoAnswers(TorchDispatchMode):
 
 def test_static_slots_read_nothing_from_the_device():
     x, routing = torch.randn(8, 4), gate(torch.randn(8, 3), 1)
-    static, reading = EinsumDispatch(static_tokens=8), EinsumDispatch()
+    static, reading = LocalDispatch().baseline(static_tokens=8), LocalDispatch().baseline()
     assert not static.reads_device(8) and static.reads_device(9) and reading.reads_device(1)
     with NoAnswers():
         mask_gate(torch.randn(8, 3), 2, 4, seed=1, normalize=True)
         static(x, routing, lambda rows, offsets: rows)
     with pytest.raises(AssertionError), NoAnswers():
         reading.dispatch(x, routing)
-
-
-def test_a_layer_takes_its_dispatch_from_the_config_and_by_one_method():
-    for name, way in (("local", LocalDispatch), ("einsum", EinsumDispatch)):
-        assert isinstance(MoE(replace(CONFIG, dispatch=name), 5).dispatcher, way)
-    moe = MoE(CONFIG, 5)
-    moe.set_dispatch("einsum", static_tokens=3)
-    assert moe.dispatcher.static_tokens == 3
-    made = []
-    moe.set_dispatch("local", lambda name, static_tokens=0: made.append(name) or make_dispatch(name))
-    moe.set_dispatch("einsum")
-    assert made == ["local", "einsum"], "the factory stays"

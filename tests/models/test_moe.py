@@ -62,11 +62,12 @@ def plain_layer(moe: MoE, x_SM, routing):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("dispatch", ["local", "einsum"])
+@pytest.mark.parametrize("baseline", [False, True], ids=["local", "baseline"])
 @pytest.mark.parametrize("tokens", [1, 7, 67])
 @pytest.mark.parametrize("config", LAYERS.values(), ids=LAYERS)
-def test_layer_equals_a_loop_over_tokens(tokens, config, dispatch):
-    moe = layer(replace(config, dispatch=dispatch))
+def test_layer_equals_a_loop_over_tokens(tokens, config, baseline):
+    moe = layer(config)
+    moe.dispatcher = moe.own.baseline() if baseline else moe.own
     x = torch.randn(tokens, config.hidden, dtype=torch.float64)
     found = []
     for forward in (lambda x: moe(x)[0], lambda x: plain_layer(moe, x, moe.router(x))):
@@ -82,10 +83,11 @@ def test_layer_equals_a_loop_over_tokens(tokens, config, dispatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 if i else 1e-6)
 
 
-@pytest.mark.parametrize("dispatch", ["local", "einsum"])
+@pytest.mark.parametrize("baseline", [False, True], ids=["local", "baseline"])
 @pytest.mark.parametrize("config", [BASE, replace(MODERN, top_k=1), replace(VARIANTS["shared gate"], top_k=1)])
-def test_all_tokens_to_one_expert_and_no_tokens(config, dispatch):
-    moe = layer(replace(config, dispatch=dispatch))
+def test_all_tokens_to_one_expert_and_no_tokens(config, baseline):
+    moe = layer(config)
+    moe.dispatcher = moe.own.baseline() if baseline else moe.own
     with torch.no_grad():
         moe.router.weight.zero_()
     x = torch.randn(9, config.hidden, dtype=torch.float64)

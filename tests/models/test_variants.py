@@ -25,7 +25,7 @@ from moelab.config import (
 )
 from moelab.config.feed_forward import Weight
 from moelab.models import GPT, build
-from moelab.models.grouped_attention import rotation_at
+from moelab.models.attention import rotation_at
 from moelab.models.routing import Router, normalized_entropy
 from moelab.runs.dry_run import STATE_BYTES, state_bytes
 from moelab.runs.spec import RunSpec
@@ -91,7 +91,7 @@ def test_a_tensor_that_an_expert_gains_is_built_counted_and_simulated(monkeypatc
         return tensors(shape) | ({"gained": gained} if shape.ffn == 18 else {})
 
     config = replace(MODERN, experts=(0, 4, 6), expert=ExpertConfig(ffn=18))
-    layout, layouts = ParallelConfig(data=2), Layouts.of([ParallelConfig(data=2)])
+    layout, layouts = ParallelConfig(data=2), Layouts([ParallelConfig(data=2)])
     found = []
     for patched in (tensors, more):
         monkeypatch.setattr(FeedForward, "tensors", patched)

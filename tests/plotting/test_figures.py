@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from moelab.experiments import pr_moe, scaling, top2_vs_residual, upcycling, zero_shot
-from moelab.plotting import differences, figures, layer
+from moelab.plotting import figures, layer
 from moelab.plotting.axis import EDGE, LOWEST, Axis
 
 
@@ -66,20 +66,25 @@ def test_a_title_is_set_as_in_print_and_left_out_of_svgs_that_stand_below_it(ax,
     assert "MoE-128" in figures.save(ax.figure, tmp_path / "b").read_text()
 
 
-def test_gaps_over_budgets_and_shares(ax):
-    ours = [{"arm": "MoE", "per_parameter": 10.0 * n, "gap": -0.1 * n - 0.01 * s} for n in (1, 2) for s in (0, 1)]
+def test_differences_over_budgets_and_shares(ax):
+    ours = [{"arm": "MoE", "per_parameter": 10.0 * n, "loss": -0.1 * n - 0.01 * s} for n in (1, 2) for s in (0, 1)]
     paper = pd.DataFrame({"per_parameter": [10, 20], "gap": [-0.1, -0.2], "low": [-0.2, -0.3], "high": [0, -0.1]})
-    arms = ["MoE", "missing"]
-    differences.over_budgets(pd.DataFrame(ours), ax, arms=arms, reference="Dense", paper=paper, label="paper: MoE")
-    assert legend(ax) == ["MoE", "paper: MoE"] and ax.get_xscale() == "log"
-    assert ax.get_ylabel().startswith("loss minus Dense's")
+    how = {"along": "per_parameter", "log": True, "against": "Dense", "paper": {"MoE (Fig 1)": paper}}
+    figures.loss_curves(pd.DataFrame(ours), ax, arms=["MoE", "missing"], **how)
+    assert legend(ax) == ["MoE", "paper: MoE (Fig 1)"] and ax.get_xscale() == "log" and len(ax.containers) == 2
+    assert ax.get_ylabel().startswith("loss minus Dense’s") and "parameter" in ax.get_xlabel()
     ax.clear()
-    ours = [{"pair": pair, "share": share, "gap": -share} for pair in ("M − D", "N − D") for share in (0.5, 1.0)]
-    paper = {"M − D": pd.DataFrame({"share": [0.5], "gap": [-0.1], "low": [-0.2], "high": [0.0]})}
-    differences.over_shares(pd.DataFrame(ours), ax, pairs=["M − D", "N − D"], paper=paper, of=["D", "M", "N"])
-    drawn = {line.get_label(): line.get_color() for line in ax.lines}
-    assert [drawn[f"{arm} − D"] for arm in "MN"] == [figures.colors(["D", "M", "N"])[arm] for arm in "MN"]
-    assert sorted(legend(ax)) == sorted(["M − D", "N − D", "paper: M − D"])
+    ours = [{"arm": arm, "share": share, "loss": -share} for arm in "MN" for share in (0.5, 1.0)]
+    paper = pd.DataFrame({"share": [0.5], "gap": [-0.1], "low": [-0.2], "high": [0.0]})
+    figures.loss_curves(pd.DataFrame(ours), ax, arms=["M", "N"], of=["D", "M", "N"], along="share", paper={"M": paper})
+    color = figures.colors(["D", "M", "N"])
+    drawn = {line.get_label(): line for line in ax.lines}
+    assert [drawn[arm].get_color() for arm in "MN"] == [color["M"], color["N"]]
+    assert list(drawn["M"].get_xdata()) == [50, 100]
+    assert sorted(legend(ax)) == ["M", "N", "paper: M"] and ax.get_ylabel().startswith("difference of validation")
+    theirs = next(line for line in ax.lines if line.get_marker() == figures.PAPER["marker"])
+    assert list(theirs.get_xdata()) == [50] and theirs.get_color() == color["M"]
+    assert 0 in [line.get_ydata()[0] for line in ax.lines], "no difference"
 
 
 def test_an_interval_below_zero_ends_at_the_axis_that_rows_of_a_page_share():

@@ -51,13 +51,13 @@ def test_a_legend_covers_nothing_and_takes_no_height_from_its_panel():
     assert heights[1] > 0.9 * heights[0]
 
 
-@pytest.mark.parametrize(("arms", "bands"), [(3, 3), (5, 0)])
-def test_many_curves_have_bars_at_their_ends_instead_of_bands(arms, bands):
+@pytest.mark.parametrize(("arms", "bands", "log"), [(3, 3, False), (5, 0, False), (3, 0, True)])
+def test_many_curves_and_those_on_a_logarithmic_axis_have_bars_at_their_ends_instead_of_bands(arms, bands, log):
     names = [f"arm {i}" for i in range(arms)]
     points = [(name, seed, n, i + 0.1 * seed) for i, name in enumerate(names) for seed in (0, 1) for n in (1, 2)]
     fig, (ax,) = figures.panels()
     curves = pd.DataFrame(points, columns=["arm", "seed", "tokens", "loss"])
-    figures.loss_curves(curves, ax, arms=names, against="Dense")
+    figures.loss_curves(curves, ax, arms=names, against="Dense", log=log)
     assert sum(c.get_array() is None and len(c.get_paths()[0]) > 4 for c in ax.collections) == bands
     assert len(ax.containers) == (0 if bands else arms) and "Dense" in ax.get_ylabel()
 

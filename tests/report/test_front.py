@@ -1,5 +1,7 @@
-"""The start page: five findings from the verdicts, axes that rows share, sizes, commands, downloads, explained words."""
+"""Verdicts as pages count them, axes that rows share, sizes, commands, downloads, explained words."""
 
+import io
+import os
 import zipfile
 
 import pytest
@@ -22,56 +24,7 @@ def row(claim: str, verdict: str, ours: float | None = None, low=None, high=None
     return ClaimRow(paper.claim(claim), verdict, where, "cpu", ours, low, high, 3, decides=True, kind=kind)
 
 
-def findings(rows: list[ClaimRow]) -> list[front.Finding]:
-    return front.findings(rows, {row.claim.id for row in rows})
-
-
-def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
-    rows = [
-        row("moe128-beats-moe32", v.REPRODUCED, -0.02, -0.03, -0.01),
-        row("moe128-350m-beats-own-base", v.REPRODUCED, -0.3, -0.31, -0.29),
-        row("full-kd-hurts-late", v.NOT_REPRODUCED, -0.05, -0.06, -0.04),
-        row("pyramid-shrinks-gap", v.UNDECIDED, 0.0, -0.01, 0.01),
-        row("residual-equals-top2", v.CANNOT_TELL, 0.0, -0.01, 0.01),
-        row("kernels-6x", v.FEW_SESSIONS, 2.0),
-        row("pr-moe-size", v.REPRODUCED, 0.31, 0.31, 0.31, kind="counted"),
-        row("moe-flop-efficiency", "simulated: does not hold", 0.78, kind="predicted"),
-        row("1t-under-25ms", "simulated: holds", 21.0, kind="predicted"),
-        row("speedup-1t", v.NOT_YET, kind="open"),
-    ]
-    found = findings(rows)
-    assert [f.name for f in found] == ["Agreement", "Contradiction", "Undecided", "Speed", "Not measured"]
-    agreement, contradiction, undecided, speed, rest = (f.sentence for f in found)
-    assert "on 2 of the 5 claims" in agreement and "2 as stated, 0 in direction" in agreement
-    assert found[0].claims[0].claim.id == "moe128-350m-beats-own-base", "the clearest first"
-    assert contradiction.startswith("One claim is") and found[1].claims[0].claim.id == "full-kd-hurts-late"
-    assert "1 because the seeds leave both answers open, 1 because the arms that must differ" in undecided
-    assert "1 other has" in undecided
-    assert "fewer than three sessions" in speed
-    assert "confirms 1 of 1 counted" in rest and "predicts 1 of 2" in rest and found[4].claims[0].ours == 0.78
-
-
-def test_what_holds_within_a_margin_only_and_what_differs_by_too_little_to_matter_are_said():
-    rows = [
-        row("moe128-beats-moe32", v.REPRODUCED, -0.02, -0.03, -0.01),
-        row("pr-moe-matches-moe128", v.EQUAL, 0.02, -0.006, 0.046),
-        row("pr-moe-mos-lowest-latency", v.SIMULATED_CLOSE, -0.06, kind="predicted"),
-        row("1t-under-25ms", "simulated: holds", 21.0, kind="predicted"),
-    ]
-    said, *_, simulated = (found.sentence for found in findings(rows))
-    assert "on 2 of the 2 claims" in said
-    assert "1 as stated, 0 in direction, without showing the paper's size of effect, 1 in being equal" in said
-    assert "predicts 1 of 2" in simulated and "cannot tell 1, within its own error" in simulated
-
-    rows = [row("full-kd-hurts-late", v.NOT_REPRODUCED, -0.05, -0.06, -0.04)]
-    alone = findings(rows)[1]
-    both = findings([*rows, row("pyramid-shrinks-gap", v.NO_DIFFERENCE, 0.001, -0.005, 0.007)])[1]
-    assert alone.sentence == "One claim is contradicted by the trained twins:"
-    said = "Two claims are contradicted by the trained twins, 1 of them by a difference too small to matter:"
-    assert both.sentence == said
-
-
-def test_findings_count_what_stands_after_holms_adjustment(tmp_path):
+def test_verdicts_are_counted_as_they_stand_after_holms_adjustment(tmp_path):
     weak = judge(paper.claim("pyramid-shrinks-gap"), [-0.1, -0.14, -0.07])
     others = [judge(paper.claim(id), [-0.1, 0.1, 0.0]) for id in ("residual-shrinks-gap", "moe128-beats-moe32")]
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [weak, *others], figures=())
@@ -82,7 +35,6 @@ def test_findings_count_what_stands_after_holms_adjustment(tmp_path):
     assert (shown.verdict, shown.alone, shown.key) == (v.UNDECIDED, v.REPRODUCED, "trained: undecided")
     assert f"p-value is {weak.p:.2g} and, adjusted for all tests, {3 * weak.p:.2g}; it must be below" in shown.note
     assert [(item.label, item.claims) for item in tally(entries)["trained"]] == [(v.UNDECIDED, 3)]
-    assert findings(rows)[0].sentence == "No trained claim agrees with the paper yet."
     assert ledger.counts(entries)["measured"] == {v.UNDECIDED: 3}
 
 
@@ -107,14 +59,6 @@ def test_a_claim_that_lacks_every_seeds_value_keeps_its_group_and_the_seeds_name
     (shown,) = (r for r in all_claims(read_results(tmp_path)[0], entries) if r.claim.id == lost.claim)
     assert shown.decides and "seed 0: never" in shown.note and shown.link.startswith("scaling/full/")
     assert shown.key in {item.key for item in tally(entries)["trained"]}
-
-
-def test_without_results_there_are_sentences_and_rows_that_state_the_same_claim_count_once():
-    found = findings([row("moe128-beats-moe32", v.NOT_YET, kind="open")])
-    assert len(found) == 5 and all(f.sentence.endswith(".") and not f.claims for f in found)
-    shared = next(claim for claim in paper.claims() if claim.same_as)
-    rows = [row(id, "simulated: holds", 2.0, kind="predicted") for id in (shared.same_as, shared.id)]
-    assert "predicts 1 of 1" in front.findings(rows, {shared.same_as})[4].sentence
 
 
 def test_rows_share_an_axis_by_what_they_show():
@@ -170,19 +114,14 @@ def test_sizes_come_from_the_specs():
     assert front.sizes([result(), result(runs=[{"id": "x", "label": "x"}])]) == {}
 
 
-def test_a_zip_is_written_again_only_if_a_file_changed(tmp_path):
+def test_a_zip_has_the_files_and_that_of_the_same_files_is_the_same(tmp_path):
     files = {name: tmp_path / name for name in ("a.json", "b.jsonl")}
     for file in files.values():
         file.write_text(file.name)
-    packed = tmp_path / "data.zip"
-    assert downloads.write_zip(packed, files) and not downloads.write_zip(packed, files)
-    first = packed.read_bytes()
-    files["a.json"].write_text("A.json")
-    assert downloads.write_zip(packed, files), "of the same length"
-    assert zipfile.ZipFile(packed).read("a.json") == b"A.json"
-    files["a.json"].write_text("a.json")
-    assert downloads.write_zip(packed, files) and packed.read_bytes() == first, "the same, byte for byte"
-    assert not downloads.write_zip(packed, files) and downloads.write_zip(packed, {"a.json": files["a.json"]})
+    first = downloads.packed(files)
+    assert zipfile.ZipFile(io.BytesIO(first)).read("a.json") == b"a.json"
+    os.utime(files["a.json"], (0, 0))
+    assert downloads.packed(files) == first, "byte for byte"
 
 
 def test_words_are_explained_where_they_first_stand():

@@ -1,13 +1,12 @@
 """A home for each test, records to pass on, and waiting for processes that train."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moelab.runs import records
 from moelab.runs.store import Run, RunStore, Status
+from tests.conftest import until
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +29,6 @@ def record(run: Run, directory: Path) -> Path:
     (alone := directory / archive.name).write_bytes(archive.read_bytes())
     pack.unlink()
     return alone
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds, for five minutes at most."""
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def wait_for_step(run: Run, step: int) -> None:

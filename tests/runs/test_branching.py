@@ -24,8 +24,8 @@ from moelab.runs.store import Run, RunStore, Status
 from moelab.training.loop import TrainingStopped
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 from moelab.training.optimizer import make_optimizer
-from tests.conftest import numbers, stop_after
-from tests.runs.conftest import record, until
+from tests.conftest import numbers, stop_after, until
+from tests.runs.conftest import record
 
 pytestmark = pytest.mark.slow
 
@@ -141,41 +141,7 @@ def test_training_again_that_leaves_no_checkpoint_is_one_line(branch, tmp_path):
     assert "\n" not in str(error.value)
 
 
-class Asked(Exception):
-    """Holds the spec that is to be trained again."""
-
-
-@pytest.mark.parametrize(
-    ("changes", "layout", "expected"),
-    [
-        ({"experts": (0, 6, 0, 6)}, ParallelConfig(data=4), ParallelConfig(data=4, expert=2)),
-        ({"dropout": 0.1}, ParallelConfig(tensor=2, data=2), ParallelConfig(data=4, expert=4)),
-        ({"experts": (0, 4, 0, 4)}, ParallelConfig(data=4, shard=True), ParallelConfig(data=4, shard=True)),
-    ],
-    ids=["other experts", "dropout", "fits"],
-)
-def test_a_trunk_is_trained_again_in_a_layout_that_fits_it(changes, layout, expected, trunk, short, tmp_path):
-    """A trunk's trunk, too."""
-    train = replace(trunk.train, micro_batch=1)
-    model = replace(trunk.model, experts=(0, 4, 0, 4), residual=False, dropout=0.0)
-    stem = replace(trunk, train=train, model=replace(model, **changes))
-    middle = replace(stem, train=replace(train, tokens=20 * STEP), start=Start(stem, 8 * STEP))
-    grown = replace(model, experts=tuple(2 * max(pair) for pair in zip(model.experts, stem.model.experts, strict=True)))
-    own = replace(train, tokens=14 * STEP, cooldown_tokens=4 * STEP)
-    start = Start(middle, 10 * STEP, upcycle=UpcycleConfig(noise=0.1))
-    branch = replace(stem, model=grown, train=own, start=start, parallel=layout)
-    asked = []
-
-    def train_until(spec, *_):
-        asked.append(spec)
-        raise Asked
-
-    with pytest.raises(Asked):
-        starting_point(branch, tmp_path / branch.id, tmp_path, train_until, print)
-    assert [(spec.model, spec.parallel) for spec in asked] == [(stem.model, expected)]
-
-
-def test_a_trunk_that_no_layout_fits_is_one_line(trunk, short, tmp_path):
+def test_a_trunk_that_the_layout_of_its_branch_does_not_fit_is_one_line(trunk, short, tmp_path):
     """Its loss needs one micro-batch per data rank, dropout allows data ranks only."""
     train = replace(short.train, micro_batch=2)
     routing = replace(trunk.model.routing, aux_scope="step")
@@ -187,7 +153,7 @@ def test_a_trunk_that_no_layout_fits_is_one_line(trunk, short, tmp_path):
         start=Start(stem, 10 * STEP),
         parallel=ParallelConfig(tensor=2, data=2),
     )
-    with pytest.raises(ValueError, match=f"the trunk {stem.id} must be .* which no layout of 4 ranks fits: ") as error:
+    with pytest.raises(ValueError, match=f"the trunk {stem.id} must .* layout of its branch does not fit: ") as error:
         starting_point(branch, tmp_path / branch.id, tmp_path, lambda *_: None, print)
     assert "\n" not in str(error.value)
 

@@ -15,14 +15,13 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from safetensors.torch import load_file
 
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.checkpoint.format import directories
 from moelab.files import read_json, sweep
 from moelab.runs.store import Run, RunStore
-from moelab.training.metrics import TRAIN, VALIDATION, read_rows
-from tests.conftest import CLOCK
+from moelab.training.metrics import TRAIN, read_rows
+from tests.conftest import CLOCK, numbers, tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -107,15 +106,11 @@ def contents(run: Run) -> dict:
     sweep(run.path, older_s=0)
     names = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
     found = {"names": {n for n in names if n not in ELSEWHERE and not n.startswith("logs/")}}
-    for file in (TRAIN, VALIDATION):
-        found[file] = [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(run.path / file)]
-    for file in ("result.json", "status.json", "spec.json"):
+    for file in ("status.json", "spec.json"):
         found[file] = {k: v for k, v in read_json(run.path / file).items() if k not in CLOCK}
     for folder in directories(run.path / "checkpoints"):
-        for file in sorted(folder.glob("*.safetensors")):
-            name = f"{folder.name}/{file.name}"
-            found[name] = {key: (t.shape, t.numpy().tobytes()) for key, t in load_file(file).items()}
-    return found
+        found |= tensors(folder)
+    return found | numbers(run.path)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

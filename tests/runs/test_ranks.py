@@ -19,7 +19,8 @@ from moelab.runs.executors import start
 from moelab.runs.store import Run, RunStore, Status
 from moelab.runs.supervisor import supervise
 from moelab.slurm import attempt
-from tests.runs.conftest import until, wait_for_step
+from tests.conftest import until
+from tests.runs.conftest import wait_for_step
 
 # What is imported in every process of a test before its own program: `train` replaced, as Python's start-up hook allows.
 STAND_IN = '''

@@ -20,7 +20,8 @@ from moelab.runs.executors import start
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status
 from moelab.training.metrics import TRAIN, read_rows
-from tests.runs.conftest import until, wait_for_step
+from tests.conftest import until
+from tests.runs.conftest import wait_for_step
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_links_that_work_at_the_same_time():
 def step(model=LATENT, parallel=None, program=BARE, where=TOY, **settings):
     """A decoding step of one layout, whose every number is an array of one."""
     settings = {"context": 10, "dtype": "bf16", "constants": ROUND, **settings}
-    return decode_sweep(model, Layouts.of([parallel or ParallelConfig()]), where, program=program, **settings)
+    return decode_sweep(model, Layouts([parallel or ParallelConfig()]), where, program=program, **settings)
 
 
 def test_a_latent_step_by_hand():
@@ -93,7 +93,7 @@ def test_a_latent_step_by_hand():
     pairs = 2 * 100
     cache = max(pairs * 20 * 2 / 1e4, pairs * pair_flops(model, decoding=True) / 0.5e6)
     assert got.parts_ms["attention"][0] * 1e3 == pytest.approx(2 * 0.5 + model.attention_weights / 1e4 + cache)
-    assert got.memory.cache[0] == 2 * 100 * 20 * 2 and got.memory.weights[0] == model.parameters()
+    assert got.memory["cache"][0] == 2 * 100 * 20 * 2 and got.memory["weights"][0] == model.parameters()
 
 
 def test_experts_sliced_over_a_tensor_group():
@@ -103,7 +103,7 @@ def test_experts_sliced_over_a_tensor_group():
     read, weights = 8 * (1 - (7 / 8) ** 6), model.expert_feed_forward.weights / 2
     assert got.parts_ms["experts"][0] * 1e3 == pytest.approx(read * weights * 2 / 1e4)
     assert got.parts_ms["all_to_all"][0] == 0
-    assert got.memory.experts[0] == 8 * model.expert_feed_forward.parameters * 2 / 2
+    assert got.memory["experts"][0] == 8 * model.expert_feed_forward.parameters * 2 / 2
 
 
 def test_a_pipeline_idles_for_its_stages_and_overlap_hides_an_exchange_behind_products():
@@ -124,7 +124,7 @@ def test_a_pipeline_idles_for_its_stages_and_overlap_hides_an_exchange_behind_pr
 
 def test_a_prefill_by_hand():
     """One dense layer, 8 tokens of prompts of 4: products with every token, the head with 2, scores of 2.5 pairs."""
-    decoder, layouts = DecoderConfig.modern(ffn=128), Layouts.of([ParallelConfig()])
+    decoder, layouts = DecoderConfig.modern(ffn=128), Layouts([ParallelConfig()])
     model = ModelConfig(layers=1, hidden=64, heads=4, vocab=128, decoder=decoder, routing=DROPLESS)
     known = replace(ROUND, memory_share=1.0, counted_share=0.5)
     got = serving.prefill_s(model, layouts, TOY, BARE, tokens=8, prompt=4, dtype="bf16", constants=known)
@@ -135,7 +135,7 @@ def test_a_prefill_by_hand():
 
 
 def test_a_request_is_a_prefill_and_steps():
-    layouts, settings = Layouts.of([ParallelConfig()]), {"dtype": "bf16", "constants": ROUND}
+    layouts, settings = Layouts([ParallelConfig()]), {"dtype": "bf16", "constants": ROUND}
     got = serving.request_s(LATENT, layouts, TOY, BARE, batch=2, prompt=8, output=5, **settings)
     first = serving.prefill_s(LATENT, layouts, TOY, BARE, tokens=16, prompt=8, **settings)
     assert got == pytest.approx(first + 4 * step(batch=2).latency_ms[0] / 1e3)
@@ -148,7 +148,7 @@ def test_a_request_is_a_prefill_and_steps():
 
 def test_full_load_fills_the_memory():
     where = replace(TOY, gpu=replace(TOY.gpu, memory_gib=0.01))
-    layouts, settings = Layouts.of([ParallelConfig()]), {"dtype": "bf16", "constants": ROUND}
+    layouts, settings = Layouts([ParallelConfig()]), {"dtype": "bf16", "constants": ROUND}
     batch, rate = serving.full_load(LATENT, layouts, where, BARE, prompt=100, output=50, **settings)
     fits = [bool(step(where=where, batch=b, context=125).fits[0]) for b in (batch, batch + 1)]
     assert fits == [True, False] and rate > 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,9 +21,11 @@ from moelab.lab import Lab
 from moelab.runs.execute import execute
 from moelab.runs.store import Run, RunStore
 from moelab.slurm import attempt, callables, local, preflight, queue, submit
+from moelab.slurm.jobs import RunJob
 from moelab.slurm.profiles import Profile
 from moelab.slurm.status import log_of, overview
 from moelab.slurm.submission import submissions
+from tests.conftest import until
 
 pytestmark = pytest.mark.multiprocess
 
@@ -39,13 +39,6 @@ def lab(workshop, monkeypatch):
     yield Lab()
     for record in submissions():
         local.cancel(str(part.job) for part in record.parts)
-
-
-def until(condition: Callable[[], object], limit_s: float = 300) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def losses(run: Run) -> list:
@@ -79,24 +72,26 @@ def driver(job: str) -> psutil.Process:
     return child
 
 
-def test_a_run_that_is_requeued_and_one_that_is_cancelled_and_submitted_again_go_on(lab, tiny_spec, tmp_path):
+def test_a_run_that_is_stopped_or_cancelled_goes_on_when_it_is_submitted_again(lab, tiny_spec, tmp_path):
     train = replace(tiny_spec.train, tokens=6 * tiny_spec.train.tokens, checkpoint_every=20)
     spec = replace(tiny_spec, train=train)
     alone = RunStore(tmp_path / "alone").run(spec)
     execute(alone)
-    (job,) = lab.submit([spec], cluster="local")
-    until(lambda: job.run.status.step > 30)
-    driver(job.job_id).send_signal(signal.SIGUSR2)  # submitit's
-    until(lambda: job.run.status.state == "stopped")
-    requeued = attempt.newest_checkpoint(job.run)
-    until(lambda: job.run.status.step > requeued + 10)
-    (log,) = submissions()[0].folder.glob("*_log.out")
-    assert requeued > 30 and "Requeued job" in log.read_text()
-    job.cancel()
-    until(lambda: not local.jobs(submissions(), lab.store))
-    assert (job.state, job.done()) == ("stopped", True) and attempt.newest_checkpoint(job.run) > requeued
+    ids = set()
+
+    def ended_after(step: int, end: Callable[[RunJob], object]) -> int:
+        (job,) = lab.submit([spec], cluster="local")
+        ids.add(job.job_id)
+        until(lambda: job.run.status.step > step)
+        end(job)
+        until(lambda: not local.jobs(submissions(), lab.store))
+        assert (job.state, job.done()) == ("stopped", True) and attempt.newest_checkpoint(job.run) > step
+        return attempt.newest_checkpoint(job.run)
+
+    first = ended_after(30, lambda job: driver(job.job_id).send_signal(signal.SIGUSR2))  # submitit's
+    ended_after(first + 10, lambda job: job.cancel())
     (again,) = lab.submit([spec], cluster="local")
-    assert again.job_id != job.job_id
+    assert len(ids | {again.job_id}) == 3
     again.wait()
     steps = [int(number) for number in re.findall(r"step (\d+) of", again.stdout())]
     assert again.state == "finished" and steps == sorted(steps), "it went on from the checkpoints"
@@ -112,11 +107,11 @@ def test_a_run_whose_spec_is_unreadable_leaves_the_others_alone(lab, tiny_spec, 
     monkeypatch.setattr(callables, "train", lambda run, *_, **__: trained.append(run.spec))
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
     batch = callables.LocalBatch([[str(run.path) for run in runs]], [], 2, attempt.Limits(1, 1), "")
-    batch.stop = threading.Event()
+    monkeypatch.setattr(callables, "begin", lambda: lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # submitit's
     batch.gpus = "GPU-3"
     with pytest.raises(callables.Failed, match=f"^failed: {runs[0].spec.id}, {runs[1].spec.id}; see moelab status"):
-        batch.work()
+        batch()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-3", "the user's"
     assert trained == [specs[2]] and "spec.json: not valid JSON" in capsys.readouterr().err
 

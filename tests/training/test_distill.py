@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from moelab.config.distill import DistillConfig
-from moelab.training.distill import Likeliest, LogitCache, Teacher, divergence, divergence_of_likeliest, likeliest
+from moelab.training.distill import Teacher, divergence
 from moelab.training.loop import TrainingStopped, train
 from moelab.training.metrics import TRAIN, read_rows
 from tests.conftest import numbers, stop_after
@@ -35,18 +35,6 @@ def test_divergence_and_its_gradient_are_those_of_the_plain_function(logits, t):
     assert float(same) == pytest.approx(0.0, abs=1e-6) and float(nothing.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("t", [1.0, 2.5])
-def test_likeliest_bound_the_divergence_and_reach_it(logits, t):
-    teacher, student = logits
-    whole, gradient = divergence(teacher, student, t)
-    some = [divergence_of_likeliest(*likeliest(teacher, k, t), student, t) for k in (1, 4, 10, 11, 50)]
-    totals = [float(total) for total, _ in some]
-    assert totals[:3] == sorted(totals[:3]) and totals[4] == totals[3], "more tokens tell more; beyond all is nothing"
-    assert totals[0] < whole - 0.3
-    assert totals[2] == pytest.approx(float(whole), abs=1e-5) and totals[3] == pytest.approx(float(whole), abs=1e-4)
-    assert torch.allclose(some[2][1], gradient, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("config", "weights"),
     [
@@ -71,7 +59,6 @@ def test_schedules(config, weights):
         ({"stop": 5}, "stop belongs to"),
         ({"schedule": "linear", "start": 5, "stop": 5}, "start must be before stop"),
         ({"schedule": "stop", "start": 1, "stop": 5}, "start belongs to"),
-        ({"cache_bytes": 1}, "a cache needs top_k"),
     ],
 )
 def test_bad_configurations_are_one_line(arguments, part):
@@ -124,41 +111,13 @@ def test_a_stopped_student_goes_on_bit_for_bit(taught, tmp_path):
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_the_cache_changes_no_number_and_keeps_its_bound(taught, school, tmp_path, caplog):
-    plain = DistillConfig(top_k=8)
-    micro = {"train": {"micro_batch": 2}}
-    taught("plain", plain, **micro)
-    taught("filling", replace(plain, cache_bytes=10_000_000), **micro)
-    (folder,) = (school / "logits").iterdir()
-    files = sorted(folder.iterdir())
-    assert len(files) == 48, "a file a micro-batch"
-    files[0].write_bytes(b"torn")
-    taught("reading", replace(plain, cache_bytes=10_000_000), **micro)
-    assert "is unreadable" in caplog.text
-    for name in ("filling", "reading"):
-        assert numbers(tmp_path / name) == numbers(tmp_path / "plain")
-
-    bound = 3 * files[1].stat().st_size
-    taught("bounded", replace(plain, top_k=9, cache_bytes=bound), **micro)
-    other = next(f for f in (school / "logits").iterdir() if f != folder)
-    assert 0 < sum(f.stat().st_size for f in other.iterdir()) <= bound
-
-
-def test_a_cache_of_another_shape_is_not_used(tmp_path):
-    cache = LogitCache(tmp_path, 10_000)
-    cache.put("a", Likeliest(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.int32)))
-    assert cache.get("a", torch.zeros(2, 3)) is not None and cache.get("a", torch.zeros(3, 3)) is None
-
-
-def test_a_disk_without_room_for_the_cache_does_not_end_the_training(tmp_path, caplog):
-    (tmp_path / "full").write_text("")
-    cache = LogitCache(tmp_path / "full" / "below", 10_000)
-    for _ in range(2):
-        cache.put("a", Likeliest(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.int32)))
-    assert cache.size == 0 and caplog.text.count("logits are kept no longer") == 1
-
-
 def test_a_teacher_without_checkpoint_is_one_line(tiny_model, tiny_train, data, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint yet"):
         train(tiny_model, tiny_train, data, 32, tmp_path, teacher=Teacher(tiny_model, tmp_path / "no", DistillConfig()))
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 8}, {"top_k": 8, "cache_bytes": 9}])
+def test_settings_of_earlier_versions_are_refused_in_one_line(tiny_model, tiny_train, data, tmp_path, setting):
+    teacher = Teacher(tiny_model, tmp_path / "no", DistillConfig(**setting))
+    with pytest.raises(ValueError, match=r"^distill: top_k and cache_bytes are settings of earlier versions"):
+        train(tiny_model, tiny_train, data, 32, tmp_path, teacher=teacher)

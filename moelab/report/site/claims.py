@@ -12,7 +12,6 @@ from moelab.design import power
 from moelab.design.judging import restate
 from moelab.design.verdicts import COUNTED, FITTED, MEASURED, OUTCOMES, PREDICTED, Verdict, outcome
 from moelab.report.ledger import OPEN, Entry, Evidence, distinct
-from moelab.report.site.order import position
 from moelab.report.site.results import Result
 from moelab.report.site.template import number, quantity
 from moelab.statistics import ALPHA
@@ -151,7 +150,7 @@ def claims_of(result: Result) -> list[ClaimRow]:
 
 
 def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[ClaimRow]:
-    """Return rows for every claim of the ledger of these results, in the order of the paper's figures.
+    """Return rows for every claim of the ledger of these results, in its order.
 
     A claim has a row for each scale with a value, the deciding one first, with or without one; else a row without a
     result. The ledger (`moelab.report.ledger`) says which row decides, as for `moelab claims`.
@@ -171,7 +170,7 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
             rows.append(row)
         if not shown:
             rows.append(ClaimRow(claim, entry.adjusted, decides=True))
-    return sorted(rows, key=lambda row: position(row.claim.where))
+    return rows
 
 
 def _outlook(claim: paper.Claim, result: Result, entry: Entry) -> str:

@@ -59,11 +59,11 @@ def digest(chapters: Sequence[Chapter], rows: Sequence[ClaimRow]) -> list[Row]:
     """Return a row for every experiment that has a result, in the order of the paper: the strongest scale of each."""
     found = []
     for chapter in chapters:
-        result = next(iter(chapter.results.values()), None)
+        about, result = chapter.about, next(iter(chapter.results.values()), None)
         if result is None:
             continue
         claims = [r for r in rows if r.result is result and r.ours is not None]
-        claim = next((r for r in claims if r.claim.id == _PREFERRED.get(chapter.name)), next(iter(claims), None))
+        claim = next((r for r in claims if r.claim.id == _PREFERRED.get(about.name)), next(iter(claims), None))
         flops, time = _ratios(result, claim) if claim else (None, None)
         effect = ""
         if claim:
@@ -73,10 +73,10 @@ def digest(chapters: Sequence[Chapter], rows: Sequence[ClaimRow]) -> list[Row]:
         seconds = result.summary.training_seconds or result.summary.notebook_seconds or 0
         found.append(
             Row(
-                chapter.name,
-                chapter.title,
-                chapter.reference,
-                chapter.question,
+                about.name,
+                about.title,
+                about.paper,
+                about.question,
                 result.title,
                 effect,
                 claim.verdict if claim else "",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.files import write_bytes
 from moelab.report.ledger import Entry
 from moelab.report.site.digest import to_csv
 from moelab.report.site.results import Result
@@ -39,40 +37,13 @@ def members(result: Result) -> dict[str, Path]:
     return {n: result.folder / n for n in sorted(result.names) if n.endswith((".json", ".jsonl", ".svg"))}
 
 
-def write_zip(path: Path, files: Mapping[str, Path]) -> bool:
-    """Write a zip of these files, unless it has the same already; return whether it was written.
-
-    The zip of the same files is the same, byte for byte: its times are constant.
-
-    Args:
-        files: name in the zip -> file.
-    """
-    if _is_current(path, files):
-        return False
+def packed(files: Mapping[str, Path]) -> bytes:
+    """Return a zip of these files, name in the zip -> file; that of the same files is the same, byte for byte."""
     data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as packed:
+    with zipfile.ZipFile(data, "w") as archive:
         for name, file in files.items():
-            packed.writestr(zipfile.ZipInfo(name), file.read_bytes(), zipfile.ZIP_DEFLATED, 9)
-    write_bytes(path, data.getvalue())
-    return True
-
-
-def _is_current(path: Path, files: Mapping[str, Path]) -> bool:
-    try:
-        with zipfile.ZipFile(path) as packed:
-            there = {one.filename: (one.file_size, one.CRC) for one in packed.infolist()}
-        written = path.stat().st_mtime_ns
-    except (OSError, zipfile.BadZipFile):
-        return False
-    if list(there) != list(files):
-        return False
-    for name, file in files.items():
-        stat = file.stat()
-        if stat.st_size != there[name][0]:
-            return False
-        if stat.st_mtime_ns > written and zlib.crc32(file.read_bytes()) != there[name][1]:
-            return False
-    return True
+            archive.writestr(zipfile.ZipInfo(name), file.read_bytes(), zipfile.ZIP_DEFLATED, 9)  # of a constant time
+    return data.getvalue()
 
 
 @dataclass(frozen=True)

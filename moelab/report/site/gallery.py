@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moelab import paper
-from moelab.experiments import EXPERIMENTS
+from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.report.site.claims import ClaimRow
-from moelab.report.site.order import position
-from moelab.report.site.results import Result, weakness
+from moelab.report.site.results import Result, described, weakness
 
 
 @dataclass(frozen=True)
@@ -17,22 +16,16 @@ class Chapter:
     """One experiment of the gallery.
 
     Attributes:
-        name, title, reference, question, answer: the experiment's, as far as they are known.
-        command: the command that runs it, empty for an experiment that this version does not have.
+        about: the experiment.
         results: scale -> newest result, the strongest evidence first.
     """
 
-    name: str
-    title: str
-    reference: str
-    question: str
-    answer: str
-    command: str
+    about: Experiment
     results: Mapping[str, Result]
 
 
 def chapters(results: Sequence[Result]) -> list[Chapter]:
-    """Return a chapter for every experiment, with or without a result, in the order of the paper.
+    """Return a chapter for every experiment, with or without a result, in the order of the paper's claims.
 
     Args:
         results: the newest first.
@@ -40,16 +33,8 @@ def chapters(results: Sequence[Result]) -> list[Chapter]:
     newest: dict[str, dict[str, Result]] = {}
     for result in sorted(results, key=weakness):
         newest.setdefault(result.experiment, {}).setdefault(result.scale, result)
-    found = [_chapter(name, newest.get(name, {})) for name in dict.fromkeys([*EXPERIMENTS, *newest])]
-    return sorted(found, key=lambda c: position(c.reference))
-
-
-def _chapter(name: str, by_scale: Mapping[str, Result]) -> Chapter:
-    if about := EXPERIMENTS.get(name):
-        described = (about.title, about.paper, about.question, about.paper_answer, f"moelab run {name}")
-    else:
-        described = (name, ", ".join(c.where for c in paper.claims() if c.experiment == name), "", "", "")
-    return Chapter(name, *described, by_scale)
+    names = dict.fromkeys([*paper.experiments(), *EXPERIMENTS, *newest])
+    return [Chapter(described(name), newest.get(name, {})) for name in names]
 
 
 def by_chapter(rows: Sequence[ClaimRow], chapters: Sequence[Chapter]) -> list[tuple[Chapter, list[ClaimRow]]]:
@@ -58,4 +43,4 @@ def by_chapter(rows: Sequence[ClaimRow], chapters: Sequence[Chapter]) -> list[tu
     for row in rows:
         if row.result:
             groups.setdefault(row.experiment, []).append(row)
-    return [(chapter, groups[chapter.name]) for chapter in chapters if chapter.name in groups]
+    return [(chapter, groups[chapter.about.name]) for chapter in chapters if chapter.about.name in groups]

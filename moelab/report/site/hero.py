@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moelab.files import write_text
+from moelab.lazy import pd
 from moelab.report.site.charts import gap_of_fig_1, models_of, whole_training
 from moelab.report.site.results import Result, strongest
 
@@ -21,8 +22,7 @@ DATA = "over-training.jsonl"
 def caption(result: Result) -> str:
     """Return what the figure shows, and why its curves differ from the paper's."""
     models = models_of(result)
-    shares = _curves(result, models)
-    reached = max((max(points) for points in shares.values()), default=0.0)
+    reached = max(_curves(result, models)["share"], default=0.0)
     sizes = [run.result["parameters"] / 1e6 for run in result.summary.runs if "parameters" in run.result]
     size = f" of {min(sizes):.1f} to {max(sizes):.1f} million parameters" if sizes else ""
     early = ", and lower their learning rate at their own end" if reached < 0.99 else ""
@@ -42,7 +42,7 @@ def write(results: Sequence[Result], folder: Path) -> tuple[Result | None, bool]
     models = models_of(result)
     curves = _curves(result, models)
     theirs = gap_of_fig_1(models.get("MoE-128", ""), models.get(BASE, ""))
-    drawn = json.dumps([list(curves.items()), theirs]) + Path(__file__).read_text(encoding="utf-8")
+    drawn = json.dumps([curves.to_numpy().tolist(), theirs]) + Path(__file__).read_text(encoding="utf-8")
     mark = f"<!-- drawn from {hashlib.sha256(drawn.encode()).hexdigest()[:32]} -->"
     path = folder / FILE
     if path.exists() and path.read_text(encoding="utf-8", errors="replace").endswith(f"{mark}\n"):
@@ -52,22 +52,20 @@ def write(results: Sequence[Result], folder: Path) -> tuple[Result | None, bool]
     return result, True
 
 
-def _curves(result: Result, models: dict[str, str]) -> dict[str, dict[float, list[float]]]:
-    """Return arm -> share of the paper's training -> the difference of each seed."""
-    found: dict[str, dict[float, list[float]]] = {arm: {} for arm in ARMS}
+def _curves(result: Result, models: dict[str, str]) -> pd.DataFrame:
+    """Return the differences over the share of the paper's training: columns arm, share, loss, a row a seed."""
     wholes = {arm: whole_training(models.get(arm, ""), result.summary.scale) for arm in ARMS}
+    found = []
     for row in result.rows_or_none(DATA):
         arm, tokens, loss = (row.get(name) for name in ("arm", "tokens", "loss"))
         if arm not in ARMS or not isinstance(tokens, int | float) or not isinstance(loss, int | float):
             continue
         if wholes[arm] and tokens > 0:
-            found[arm].setdefault(tokens / wholes[arm], []).append(loss)
-    return {arm: dict(sorted(points.items())) for arm, points in found.items() if points}
+            found.append((arm, tokens / wholes[arm], loss))
+    return pd.DataFrame(found, columns=["arm", "share", "loss"])
 
 
-def _draw(
-    curves: dict[str, dict[float, list[float]]], theirs: Sequence[tuple[float, float, float]], path: Path
-) -> None:
+def _draw(curves: pd.DataFrame, theirs: Sequence[tuple[float, float, float]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,7 +75,12 @@ def _draw(
 
     figures.theme()
     fig, (ax,) = figures.panels(height=3.0)
-    figures.share_curves(curves, ax, paper=theirs, label="paper: MoE-128")
-    figures.legend_below(ax, columns=2)
+    read = pd.DataFrame(theirs, columns=["share", "gap", "uncertainty"])
+    read = read.assign(low=read["gap"] - read["uncertainty"], high=read["gap"] + read["uncertainty"])
+    figures.loss_curves(curves, ax, arms=ARMS, against=BASE, along="share", log=True, paper={"MoE-128": read})
+    ticks = (1, 2, 5, 10, 20, 50, 100)
+    ax.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel="share of the paper’s training (tokens a parameter)")
     figures.save(fig, path.with_suffix(""))
     plt.close(fig)

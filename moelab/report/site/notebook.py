@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # as if it could not be imported
 
 
-def convert(notebook: Path) -> Path:
-    """Write `<name>.html` beside the executed notebook of a result, unless that page is current; return its path.
+def convert(notebook: Path) -> bool:
+    """Write `<name>.html` beside the executed notebook of a result unless that is current; return whether it wrote.
 
     Code of markdown cells and outputs is dropped, see `sanitize`.
 
@@ -32,22 +32,22 @@ def convert(notebook: Path) -> Path:
     name, a line refers to JupyterLab. Formulas become MathML, which browsers draw themselves. Code of more than 12
     lines, and of cells whose source JupyterLab hides, is folded.
     """
-    page, mark = notebook.with_suffix(".html"), _mark(notebook)
-    if not template.is_current(page, mark):
-        import nbformat
+    page = notebook.with_suffix(".html")
+    mark = template.mark(notebook.read_bytes(), names=("notebook.html", "base.html", "cells.html"))
+    if template.is_current(page, mark):
+        return False
+    import nbformat
 
-        node = nbformat.read(notebook, as_version=4)
-        _describe_figures(node)
-        sanitize.frame_pictures(node)
-        _name_widgets(node)
-        _fold_tables(node)
-        body = sanitize.clean(_exporter().from_notebook_node(node)[0])
-        body = _OTHER_NOTEBOOK.sub(lambda link: f'href="../../../figures.html#{link[1].replace("_", "-")}"', body)
-        text = template.render(
-            "notebook.html", mark=mark, title=_heading(node, notebook.stem), body=body, name=notebook.name
-        )
-        write_text(page, text)
-    return page
+    node = nbformat.read(notebook, as_version=4)
+    _describe_figures(node)
+    sanitize.frame_pictures(node)
+    _name_widgets(node)
+    _fold_tables(node)
+    body = sanitize.clean(_exporter().from_notebook_node(node)[0])
+    body = _OTHER_NOTEBOOK.sub(lambda link: f'href="../../../figures.html#{link[1].replace("_", "-")}"', body)
+    title = _heading(node, notebook.stem)
+    write_text(page, template.render("notebook.html", mark=mark, title=title, body=body, name=notebook.name))
+    return True
 
 
 def load() -> None:
@@ -56,15 +56,6 @@ def load() -> None:
 
     cells = [v4.new_markdown_cell("# Title"), v4.new_code_cell("1")]
     _exporter().from_notebook_node(v4.new_notebook(cells=cells))
-
-
-def is_current(notebook: Path) -> bool:
-    """Return whether the notebook's page was made from it by these templates."""
-    return template.is_current(notebook.with_suffix(".html"), _mark(notebook))
-
-
-def _mark(notebook: Path) -> str:
-    return template.mark(notebook.read_bytes(), names=("notebook.html", "base.html", "cells.html"))
 
 
 @functools.cache

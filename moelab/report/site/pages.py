@@ -13,9 +13,9 @@ from markupsafe import Markup
 import moelab
 from moelab import paper
 from moelab.design.verdicts import STYLES
-from moelab.files import write_text
+from moelab.files import write_bytes
 from moelab.plotting.axis import mark
-from moelab.report.ledger import Entry, distinct, entries, family, scale_rank
+from moelab.report.ledger import Entry, entries, family, scale_rank
 from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, template
 from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
@@ -23,7 +23,7 @@ from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.glossary import TERMS
 from moelab.report.site.questions import ANSWERS, MOE, answers, share_reached
 from moelab.report.site.results import Picture, Result, read_benchmarks, read_results
-from moelab.report.summary import SUMMARY, unreadable_line
+from moelab.report.summary import unreadable_line
 
 TABLE_ROWS = 40
 """Rows of a data table on a page; the file linked below the table has them all."""
@@ -50,20 +50,26 @@ class Built:
 
 
 def build(root: Path) -> Built:
-    """Write the pages of all results below `root`; pages that were made from the same files are left as they are.
+    """Write the pages of all results below `root`; files that would stay the same are left as they are.
 
     A result that cannot be read is left out, and a notebook or table that cannot be read is missing on its result's
     page; the start page names them.
     """
     results, unreadable = read_results(root)
-    written, failed = _convert(root, [r.folder / "notebook.ipynb" for r in results if r.has("notebook.ipynb")])
+    written = 0
     for result in results:
         if result.has("notebook.ipynb"):
-            (result.names.discard if result.folder in failed else result.names.add)("notebook.html")
-        written += downloads.write_zip(result.folder / downloads.RESULT, downloads.members(result))
+            executed = result.folder / "notebook.ipynb"
+            result.names.add("notebook.html")
+            try:
+                written += notebook.convert(executed)
+            except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
+                unreadable.append(unreadable_line(executed, root, ValueError(str(error) or type(error).__name__)))
+                result.names.discard("notebook.html")
+        written += _write_if_changed(result.folder / downloads.RESULT, downloads.packed(downloads.members(result)))
         written += _write_result(result, root, unreadable)
     benchmarks, unreadable_benchmarks = read_benchmarks(root)
-    unreadable += [*failed.values(), *unreadable_benchmarks]
+    unreadable += unreadable_benchmarks
     for name in ASSETS:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     ledger = entries((result.path, result.summary) for result in results)
@@ -102,12 +108,7 @@ def build(root: Path) -> Built:
         "sizes": front.sizes(results),
         "everything": downloads.EVERYTHING,
     }
-    once = {entry.claim for entry in distinct(ledger)}
-    overview = {
-        "findings": front.findings(claims, once),
-        "sizes": start["sizes"],
-        "forest": front.forest(claims, counted),
-    }
+    overview = {"sizes": start["sizes"], "forest": front.forest(claims, counted)}
     tested = [(chapter, plot.axes(of_it)) for chapter, of_it in by_chapter(claims, parts)]
     pages: dict[str, dict[str, Any]] = {
         "index.html": start,
@@ -144,7 +145,7 @@ def _write_downloads(root: Path, results: Sequence[Result], ledger: Sequence[Ent
     for result in sorted(results, key=lambda r: r.path):
         files |= {f"{result.path}/{name}": path for name, path in downloads.members(result).items()}
     files |= {p.relative_to(root).as_posix(): p for p in sorted((root / "benchmarks").rglob("*.json*"))}
-    return written + downloads.write_zip(root / downloads.EVERYTHING, files)
+    return written + _write_if_changed(root / downloads.EVERYTHING, downloads.packed(files))
 
 
 def _shares(results: Iterable[Result]) -> str:
@@ -153,33 +154,16 @@ def _shares(results: Iterable[Result]) -> str:
     return " to ".join(dict.fromkeys(map(str, (found[0], found[-1])))) + "\xa0%" if found else ""
 
 
-def _write_if_changed(path: Path, text: str) -> bool:
-    if path.exists() and path.read_text(encoding="utf-8", errors="replace") == text:
+def _write_if_changed(path: Path, content: str | bytes) -> bool:
+    data = content.encode() if isinstance(content, str) else content
+    if path.is_file() and path.read_bytes() == data:
         return False
-    write_text(path, text)
+    write_bytes(path, data)
     return True
-
-
-def _convert(root: Path, notebooks: Sequence[Path]) -> tuple[int, dict[Path, str]]:
-    """Convert the notebooks whose pages are not current.
-
-    Returns:
-        The number of pages written, and the folder of each notebook that cannot be read with a line that says why.
-    """
-    outdated = [path for path in notebooks if not path.is_file() or not notebook.is_current(path)]
-    failed = {}
-    for path in outdated:
-        try:
-            notebook.convert(path)
-        except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
-            failed[path.parent] = unreadable_line(path, root, ValueError(str(error) or type(error).__name__))
-    return len(outdated) - len(failed), failed
 
 
 def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
     """Write the page and the comparison data of a result; return how many files were written."""
-    about = result.about
-    described = [about.title, about.paper, about.question, about.paper_answer] if about else []
     rows = claims_of(result)
     tables: dict[str, list[dict[str, Any]]] = {}
     for table in result.summary.tables:
@@ -188,23 +172,9 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
         except (ValueError, OSError, RecursionError) as error:
             tables[table.name] = []
             unreadable.append(unreadable_line(result.folder / table.data, root, error))
-    shown = sorted(name for name in result.names if not name.endswith((".html", ".js", ".zip")))
-    sizes = [(result.folder / f.data).stat().st_size for f in result.figures if f.data and result.has(f.data)]
-    facts = [result.path, described, shown, result.has("notebook.html"), tables, sizes]
-    facts.append(front.command(result))
-    made = template.mark(
-        json.dumps(facts),
-        (result.folder / SUMMARY).read_bytes(),
-        repr([(row.claim, row.key, row.note, row.ours, row.low, row.high) for row in rows]),
-        names=("result.html", "base.html", "macros.html"),
-    )
-    page, data = result.folder / "index.html", result.folder / "data.js"
-    if template.is_current(page, made) and data.exists():
-        return 0
     up = "../" * (result.path.count("/") + 1)
     html = template.render(
         "result.html",
-        mark=made,
         up=up,
         result=result,
         claims=rows,
@@ -213,9 +183,8 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
         charts=charts(result),
         **_VIEW,
     )
-    write_text(data, f"moelab.add({json.dumps(_comparison(result, rows, tables))});\n")
-    write_text(page, html)
-    return 2
+    data = f"moelab.add({json.dumps(_comparison(result, rows, tables))});\n"
+    return _write_if_changed(result.folder / "data.js", data) + _write_if_changed(result.folder / "index.html", html)
 
 
 def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, list]) -> dict[str, Any]:

@@ -88,9 +88,9 @@ class Result:
         return self.summary.finished[:16].replace("T", " ") + " UTC"
 
     @property
-    def about(self) -> Experiment | None:
-        """The experiment, None if this version does not have it."""
-        return EXPERIMENTS.get(self.experiment)
+    def about(self) -> Experiment:
+        """The experiment."""
+        return described(self.experiment)
 
     @cached_property
     def figures(self) -> Sequence[FigureRow]:
@@ -238,14 +238,19 @@ class Result:
     @property
     def search_text(self) -> str:
         """The text that the page's search looks through."""
-        about = self.about
-        described = (about.title, about.paper) if about else ()
-        shown = (f.title for f in self.figures)
-        return " ".join((self.experiment, self.scale, self.title, self.date, self.hardware, *described, *shown)).lower()
+        about, shown = (self.about.title, self.about.paper), (f.title for f in self.figures)
+        return " ".join((self.experiment, self.scale, self.title, self.date, self.hardware, *about, *shown)).lower()
 
     def picture(self, name: str) -> Picture:
         """Return the picture of a figure."""
         return Picture.of(self.folder / f"{name}.svg")
+
+
+def described(name: str) -> Experiment:
+    """Return the experiment of a name; one that this version does not have has its name as title, and no question."""
+    return EXPERIMENTS.get(name) or Experiment(
+        name=name, number=0, title=name, paper="not in this version", question="", paper_answer="", scales={}
+    )
 
 
 def large(value: float) -> str:

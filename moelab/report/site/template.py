@@ -1,4 +1,4 @@
-"""Render the page templates; each page carries a digest of what it was made from."""
+"""Render the page templates; the page of a notebook carries a digest of what it was made from."""
 
 from __future__ import annotations
 
