@@ -320,7 +320,7 @@ EXPERIMENT = Experiment(
         ),
         "full": Scale(
             "the 350M twins of `pr-moe` and the students of `distillation`; 200 items of each task",
-            "half a minute a run beyond the training",
+            "seven seconds of processor time a run beyond the training",
         ),
         "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),
     },
