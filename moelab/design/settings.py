@@ -127,10 +127,10 @@ FAMILIES = ("Dense", "MoE-32", "PR-MoE", "MoE-128")
 
 @dataclass(frozen=True)
 class Rates:
-    """Hold the peak rates of the 350M base at `full`; larger bases take them times `rate_ratio` unless they are here.
+    """Hold the peak rates of a base at `full`.
 
     Attributes:
-        own: family -> the rate at which it ends lowest.
+        own: family -> the rate at which it ends lowest, where that is not the shared rate.
         shared: one rate for all families.
     """
 
@@ -139,10 +139,13 @@ class Rates:
 
 
 FULL_RATES: dict[str, Rates] = {
-    "350M": Rates(own={"Dense": 16e-3, "MoE-32": 8e-3, "PR-MoE": 8e-3, "MoE-128": 8e-3}, shared=8e-3)
+    "350M": Rates(own={"Dense": 16e-3}, shared=8e-3),
+    "6.7B": Rates(own={}, shared=3.2e-3),
 }
-"""Base -> rates at `full`, from the published sweep on seeds 100 and 101. The shared rate is the MoE families' own, so
-that only dense arms are trained at two."""
+"""Base -> rates at `full`; a base that is not here takes the 350M's times `rate_ratio`. The 350M's are from the
+published sweep on seeds 100 and 101. The shared rate is the MoE families' own, so that only dense arms are trained at
+two. 6.7B was not swept at this length (2.5 hours a run) and has one rate, the 350M's shared one times the paper's
+ratio, which was best of three in short runs (LOG.md)."""
 
 PILE = "hf:monology/pile-uncopyrighted@3be90335b66f24456a5d6659d9c8d208c0357119"
 """The public Pile without its copyrighted parts, at one commit of the data set, so that all runs read the same text."""
@@ -236,11 +239,11 @@ def rate_ratio(name: str) -> float:
 
 def peak_rate(name: str, scale: str, rate: Rate = "own") -> float:
     """Return a twin's peak learning rate: its base's at the scale, else the 350M's times `rate_ratio`."""
+    kind, base = family(name), base_of(name)
     if scale == "full":
-        by_base = {base: r.own[family(name)] if rate == "own" else r.shared for base, r in FULL_RATES.items()}
+        by_base = {of: r.own.get(kind, r.shared) if rate == "own" else r.shared for of, r in FULL_RATES.items()}
     else:
-        by_base = {base: rates[int(ModelConfig.parse(name).is_moe)] for base, rates in PEAK_RATES[scale].items()}
-    base = base_of(name)
+        by_base = {of: rates[int(kind != "Dense")] for of, rates in PEAK_RATES[scale].items()}
     return by_base[base] if base in by_base else round(by_base["350M"] * rate_ratio(name), 6)
 
 

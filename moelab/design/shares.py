@@ -75,6 +75,41 @@ def crossing(curve: pd.DataFrame) -> float | None:
     return before + (after - before) * high / (high - low)
 
 
+def costs_to_equal_loss(
+    curves: pd.DataFrame, pairs: Sequence[tuple[str, str]], costs: Mapping[str, Mapping[str, float]]
+) -> pd.DataFrame:
+    """Return how many times as much it costs to train right as to train left to an equal loss, by seed.
+
+    The equal loss is the higher of the two curves' ends. The arm that ends there has all its tokens; the other has the
+    tokens from which on its curve is below, interpolated. Its rate has not decayed by then, so a run that was planned
+    for that loss would cost less.
+
+    Args:
+        curves: as in `gaps`.
+        costs: what -> arm -> cost of a token, such as {"training FLOPs": {"1.3B": 4e6, "350M+MoE-128": 1.3e6}}.
+
+    Returns:
+        Columns pair, seed, at ("training tokens" and each of the costs), times.
+    """
+    rows = []
+    for left, right in pairs:
+        for seed, part in curves[curves["arm"].isin([left, right])].groupby("seed"):
+            lines = {arm: line.sort_values("tokens") for arm, line in part.groupby("arm")}
+            if len(lines) < 2:
+                continue
+            goal = max(line["loss"].iloc[-1] for line in lines.values())
+            tokens = {
+                arm: crossing(pd.DataFrame({"share": line["tokens"], "gap": line["loss"] - goal}))
+                or line["tokens"].iloc[-1]
+                for arm, line in lines.items()
+            }
+            for what, a_token in {"training tokens": {left: 1.0, right: 1.0}, **costs}.items():
+                if {left, right} <= set(a_token):
+                    times = tokens[right] * a_token[right] / (tokens[left] * a_token[left])
+                    rows.append([_named(left, right), seed, what, times])
+    return pd.DataFrame(rows, columns=["pair", "seed", "at", "times"])
+
+
 def crossings(table: pd.DataFrame) -> pd.DataFrame:
     """Return `crossing` for each pair and seed of `gaps`: columns pair, seed, share (missing where there is none)."""
     rows = [[pair, seed, crossing(part)] for (pair, seed), part in table.groupby(["pair", "seed"], sort=False)]

@@ -2,9 +2,9 @@
 
 Shows: validation loss of the dense 350M, 1.3B and 6.7B and of 350M and 1.3B with 128 experts, over training tokens; the
 gap between the 350M MoE and its base at five token budgets, each with its own decay; and what follows from it: how many
-times fewer tokens the MoE needs than its base, the gap at equal FLOPs and at equal time, and the dense size that the
-MoE equals. In the paper the MoE is far ahead of its own base throughout and, for two thirds of the training, behind the
-larger dense model that it equals in the end.
+times fewer tokens the MoE needs than its base, the gap at equal FLOPs and at equal time, what the larger dense model
+costs to the MoE's loss, and the dense size that the MoE equals. In the paper the MoE is far ahead of its own base
+throughout and, for two thirds of the training, behind the larger dense model that it equals in the end.
 
 Here: twins on equal tokens in equal order. The paper's numbers stand beside ours at equal tokens for each parameter of
 the base (`budgets`), where its own curves have used a sixth of their tokens, and at its end.
@@ -18,9 +18,11 @@ well, in five passes, to show what the text does to the gap.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moelab import paper
+from moelab.config import ModelConfig
 from moelab.design import budgets, comparison, settings, shares
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.judging import can_test, judge
@@ -45,8 +47,14 @@ PAIRS = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
 AGAINST = tuple((moe, dense) for moe, base, larger in PAIRS for dense in (base, larger))
 """(MoE, dense model), compared after all tokens, on the whole validation text."""
 
+LARGER = tuple((moe, larger) for moe, _, larger in PAIRS)
+"""(MoE, larger dense model), compared by what they cost to an equal loss."""
+
+TIMED = ("smoke", "cpu", "full", "gpu")
+"""Scales at which training speeds are measured beside the runs."""
 
 EQUAL_SIZE = "dense-equivalent-4-5x"
+NOT_SWEPT = "6.7B's rate is not swept: if it could end lower, the MoE looks better than it is."
 BOTH_PAIRS = (
     "Geometric mean of the 350M and the 1.3B pair; losses between two dense models go by the log of their size."
 )
@@ -142,6 +150,8 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str) -> list[Verd
             judged.append(judge(claim, **found, note=f"{comparison.TWINS} {BOTH_PAIRS}", **how))
         else:
             judged.append(comparison.judge_loss(claim, final, ARMS, scale, looks))
+        if judged[-1].values and "6.7B" in names:
+            judged[-1] = replace(judged[-1], note=f"{judged[-1].note} {NOT_SWEPT}")
     return judged
 
 
@@ -194,6 +204,31 @@ def cost_headline(costs: pd.DataFrame) -> str:
     ours = costs[costs["arm"] == "350M+MoE-128"]
     said = ", ".join(f"{part['gap'].mean():+.3f} at equal {what}" for what, part in ours.groupby("at", sort=False))
     return f"350M+MoE-128 minus 350M: {said} (nats; {_seeds(ours)})" if said else "no MoE has budgets for it"
+
+
+def paper_costs_to_equal_loss() -> pd.DataFrame:
+    """Return `shares.costs_to_equal_loss` of the paper: its Fig 1, its models' FLOPs and the speeds of its Table 3."""
+    speeds = {row.model: row.tokens_per_s for row in paper.training_throughput()}
+    costs = {
+        "training FLOPs": {arm: ModelConfig.parse(arm).flops_per_token() for arm in ARMS},
+        "time": {arm: 1 / speed for arm, speed in speeds.items()},
+    }
+    curves = pd.concat([paper.loss_curve(arm).frame().assign(arm=arm, seed=0) for arm in ARMS])
+    return shares.costs_to_equal_loss(curves.rename(columns={"tokens_B": "tokens"}), LARGER, costs)
+
+
+def equal_loss_headline(times: pd.DataFrame) -> str:
+    """Return what the larger dense model costs to an equal loss, over the MoE, in a line for each pair."""
+    lines, theirs = [], paper_costs_to_equal_loss().set_index(["pair", "at"])["times"]
+    for pair, part in times.groupby("pair", sort=False):
+        moe, dense = str(pair).split(" − ")
+        said = [
+            f"{of['times'].mean():.1f} in {what}"
+            + (f" (paper {theirs[pair, what]:.1f})" if (pair, what) in theirs else "")
+            for what, of in part.groupby("at", sort=False)
+        ]
+        lines.append(f"{dense} over {moe}, cost to equal loss: {', '.join(said)} ({_seeds(part)})")
+    return "\n".join(lines)
 
 
 def _seeds(rows: pd.DataFrame) -> str:

@@ -60,6 +60,15 @@ def test_crossings_by_share_of_the_training():
     assert not len(shares.gaps(curves({("A", 0): (9, 5)}), [("A", "B")]))
 
 
+def test_costs_to_the_higher_of_two_final_losses():
+    """B reaches A's end between its second and third point, A reaches C's at its first; one seed lacks C."""
+    lines = curves({("A", 0): (9, 5, 4, 3), ("B", 0): (9, 4, 2, 2), ("C", 0): (9, 9, 9, 9), ("A", 1): (9, 5, 4, 3)})
+    lines["tokens"] += 10  # a first point at no tokens costs nothing
+    found = shares.costs_to_equal_loss(lines, [("A", "B"), ("C", "A")], {"time": {"A": 1, "B": 3}})
+    assert list(found["at"]) == ["training tokens", "time", "training tokens"] and set(found["seed"]) == {0}
+    assert list(found["times"]) == pytest.approx([55 / 100, 3 * 55 / 100, 10 / 100])
+
+
 def test_the_papers_curves_cross_where_its_claims_say():
     """moe-ahead-late: behind the larger dense model until late, after 212 and 234 of 300 B tokens."""
     for claim in (paper.claim("moe-crossover-350m"), paper.claim("moe-crossover-1.3b")):

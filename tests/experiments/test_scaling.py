@@ -102,3 +102,21 @@ def test_the_papers_points_are_interpolated_as_ours():
     reached = budgets.tokens_at(pd.DataFrame({"tokens": curve.tokens_B, "loss": curve.loss}), goal)
     assert 30 < reached < 60
     assert scaling.paper_efficiency()["350M+MoE-128"] == pytest.approx(paper.loss_curve("350M").tokens_B[-1] / reached)
+
+
+def test_the_papers_five_times_at_equal_loss():
+    """Table 3's ratio of speeds, times the share of the tokens that 1.3B+MoE-128 takes to 6.7B's loss in Fig 1."""
+    times = scaling.paper_costs_to_equal_loss().set_index(["pair", "at"])["times"]["1.3B+MoE-128 − 6.7B"]
+    assert times["time"] / times["training tokens"] == pytest.approx(372 / 70)
+    assert 1.1 < times["training tokens"] < 1.2 and times["training FLOPs"] == pytest.approx(5.66, abs=0.01)
+    ours = pd.DataFrame([["1.3B+MoE-128 − 6.7B", seed, "time", 2 + seed] for seed in (0, 1)])
+    said = scaling.equal_loss_headline(ours.set_axis(["pair", "seed", "at", "times"], axis=1))
+    assert said == "6.7B over 1.3B+MoE-128, cost to equal loss: 2.5 in time (paper 6.1) (2 seeds)"
+
+
+def test_claims_on_a_model_whose_rate_is_not_swept_say_so():
+    said = {claim: verdict.note for claim, verdict in judged(LOSSES, curves([0.7, 0.7, 0.7])).items()}
+    assert {claim for claim, note in said.items() if scaling.NOT_SWEPT in note} == {
+        "moe128-1.3b-matches-6.7b",
+        "dense-equivalent-4-5x",
+    }

@@ -15,7 +15,7 @@ from moelab.experiments import EXPERIMENTS, experiment, upcycling
 TABLE = """
 experiment       smoke      quick      cpu        full       gpu        paper
 start            fdcfc197d8 -          94d75e102b -          -          -
-scaling          8079779132 1001b59c3f 52012ec8f2 670e8aef88 ce1ec9369f ff85921426
+scaling          8079779132 1001b59c3f 52012ec8f2 433e8a94cc ce1ec9369f ff85921426
 half-moe         d7458eba27 f723df7a91 9e8ad2dcd4 f15593427d 237e5c576c 5da5fa9851
 top2-vs-residual 3df32537ea 3996098de6 a94c22f7ca 6c45d430bf 6ca8647aac 2e859c27d0
 pr-moe           c5d5234ee9 ea2a9350f4 ff97bad5fd 65fb5bf15c f33176081c 9c92bc5a14
