@@ -9,8 +9,8 @@ were kept (decided before any was scored). Expect: accuracy at chance, because t
 read 16 M or 102 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from a package,
 so no network is needed; other data sets replace RACE-h and WebQs, under their own names.
 
-At `full` the students of the experiment `distillation` are scored as well (Table 5). Fixed before any of its runs was
-scored: the pairs of `PAIRS`, 200 items of each task, seeds 0 to 2.
+At `full` the larger models of `scaling` (Table 2) and the students of `distillation` (Table 5) are scored as well.
+Fixed before any run of an arm was scored: its pairs in `PAIRS`, 200 items of each task, seeds 0 to 2.
 """
 
 from __future__ import annotations
@@ -41,12 +41,17 @@ if TYPE_CHECKING:
     from moelab.runs.store import Run
 
 ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
+LARGER = {name: name for name in ("1.3B", "1.3B+MoE-128", "6.7B")}
+"""Further arms of Table 2, at `full`."""
 STUDENTS = ("L21 alone", "L21 + KD", "L21 + staged KD")
 """Arms of the experiment `distillation` that are scored at `full`; their teacher is PR-MoE-32/64."""
 PAIRS = (
     ("MoE-128", "Dense"),
     ("PR-MoE-32/64", "Dense"),
     ("PR-MoE-32/64", "MoE-128"),
+    ("MoE-128", "1.3B"),
+    ("1.3B+MoE-128", "1.3B"),
+    ("1.3B+MoE-128", "6.7B"),
     ("L21 alone", "PR-MoE-32/64"),
     ("L21 + staged KD", "PR-MoE-32/64"),
     ("L21 + KD", "L21 alone"),
@@ -65,14 +70,15 @@ MAX_CUT = 0.1
 
 def arms(scale: str) -> list[str]:
     """Return the arms of a scale."""
-    return [*ARMS, *(STUDENTS if scale == "full" else ())]
+    return [*ARMS, *((*LARGER, *STUDENTS) if scale == "full" else ())]
 
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
-    """Return the runs of one seed: every arm, at `full` with the students of `distillation`."""
+    """Return the runs of one seed: every arm of `arms`, the students as `distillation` has them."""
     given: dict[str, Any] = {"scale": scale, "seed": seed, "overrides": overrides, "rate": rate}
     specs = [settings.spec(name, **given, label=arm) for arm, name in ARMS.items()]
     if scale == "full":
+        specs += [settings.spec(name, **given, label=name) for name in LARGER]
         specs += [spec for spec in distillation.build(**given) if spec.label in STUDENTS]
     return specs
 
@@ -298,7 +304,8 @@ def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
     table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy")
     table = table.reindex(sorted(part["seed"].unique()))
     samples = {
-        claim: comparison.compared(claim, table, ARMS, lower_is_better=False) for claim in paper.claims("zero-shot")
+        claim: comparison.compared(claim, table, ARMS | LARGER, lower_is_better=False)
+        for claim in paper.claims("zero-shot")
     }
     return [judge(claim, **sample, note=note, scale=scale) for claim, sample in samples.items()]
 
@@ -319,7 +326,7 @@ EXPERIMENT = Experiment(
             "half a minute a run beyond the training",
         ),
         "full": Scale(
-            "the 350M twins of `pr-moe` and the students of `distillation`; 200 items of each task",
+            "the twins of `scaling` and `distillation` and PR-MoE; 200 items of each task",
             "seven seconds of processor time a run beyond the training",
         ),
         "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),

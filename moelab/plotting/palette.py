@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # Okabe and Ito's colours, with grey (for the dense base, the first arm) instead of the yellow, which is too light on
-# white. Dash patterns carry the same distinction in print.
-COLORS = ("#6E6E6E", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#0072B2", "#CC79A7", "#000000")
+# white, and the wine red of Tol's muted ones as a ninth. Dash patterns carry the same distinction in print.
+COLORS = ("#6E6E6E", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#0072B2", "#CC79A7", "#000000", "#882255")
 _OF_ARM = {
     name: color
     for color, names in zip(
@@ -25,7 +25,7 @@ _OF_ARM = {
     )
     for name in names
 }
-DASHES = ("", (4, 1.5), (1, 1), (6, 1.5, 1, 1.5), (3, 1), (5, 1, 1, 1, 1, 1), (2, 2), (8, 2))
+DASHES = ("", (4, 1.5), (1, 1), (6, 1.5, 1, 1.5), (3, 1), (5, 1, 1, 1, 1, 1), (2, 2), (8, 2), (1, 3))
 
 
 def colors(arms: Sequence[str]) -> dict[str, str]:
