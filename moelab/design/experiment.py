@@ -56,8 +56,8 @@ def twin_scales(runs: int, paper: str | None = None, quick: int = 0, full: int =
 LOOKS = {"full": (3, 6, 9)}
 """Scale -> the looks of experiments that name none; elsewhere there is one, at three seeds."""
 
-FULL_HOURS = {"350M": 0.35, "1.3B": 0.9, "6.7B": 2.4}
-"""Base -> hours of a run at `full` on a core of a Zen 5: of the 350M base measured, of the others estimated."""
+FULL_HOURS = {"350M": 0.35, "1.3B": 0.65, "6.7B": 2.4}
+"""Base -> hours of a run at `full` on a core of a Zen 5: measured, but for 6.7B, which is estimated."""
 
 
 def full_cost(hours: float) -> str:

@@ -140,12 +140,12 @@ class Rates:
 
 FULL_RATES: dict[str, Rates] = {
     "350M": Rates(own={"Dense": 16e-3}, shared=8e-3),
-    "6.7B": Rates(own={}, shared=3.2e-3),
+    "1.3B": Rates(own={}, shared=2.667e-3),
+    "6.7B": Rates(own={}, shared=1.6e-3),
 }
-"""Base -> rates at `full`; a base that is not here takes the 350M's times `rate_ratio`. The 350M's are from the
-published sweep on seeds 100 and 101. The shared rate is the MoE families' own, so that only dense arms are trained at
-two. 6.7B was not swept at this length (2.5 hours a run) and has one rate, the 350M's shared one times the paper's
-ratio, which was best of three in short runs (LOG.md)."""
+"""Base -> rates at `full`, from published sweeps: the 350M's from seeds 100 and 101, the 1.3B's from 100. The shared
+rate is the MoE families' own, so that only the dense 350M is trained at two. 6.7B is not swept (some two hours a run)
+and takes the dense 1.3B's times the paper's ratio of the two (LOG.md)."""
 
 PILE = "hf:monology/pile-uncopyrighted@3be90335b66f24456a5d6659d9c8d208c0357119"
 """The public Pile without its copyrighted parts, at one commit of the data set, so that all runs read the same text."""

@@ -6,10 +6,10 @@ larger bases on request.
 Here: the regime of the scale itself, tokens included, on one seed that no other experiment uses. The dense model and
 the MoE models of a base each take the best of the same three rates, so neither family is tuned more finely.
 
-At `full` four families are swept on the 350M base (`settings.FAMILIES`) and two on the 1.3B base as a check, on two
-seeds. An optimum counts when it is bracketed: a rate above and one below it have ended higher (`unbracketed`). Where it
-is at an edge, the sweep is continued in factors of two: by ``-p peaks=``, for all arms alike, or in `FURTHER`, so that
-the dense model is tuned over five rates there and MoE models over three.
+At `full` four families are swept on the 350M base (`settings.FAMILIES`), on two seeds, and two on the 1.3B base, on
+one, as a check. An optimum counts when it is bracketed: a rate above and one below it have ended higher
+(`unbracketed`). Where it was at an edge, the sweep was continued in factors of two (`AT_FULL`), so that the dense
+models are tuned over more rates there than MoE models.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ RATES = (4e-3, 8e-3, 16e-3)
 """Peak rates of the 350M base; larger bases are swept at less, in the proportion of the paper's dense rates
 (`settings.rate_ratio`)."""
 
-FURTHER = {"Dense": (2e-3, 32e-3)}
-"""Arm -> rates that are tried at `full` beside `RATES`. The dense model ended lowest at 4e-3 on one seed, and then at
-16e-3 on the mean of two (LOG.md); each is an edge of `RATES`."""
+AT_FULL = {
+    "350M": {"Dense": (2e-3, *RATES, 32e-3)},
+    "1.3B": {"Dense": (2e-3, *RATES), "MoE-128": (2e-3, 4e-3, 8e-3)},
+}
+"""Base -> arm -> rates that are tried at `full` in place of `RATES`, until no lowest loss was at an edge (LOG.md)."""
 
 
 def arms(base: str = "350M", scale: str = "cpu") -> dict[str, str]:
@@ -55,8 +57,8 @@ def rates(
         chosen: other rates of the 350M base than the scale's.
         arm: those of one arm; None means those of any.
     """
-    further = [rate for name, more in FURTHER.items() if scale == "full" and arm in (None, name) for rate in more]
-    tried = chosen or (*further, *RATES)
+    of_arm = {name: AT_FULL.get(base, {}).get(name, RATES) if scale == "full" else RATES for name in arms(base, scale)}
+    tried = chosen or {rate for name, rates in of_arm.items() if arm in (None, name) for rate in rates}
     return [round(rate * settings.rate_ratio(base), 6) for rate in sorted(tried)]
 
 
@@ -150,7 +152,7 @@ EXPERIMENT = Experiment(
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 16.4 M tokens of mix5; one seed", "about 1.3 hours on one core"),
         "full": Scale(
-            "twins 32 wide (1.3B base: 64, three times the cost), 8 layers; 101.6 M tokens of mix15; two seeds",
+            "twins 32 wide (1.3B base: 64, twice the cost), 8 layers; 101.6 M tokens of mix15; two seeds",
             full_cost(14 * FULL_HOURS["350M"]),
         ),
     },

@@ -249,7 +249,7 @@ EXPERIMENT = Experiment(
         "cpu": Scale("twins 32 and 64 wide; 16.4 M tokens of mix5", "about 1.7 hours a seed on one core"),
         "full": Scale(
             "twins 32 to 128 wide; 101.6 M tokens of mix15, the 350M pair also of mix5",
-            full_cost(5 * FULL_HOURS["350M"] + 3 * FULL_HOURS["1.3B"] + 2 * FULL_HOURS["6.7B"]),
+            full_cost(5 * FULL_HOURS["350M"] + 2 * FULL_HOURS["1.3B"] + FULL_HOURS["6.7B"]),
         ),
         "gpu": Scale("twins 128 to 512 wide; 400 M tokens of the Pile", "not yet run; one GPU"),
         "paper": Scale("the paper's five models; 300 B tokens", "not run; see its dry run"),

@@ -46,6 +46,9 @@ def test_the_sweep_at_full_is_of_four_families_and_names_an_optimum_at_an_edge()
     assert rates == grid | {("Dense", 2e-3), ("Dense", 32e-3)}
     check = learning_rate.EXPERIMENT.specs("full", base="1.3B")
     assert {str(s.model) for s in check} == {"1.3B twin", "1.3B+MoE-128 twin"}
+    assert learning_rate.rates("1.3B", "full", arm="MoE-128") == [0.001333, 0.002667, 0.005333]
+    assert learning_rate.rates("1.3B", "full") == [0.001333, 0.002667, 0.005333, 0.010667]
+    assert learning_rate.rates("1.3B") == [0.002667, 0.005333, 0.010667]
     losses = {"A": (3.2, 3.1, 3.3), "B": (3.0, 3.1, 3.3), "C": (3.4, 3.3, 3.1)}
     rows = [[a, r, 100, v] for a, vs in losses.items() for r, v in zip((2e-3, 4e-3, 8e-3), vs, strict=True)]
     table = pd.DataFrame(rows, columns=["arm", "rate", "seed", "loss"])

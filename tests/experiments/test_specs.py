@@ -15,13 +15,13 @@ from moelab.experiments import EXPERIMENTS, experiment, upcycling
 TABLE = """
 experiment       smoke      quick      cpu        full       gpu        paper
 start            fdcfc197d8 -          94d75e102b -          -          -
-scaling          8079779132 1001b59c3f 52012ec8f2 433e8a94cc ce1ec9369f ff85921426
+scaling          8079779132 1001b59c3f 52012ec8f2 b06013256a ce1ec9369f ff85921426
 half-moe         d7458eba27 f723df7a91 9e8ad2dcd4 f15593427d 237e5c576c 5da5fa9851
 top2-vs-residual 3df32537ea 3996098de6 a94c22f7ca 6c45d430bf 6ca8647aac 2e859c27d0
 pr-moe           c5d5234ee9 ea2a9350f4 ff97bad5fd 65fb5bf15c f33176081c 9c92bc5a14
 distillation     096ab2b263 4b31bca5d0 b91ca88044 6d7a270e54 ffc6ee3999 0ed24215a1
 throughput       e3dac82197 -          aa90976859 -          737db46bc6 -
-zero-shot        7b633e6514 -          7fa782540e fb27899445 37ee8a07f6 -
+zero-shot        7b633e6514 -          7fa782540e 882f98f04f 37ee8a07f6 -
 expert-count     9d95d1b174 5246c04780 5ad91496e6 -          b4cbeb0665 -
 capacity         b8937d103e 73d7fd4dd3 5e3047f4d7 -          a06d93db82 -
 specialisation   641c45f376 -          5ca7891e0f 46842699d1 4092c19b23 -
@@ -47,7 +47,7 @@ REQUESTS = [
     ("distillation", "cpu", {"base": "1.3B"}, "8e5c2adf06"),
     ("distillation", "gpu", {"stop": 0.5, "overrides": TAUGHT}, "4a2bce2f71"),
     ("learning-rate", "cpu", {"base": "6.7B"}, "2fae7a7dfd"),
-    ("learning-rate", "full", {"base": "1.3B"}, "9e40c13a8c"),
+    ("learning-rate", "full", {"base": "1.3B"}, "2f4ff22a53"),
     ("ladder", "cpu", {"larger": True}, "d28e8065c8"),
 ]
 """Experiment, scale, further arguments -> digest of the ids with one seed."""
