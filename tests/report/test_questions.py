@@ -128,6 +128,8 @@ def test_the_figure_of_the_start_page_takes_the_strongest_scale(scaling, tmp_pat
     one = result(found[0].folder, "pr-moe", "full", seeds=[0])
     others = result(found[0].folder, "pr-moe", "full", seeds=[1, 2, 3], parameters={"first_seed": 1})
     assert strongest([one, others, *found], "pr-moe").scale == "cpu", "no verdict, or not of the plan"
+    two = result(found[0].folder, "pr-moe", "full", seeds=[0, 1])
+    assert strongest([others, one, two], "pr-moe") is two, "of results without a verdict the one of more seeds"
     assert shown.scale == "cpu" and written and not hero.write(found, tmp_path)[1], "drawn once"
     text = (tmp_path / hero.FILE).read_text()
     assert "paper: MoE-128" in text and "MoE-32" in text and "of the paper’s tokens" in hero.caption(shown)

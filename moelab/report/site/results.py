@@ -301,13 +301,16 @@ def strongest(results: Sequence[Result], experiment: str, data: str = "") -> Res
     return min(found, key=weakness, default=None)
 
 
-def weakness(result: Result) -> tuple[bool, int]:
+def weakness(result: Result) -> tuple[int, int]:
     """Return the sort key of an experiment's results, the strongest evidence first, as in the ledger.
 
-    One or two seeds judge nothing, and a result at `full` with other seeds or settings is not of the plan.
+    One or two seeds judge nothing (one less than two), and a result at `full` with other seeds or settings is not of
+    the plan.
     """
-    summary = result.summary
-    return 0 < len(summary.seeds) < MIN_SAMPLES or not of_the_plan(summary), scale_rank(result.scale)
+    summary, rank = result.summary, scale_rank(result.scale)
+    if not of_the_plan(summary):
+        return MIN_SAMPLES, rank
+    return max(0, MIN_SAMPLES - len(summary.seeds)) if summary.seeds else 0, rank
 
 
 BENCHMARKS = {
