@@ -33,7 +33,7 @@ RATES = (4e-3, 8e-3, 16e-3)
 """Peak rates of the 350M base; larger bases are swept at less, in the proportion of the paper's dense rates
 (`settings.rate_ratio`)."""
 
-AT_FULL = {
+AT_FULL: dict[str, dict[str, tuple[float, ...]]] = {
     "350M": {"Dense": (2e-3, *RATES, 32e-3)},
     "1.3B": {"Dense": (2e-3, *RATES), "MoE-128": (2e-3, 4e-3, 8e-3)},
 }
