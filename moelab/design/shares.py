@@ -82,7 +82,7 @@ def costs_to_equal_loss(
 
     The equal loss is the higher of the two curves' ends. The arm that ends there has all its tokens; the other has the
     tokens from which on its curve is below, interpolated. Its rate has not decayed by then, so a run that was planned
-    for that loss would cost less.
+    for that loss would cost less. A seed in which an untrained model is below already is left out.
 
     Args:
         curves: as in `gaps`.
@@ -98,11 +98,13 @@ def costs_to_equal_loss(
             if len(lines) < 2:
                 continue
             goal = max(line["loss"].iloc[-1] for line in lines.values())
-            tokens = {
+            reached = {
                 arm: crossing(pd.DataFrame({"share": line["tokens"], "gap": line["loss"] - goal}))
-                or line["tokens"].iloc[-1]
                 for arm, line in lines.items()
             }
+            tokens = {arm: lines[arm]["tokens"].iloc[-1] if at is None else at for arm, at in reached.items()}
+            if not all(tokens.values()):
+                continue
             for what, a_token in {"training tokens": {left: 1.0, right: 1.0}, **costs}.items():
                 if {left, right} <= set(a_token):
                     times = tokens[right] * a_token[right] / (tokens[left] * a_token[left])

@@ -150,7 +150,7 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str) -> list[Verd
             judged.append(judge(claim, **found, note=f"{comparison.TWINS} {BOTH_PAIRS}", **how))
         else:
             judged.append(comparison.judge_loss(claim, final, ARMS, scale, looks))
-        if judged[-1].values and "6.7B" in names:
+        if scale != "paper" and judged[-1].values and "6.7B" in names:
             judged[-1] = replace(judged[-1], note=f"{judged[-1].note} {NOT_SWEPT}")
     return judged
 

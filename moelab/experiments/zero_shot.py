@@ -326,7 +326,7 @@ EXPERIMENT = Experiment(
             "half a minute a run beyond the training",
         ),
         "full": Scale(
-            "the twins of `scaling` and `distillation` and PR-MoE; 200 items of each task",
+            "the twins of `scaling`, PR-MoE and the students of `distillation`; 200 items of each task",
             "seven seconds of processor time a run beyond the training",
         ),
         "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),

@@ -63,8 +63,11 @@ def test_crossings_by_share_of_the_training():
 def test_costs_to_the_higher_of_two_final_losses():
     """B reaches A's end between its second and third point, A reaches C's at its first; one seed lacks C."""
     lines = curves({("A", 0): (9, 5, 4, 3), ("B", 0): (9, 4, 2, 2), ("C", 0): (9, 9, 9, 9), ("A", 1): (9, 5, 4, 3)})
-    lines["tokens"] += 10  # a first point at no tokens costs nothing
-    found = shares.costs_to_equal_loss(lines, [("A", "B"), ("C", "A")], {"time": {"A": 1, "B": 3}})
+    pairs = [("A", "B"), ("C", "A")]
+    untrained = shares.costs_to_equal_loss(lines, pairs, {})
+    assert set(untrained["pair"]) == {"A − B"}, "A is at C's end before its training"
+    lines["tokens"] += 10
+    found = shares.costs_to_equal_loss(lines, pairs, {"time": {"A": 1, "B": 3}})
     assert list(found["at"]) == ["training tokens", "time", "training tokens"] and set(found["seed"]) == {0}
     assert list(found["times"]) == pytest.approx([55 / 100, 3 * 55 / 100, 10 / 100])
 
