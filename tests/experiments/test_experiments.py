@@ -58,7 +58,7 @@ def test_equal_arms_of_experiments_are_one_run_and_at_full_every_arm_has_both_ra
     own = dict(zip(settings.FAMILIES, (8e-3, 6e-3, 3e-3, 2e-3), strict=True))
     monkeypatch.setattr(settings, "FULL_RATES", {"350M": settings.Rates(own, 4e-3)})  # larger bases in proportion
     equal_arms_are_one_run("full")
-    for name in ("scaling", "half-moe", "top2-vs-residual", "pr-moe", "distillation"):
+    for name in ("scaling", "half-moe", "top2-vs-residual", "pr-moe", "distillation", "expert-count", "capacity"):
         specs = EXPERIMENTS[name].specs("full")
         at_own = rates.at_own(specs)
         shared = {rates.arm(s.label): s for s in specs if s not in at_own}
