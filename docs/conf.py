@@ -51,6 +51,7 @@ docs/environment
 docs/architecture
 docs/performance
 docs/simulator
+docs/full-length
 docs/gpu
 CONTRIBUTING
 CHANGELOG

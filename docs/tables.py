@@ -10,12 +10,17 @@ import io
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from moelab.paper import claim
+from moelab.report.site.template import number
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
-PAGES = (PAGE, ROOT / "README.md", ROOT / "docs" / "simulator.md", ROOT / "results" / "weights" / "README.md")
+_OTHERS = ("README.md", "docs/simulator.md", "docs/full-length.md", "results/weights/README.md")
+PAGES = (PAGE, *(ROOT / name for name in _OTHERS))
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Row = dict
@@ -193,6 +198,48 @@ def texts(rows: list[Row]) -> str:
     return _markdown(["prompt", *models], lines)
 
 
+BEFORE = ROOT / "docs" / "log" / "claims-at-16-percent.csv"
+"""What the ledger had of the claims that are trained, timed or open, when no result was of full length."""
+
+
+def _said(row: Row) -> str:
+    """Return a claim's value with interval and verdict, and on how many seeds or sessions it rests."""
+    if not row["ours"]:
+        return f"*{row['adjusted']}*"
+    about = claim(row["claim"])
+    ours, low, high = (number(float(row[name]), about) if row[name] else "" for name in ("ours", "low", "high"))
+    interval = f" ({low} to {high})" if low and high else ""
+    next_look = re.search(r"next look is at (\d+)", row.get("note", ""))
+    n = f"n = {row['samples']}" + (f", next look at {next_look[1]}" if next_look else "")
+    return f"{ours}{interval}, {n}, {row['scale']}: *{row['adjusted']}*"
+
+
+def before_and_after(rows: list[Row]) -> str:
+    """A line a claim: what runs of a sixth of the length said, what the ledger says now, and what would decide it."""
+    at = {row["claim"]: row for row in rows}
+    lines = []
+    with open(BEFORE, encoding="utf-8") as file:
+        before = list(csv.DictReader(file))
+    for row in before:
+        now, about = at[row["claim"]], claim(row["claim"])
+        paper = about.direction if about.value is None else f"{number(about.value, about)} {about.unit}"
+        takes = re.search(r"With this spread it takes (.*?) with 80 %", now["note"])
+        adjusted = re.search(r"p-value is (\S+) and, adjusted for all tests, ([\d.e-]+)", now["note"])
+        missing = re.search(r"Missing: (.*)\.", now["note"])
+        outlook = "–"
+        if takes:
+            outlook = takes[1]
+        elif adjusted:
+            outlook = f"p {adjusted[1]}, adjusted {adjusted[2]}"
+        elif missing:
+            outlook = missing[1]
+        lines.append([f"{about.statement} ({about.where})", paper.strip(), _said(row), _said(now), outlook])
+    table = _markdown(["claim", "paper", "at 16 % of the training", "now", "what it would take"], lines)
+    counted = [Counter(row["adjusted"] for row in of) for of in (before, [at[row["claim"]] for row in before])]
+    verdicts = [[name, str(counted[0][name] or "–"), str(counted[1][name] or "–")] for name in counted[0] | counted[1]]
+    return _markdown(["verdict", "at 16 %", "now"], verdicts) + "\n" + table
+
+
 KINDS: dict[str, Callable[[list[Row]], str]] = {
     "answers": answers,
     "digest": digest,
@@ -203,6 +250,7 @@ KINDS: dict[str, Callable[[list[Row]], str]] = {
     "decode": decode,
     "score": score,
     "texts": texts,
+    "before_and_after": before_and_after,
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.report.ledger import Entry
+from moelab.report.site.claims import ClaimRow
 from moelab.report.site.digest import to_csv
 from moelab.report.site.results import Result
 from moelab.report.summary import RunRow
@@ -25,10 +26,15 @@ _COLUMNS = (
 )
 
 
-def claims_csv(ledger: Sequence[Entry]) -> str:
-    """Return a row for every claim: the paper's value, ours with its interval, and the verdict."""
+def claims_csv(ledger: Sequence[Entry], rows: Sequence[ClaimRow]) -> str:
+    """Return a row for every claim: the paper's value, ours with its interval, the verdict and what would decide it."""
+    notes = {row.claim.id: row.note for row in rows if row.decides}
     return to_csv(
-        [{name: getattr(entry, name, getattr(entry.deciding, name, "")) for name in _COLUMNS} for entry in ledger]
+        [
+            {name: getattr(entry, name, getattr(entry.deciding, name, "")) for name in _COLUMNS}
+            | {"note": notes[entry.claim]}
+            for entry in ledger
+        ]
     )
 
 

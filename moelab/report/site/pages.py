@@ -15,7 +15,7 @@ from moelab import paper
 from moelab.design.verdicts import STYLES
 from moelab.files import write_bytes
 from moelab.plotting.axis import mark
-from moelab.report.ledger import Entry, entries, family, scale_rank
+from moelab.report.ledger import entries, family, scale_rank
 from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, template
 from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
@@ -73,8 +73,9 @@ def build(root: Path) -> Built:
     for name in ASSETS:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     ledger = entries((result.path, result.summary) for result in results)
-    written += _write_downloads(root, results, ledger)
     claims, parts = all_claims(results, ledger), chapters(results)
+    written += _write_if_changed(root / downloads.CLAIMS, downloads.claims_csv(ledger, claims))
+    written += _write_downloads(root, results)
     counted = tally(ledger)
     used = {result.scale for result in results} | {row.scale for row in claims if row.result}
     runs = downloads.packed_runs(root, results)
@@ -138,14 +139,13 @@ def _verdicts(claims: Sequence[ClaimRow]) -> dict[str, str]:
     return {name: "|".join(keys) for name, keys in found.items()}
 
 
-def _write_downloads(root: Path, results: Sequence[Result], ledger: Sequence[Entry]) -> int:
-    """Write the claims as CSV and the zip of everything; return how many files were written."""
-    written = int(_write_if_changed(root / downloads.CLAIMS, downloads.claims_csv(ledger)))
+def _write_downloads(root: Path, results: Sequence[Result]) -> int:
+    """Write the zip of everything, the claims' CSV in it; return how many files were written."""
     files = {downloads.CLAIMS: root / downloads.CLAIMS}
     for result in sorted(results, key=lambda r: r.path):
         files |= {f"{result.path}/{name}": path for name, path in downloads.members(result).items()}
     files |= {p.relative_to(root).as_posix(): p for p in sorted((root / "benchmarks").rglob("*.json*"))}
-    return written + _write_if_changed(root / downloads.EVERYTHING, downloads.packed(files))
+    return int(_write_if_changed(root / downloads.EVERYTHING, downloads.packed(files)))
 
 
 def _shares(results: Iterable[Result]) -> str:
