@@ -1,4 +1,4 @@
-"""Split the difference of two arms' losses by what the sequence has shown before of a target.
+"""Split the difference of two arms' losses: by what the sequence has shown before of a target, and by domain.
 
 A model that copies from its context gains on targets whose pair occurred before, one that knows more gains on the
 others; a difference of two losses is the sum of both (`moelab.data.batches.pairs`).
@@ -41,6 +41,41 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Return the parts of `gaps`, means over seeds: a row per pair, a column per target and one for all of them."""
     parts = table.groupby(["pair", "target"], sort=False)["part"].mean().unstack()
     return parts.assign(all=parts.sum(axis=1))
+
+
+def by_domain(runs: Runs, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Return left minus right on each domain of the validation text, by seed; empty for a text of one domain.
+
+    Args:
+        runs, pairs: as in `gaps`.
+
+    Returns:
+        Columns pair ("left − right"), arm (the domain), seed and gap (nats per token); of each pair the domain with the
+        lowest mean first.
+    """
+    losses = {(run.spec.title, run.spec.train.seed): run.result["validation_by_domain"] for run in runs.finished}
+    rows = [
+        [f"{left} − {right}", domain, seed, losses[left, seed][domain]["loss"] - numbers["loss"]]
+        for left, right in pairs
+        for (arm, seed), domains in losses.items()
+        if arm == right and (left, seed) in losses and len(domains) > 1
+        for domain, numbers in domains.items()
+    ]
+    table = pd.DataFrame(rows, columns=["pair", "arm", "seed", "gap"])
+    position = table["pair"].map({f"{left} − {right}": i for i, (left, right) in enumerate(pairs)})
+    mean = table.groupby(["pair", "arm"])["gap"].transform("mean")
+    return table.assign(position=position, mean=mean).sort_values(["position", "mean", "arm", "seed"])[[*table]]
+
+
+def domain_headline(table: pd.DataFrame) -> str:
+    """Return in how many domains of `by_domain` the left arm of each pair ends below the right one, and by how much."""
+    means = table.groupby(["pair", "arm"], sort=False)["gap"].mean()
+    said = []
+    for pair in table["pair"].unique():
+        by, (left, right) = means[pair], pair.split(" − ")
+        ends = f"{by.min():+.2f} ({by.idxmin()}) to {by.max():+.2f} ({by.idxmax()})"
+        said.append(f"{left} is below {right} in {(by < 0).sum()} of {len(by)} domains, {ends}")
+    return "; ".join(said)
 
 
 def headline(differences: pd.DataFrame, left: str, right: str, looks: Sequence[int] = ()) -> str:

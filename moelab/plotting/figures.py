@@ -28,6 +28,7 @@ from moelab.statistics import ALPHA, interval
 __all__ = [
     "colors",
     "differences",
+    "domains",
     "gaps",
     "legend_below",
     "loss_curves",
@@ -272,6 +273,7 @@ def gaps(
     paper: Mapping[str, tuple[float, float, float]],
     of: str = "seeds",
     alpha: float = ALPHA,
+    color: str = "",
 ) -> Axes:
     """Draw a row per arm: the mean of `value` over seeds with its 95 % interval, each seed, and the paper's value.
 
@@ -280,8 +282,9 @@ def gaps(
         paper: arm -> (value, low, high) as the paper reports it.
         of: the word for a value in the legend: seeds, or rounds of a measurement.
         alpha: see `student`.
+        color: of all rows, where they are no arms but parts of one difference.
     """
-    palette = colors(arms)
+    palette = dict.fromkeys(arms, color) if color else colors(arms)
     for row, arm in enumerate(arms):
         values = results.loc[results["arm"] == arm, value]
         if len(values):
@@ -326,6 +329,18 @@ def differences(table: pd.DataFrame, *, alpha: float = ALPHA) -> Figure:
     for ax, (column, name) in zip(axes, there.items(), strict=True):
         gaps(table.dropna(subset=[column]), ax, arms=arms, value=column, paper={}, alpha=alpha)
         ax.set_title(name)
+    axes[-1].set_xlabel("difference of final validation losses (nats per token); left of 0 the first is better")
+    legend_below(axes[-1])
+    return fig
+
+
+def domains(table: pd.DataFrame) -> Figure:
+    """Draw the differences of `moelab.design.targets.by_domain`: a panel for each pair, a row for each domain."""
+    pairs = {pair: part for pair, part in table.groupby("pair", sort=False)}
+    fig, axes = panels(len(pairs), height=0.22 * table["arm"].nunique() + 0.8)
+    for ax, (pair, part) in zip(axes, pairs.items(), strict=True):
+        gaps(part, ax, arms=list(part["arm"].unique()), value="gap", paper={}, color=_COLORS[5])
+        ax.set_title(pair)
     axes[-1].set_xlabel("difference of final validation losses (nats per token); left of 0 the first is better")
     legend_below(axes[-1])
     return fig

@@ -111,3 +111,22 @@ def test_parts_sum_to_the_difference(tmp_path, result):
     assert "repeat" not in targets.headline(differences, "A", "B"), "a seed says nothing of them"
     assert targets.headline(differences, "A", "C") == "A and C have no seed in common"
     assert not len(targets.gaps(Runs(runs[-2:]), [("A", "B")]))
+
+
+def test_differences_by_domain_are_paired_by_seed_and_a_text_of_one_domain_has_none(tmp_path, result):
+    losses = {"A": [(2.0, 4.0), (2.5, 5.0)], "B": [(3.0, 3.5), (3.0, 4.5)], "C": [(1.0,)]}
+    runs = []
+    for arm, by_seed in losses.items():
+        for seed, values in enumerate(by_seed):
+            run = RunStore(tmp_path).run(
+                settings.spec("350M", "smoke", seed, label=arm, overrides={"train.lr": ord(arm) / 1e4})
+            )
+            by_domain = {name: {"loss": loss} for name, loss in zip(("sea", "field"), values, strict=False)}
+            write_json(run.path / "result.json", result(validation_by_domain=by_domain))
+            runs.append(run)
+    table = targets.by_domain(Runs(runs), [("A", "B"), ("B", "A"), ("A", "C")])
+    assert list(table["pair"].unique()) == ["A − B", "B − A"] and list(table["arm"][:4]) == ["sea"] * 2 + ["field"] * 2
+    assert list(table["gap"][:4]) == pytest.approx([-1.0, -0.5, 0.5, 0.5])
+    first = table[table["pair"] == "A − B"]
+    assert targets.domain_headline(first) == "A is below B in 1 of 2 domains, -0.75 (sea) to +0.50 (field)"
+    assert not len(targets.by_domain(Runs(runs), [("A", "C")])) and targets.domain_headline(table[:0]) == ""
