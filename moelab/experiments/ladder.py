@@ -163,6 +163,27 @@ def _times(law: laws.Law, loss: float, compute: float) -> float:
     return law.compute(loss) / compute
 
 
+def trend(table: pd.DataFrame, fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
+    """Return by which factor ten times the compute changes each MoE's leverage, over the widths at their most tokens.
+
+    The factor is that of a power law through the widths' leverages; infinite where one of them is. Columns: arm, value,
+    low, high. `table` and `fits` come from `points` and `fits`.
+    """
+    most = table[(table["tokens"] == table["tokens"].max()) & (table["arm"] != "Dense")]
+    rows = []
+    for arm, part in most.groupby("arm", sort=False):
+        losses = part.groupby("compute")["loss"].mean()
+        if (dense := fits.get("Dense")) and len(losses) > 1:
+            rows.append([arm, *dense.interval(partial(_growth, losses=losses))])
+    return pd.DataFrame(rows, columns=["arm", *INTERVAL])
+
+
+def _growth(law: laws.Law, losses: pd.Series) -> float:
+    """Return the factor of `trend` by a dense law; `losses` by compute."""
+    times = [_times(law, loss, compute) for compute, loss in losses.items()]
+    return float(10 ** np.polyfit(np.log10(losses.index), np.log10(times), 1)[0]) if max(times) < math.inf else math.inf
+
+
 def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
     """Return what the laws predict for the larger width, and the losses that were measured.
 

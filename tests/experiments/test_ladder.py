@@ -69,6 +69,19 @@ def test_leverage_is_the_dense_models_compute_over_the_moes():
     assert levers["beyond"].any() and not levers["beyond"].all()
 
 
+def test_the_trend_is_the_slope_of_the_leverage_over_compute(table, fits):
+    found = ladder.trend(table[table["width"] < 128], fits).set_index("arm")
+    levers = ladder.leverage(table, fits)
+    for arm, row in found.iterrows():
+        mine = levers[(levers["arm"] == arm) & (levers["width"] < 128)]
+        mine = mine[mine["tokens"] == mine["tokens"].max()]
+        slope = np.polyfit(np.log10(mine["compute"]), np.log10(mine["value"]), 1)[0]
+        assert row["value"] == pytest.approx(10**slope) and row["low"] <= row["value"] <= row["high"]
+    assert set(found.index) == {"PR-MoE", "MoE-128"} and not len(ladder.trend(table, {}))
+    below = table.assign(loss=table["loss"] - 3 * (table["arm"] == "MoE-128"))
+    assert ladder.trend(below, fits).set_index("arm").loc["MoE-128", "value"] == np.inf
+
+
 def test_the_prediction_says_how_far_it_missed(table, fits):
     came = ladder.prediction(table, fits, "cpu", 3)
     assert len(came) == 3 * 5 and set(came["seeds"]) == {3} and set(came["width"]) == {128}
