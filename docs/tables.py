@@ -225,12 +225,15 @@ def before_and_after(rows: list[Row]) -> str:
         paper = about.direction if about.value is None else f"{number(about.value, about)} {about.unit}"
         takes = re.search(r"With this spread it takes (.*?) with 80 %", now["note"])
         adjusted = re.search(r"p-value is (\S+) and, adjusted for all tests, ([\d.e-]+)", now["note"])
+        shared = re.search(r"p-value adjusted for all tests is (\d[\d.e-]*\d)", now["note"])
         missing = re.search(r"Missing: (.*)\.", now["note"])
         outlook = "–"
         if takes:
             outlook = takes[1]
         elif adjusted:
             outlook = f"p {adjusted[1]}, adjusted {adjusted[2]}"
+        elif shared:
+            outlook = f"adjusted p {shared[1]}, of the row that shares its claim"
         elif missing:
             outlook = missing[1]
         lines.append([f"{about.statement} ({about.where})", paper.strip(), _said(row), _said(now), outlook])

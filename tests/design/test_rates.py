@@ -10,6 +10,7 @@ from moelab.design import comparison, rates, settings, shares, targets
 from moelab.design.judging import judge
 from moelab.design.verdicts import UNDECIDED
 from moelab.files import write_json
+from moelab.plotting import figures
 from moelab.runs.collection import Runs
 from moelab.runs.spec import closure
 from moelab.runs.store import RunStore
@@ -129,4 +130,12 @@ def test_differences_by_domain_are_paired_by_seed_and_a_text_of_one_domain_has_n
     assert list(table["gap"][:4]) == pytest.approx([-1.0, -0.5, 0.5, 0.5])
     first = table[table["pair"] == "A − B"]
     assert targets.domain_headline(first) == "A is below B in 1 of 2 domains, -0.75 (sea) to +0.50 (field)"
+    drawn = figures.domains(table)
+    rows = [[label.get_text() for label in ax.get_yticklabels()] for ax in drawn.axes]
+    assert rows == [["sea", "field"], ["field", "sea"]] and [
+        a.get_title() + a.get_title(loc="left") for a in drawn.axes
+    ] == [
+        "A − B",
+        "B − A",
+    ]
     assert not len(targets.by_domain(Runs(runs), [("A", "C")])) and targets.domain_headline(table[:0]) == ""

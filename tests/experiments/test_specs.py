@@ -29,7 +29,7 @@ seeds            13cd21e710 f9d4306ae2 5541447821 -          cc8dc4ed6d -
 learning-rate    2f5d305bc4 -          92d5fc8946 c2fb2ae94f -          -
 what-survives    1795eadae4 a1e68c5046 df7ff09ff4 -          1d8cc056d0 -
 upcycling        520f5a6049 747761d1dc 0839163dd4 -          45d8415712 -
-ladder           d2f2a684e0 -          2635092ec9 -          97134de833 -
+ladder           7002b491e7 -          510eb9a59f -          8e103a638a -
 """
 (_, *SCALES), *ROWS = (line.split() for line in TABLE.split("\n") if line)
 IDS = {name: {s: id for s, id in zip(SCALES, ids, strict=True) if id != "-"} for name, *ids in ROWS}
@@ -48,7 +48,7 @@ REQUESTS = [
     ("distillation", "gpu", {"stop": 0.5, "overrides": TAUGHT}, "4a2bce2f71"),
     ("learning-rate", "cpu", {"base": "6.7B"}, "2fae7a7dfd"),
     ("learning-rate", "full", {"base": "1.3B"}, "2f4ff22a53"),
-    ("ladder", "cpu", {"larger": True}, "d28e8065c8"),
+    ("ladder", "cpu", {"larger": True}, "f3e846b317"),
 ]
 """Experiment, scale, further arguments -> digest of the ids with one seed."""
 
