@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moelab.lazy import pd
+from moelab.lazy import np, pd
 from moelab.plotting.layout import legend_below
 from moelab.plotting.palette import colors
 
@@ -54,15 +54,20 @@ def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, 
 def leverage(levers: pd.DataFrame, ax: Axes) -> Axes:
     """Draw the efficiency leverage over compute with its intervals; hollow where the dense law is extrapolated.
 
+    An interval is cut at ten times the largest finite leverage, and at a tenth of the smallest.
+
     Args:
         levers: columns arm, width, compute, value, low, high, beyond.
     """
     palette = colors(["Dense", *dict.fromkeys(levers["arm"])])  # as beside it, where the dense arm comes first
     widths = sorted(levers["width"].unique())
+    finite = levers.loc[np.isfinite(levers["value"]) & (levers["value"] > 0), "value"]
+    bottom, top = (finite.min() / 10, 10 * finite.max()) if len(finite) else (0.1, 10)
     for (arm, width), part in levers.sort_values("compute").groupby(["arm", "width"], sort=False):
         color, marker = palette[arm], _MARKERS[widths.index(width) % len(_MARKERS)]
-        low, high = part["value"] - part["low"], part["high"] - part["value"]
-        ax.errorbar(part["compute"], part["value"], yerr=[low, high], fmt="-", color=color, capsize=3, linewidth=1)
+        ax.plot(part["compute"], part["value"], color=color, linewidth=1)
+        # Not error bars: refits of a bad law may all lie on one side of it, so that its interval lacks its value.
+        ax.vlines(part["compute"], part["low"].clip(bottom), part["high"].clip(upper=top), color=color, linewidth=1)
         for row in part.itertuples():
             ax.plot(row.compute, row.value, marker, color=color, markerfacecolor="white" if row.beyond else color)
     for arm in dict.fromkeys(levers["arm"]):

@@ -1,10 +1,11 @@
 """The look that figures share: colours by arm, the paper's marks, titles as in print."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from moelab.experiments import pr_moe, scaling, top2_vs_residual, upcycling, zero_shot
-from moelab.plotting import figures, layer
+from moelab.plotting import figures, ladder, layer
 from moelab.plotting.axis import EDGE, LOWEST, Axis
 
 
@@ -91,3 +92,11 @@ def test_an_interval_below_zero_ends_at_the_axis_that_rows_of_a_page_share():
     axis = Axis.of_multiples("times the paper's", [-0.4, 0.9, 3.0])
     assert 0 < axis.low < LOWEST and axis.percent(-0.4) == EDGE < axis.percent(1.0) < axis.percent(3.0)
     assert all(LOWEST <= tick for tick in axis.ticks) and "svg" in axis.ruler()
+
+
+def test_an_interval_of_leverage_may_lack_its_value_and_may_be_endless(ax):
+    rows = [["PR-MoE", 1e12, 0.5, 0.0, 0.4], ["PR-MoE", 2e12, 1.0, 0.8, np.inf], ["MoE-128", 4e12, np.inf, 2.0, np.inf]]
+    levers = pd.DataFrame(rows, columns=["arm", "compute", "value", "low", "high"]).assign(width=32, beyond=False)
+    ladder.leverage(levers, ax)
+    bars = [bar[:, 1].tolist() for part in ax.collections for bar in part.get_segments()]
+    assert bars == [[0.05, 0.4], [0.8, 10.0], [2.0, 10.0]], "cut at a tenth and ten times the finite values"
