@@ -14,7 +14,7 @@ from moelab import paper
 from moelab.design import comparison
 from moelab.design.judging import can_test, judge
 from moelab.design.verdicts import Verdict
-from moelab.lazy import pd
+from moelab.lazy import np, pd
 
 COLUMNS = ["pair", "seed", "share", "gap"]
 
@@ -81,8 +81,9 @@ def costs_to_equal_loss(
     """Return how many times as much it costs to train right as to train left to an equal loss, by seed.
 
     The equal loss is the higher of the two curves' ends. The arm that ends there has all its tokens; the other has the
-    tokens from which on its curve is below, interpolated. Its rate has not decayed by then, so a run that was planned
-    for that loss would cost less. A seed in which an untrained model is below already is left out.
+    tokens from which on its curve is below, interpolated over log tokens (as in `budgets.tokens_at`). Its rate has not
+    decayed by then, so a run that was planned for that loss would cost less. A seed in which this lies before the first
+    evaluation of a trained model is left out.
 
     Args:
         curves: as in `gaps`.
@@ -98,12 +99,13 @@ def costs_to_equal_loss(
             if len(lines) < 2:
                 continue
             goal = max(line["loss"].iloc[-1] for line in lines.values())
-            reached = {
-                arm: crossing(pd.DataFrame({"share": line["tokens"], "gap": line["loss"] - goal}))
-                for arm, line in lines.items()
-            }
-            tokens = {arm: lines[arm]["tokens"].iloc[-1] if at is None else at for arm, at in reached.items()}
-            if not all(tokens.values()):
+            with np.errstate(divide="ignore"):  # an untrained model has no tokens
+                reached = {
+                    arm: crossing(pd.DataFrame({"share": np.log(line["tokens"]), "gap": line["loss"] - goal}))
+                    for arm, line in lines.items()
+                }
+            tokens = {arm: lines[arm]["tokens"].iloc[-1] if at is None else np.exp(at) for arm, at in reached.items()}
+            if not all(count > 0 for count in tokens.values()):
                 continue
             for what, a_token in {"training tokens": {left: 1.0, right: 1.0}, **costs}.items():
                 if {left, right} <= set(a_token):

@@ -2,9 +2,9 @@
 
 Shows: validation loss of the dense 350M, 1.3B and 6.7B and of 350M and 1.3B with 128 experts, over training tokens; the
 gap between the 350M MoE and its base at five token budgets, each with its own decay; and what follows from it: how many
-times fewer tokens the MoE needs than its base, the gap at equal FLOPs and at equal time, what the larger dense model
-costs to the MoE's loss, and the dense size that the MoE equals. In the paper the MoE is far ahead of its own base
-throughout and, for two thirds of the training, behind the larger dense model that it equals in the end.
+times fewer tokens the MoE needs than its base, the gap at equal FLOPs and at equal time, what its base and the larger
+dense model cost to an equal loss, and the dense size that the MoE equals. In the paper the MoE is far ahead of its own
+base throughout and, for two thirds of the training, behind the larger dense model that it equals in the end.
 
 Here: twins on equal tokens in equal order. The paper's numbers stand beside ours at equal tokens for each parameter of
 the base (`budgets`), where its own curves have used a sixth of their tokens, and at its end.
@@ -45,10 +45,7 @@ PAIRS = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
 """(MoE, its base, the dense model it is to equal)."""
 
 AGAINST = tuple((moe, dense) for moe, base, larger in PAIRS for dense in (base, larger))
-"""(MoE, dense model), compared after all tokens, on the whole validation text."""
-
-LARGER = tuple((moe, larger) for moe, _, larger in PAIRS)
-"""(MoE, larger dense model), compared by what they cost to an equal loss."""
+"""(MoE, dense model), compared after all tokens, on the whole validation text, and by their cost to an equal loss."""
 
 TIMED = ("smoke", "cpu", "full", "gpu")
 """Scales at which training speeds are measured beside the runs."""
@@ -206,25 +203,34 @@ def cost_headline(costs: pd.DataFrame) -> str:
     return f"350M+MoE-128 minus 350M: {said} (nats; {_seeds(ours)})" if said else "no MoE has budgets for it"
 
 
-def paper_costs_to_equal_loss() -> pd.DataFrame:
-    """Return `shares.costs_to_equal_loss` of the paper: its Fig 1, its models' FLOPs and the speeds of its Table 3."""
+def costs_to_equal_loss(curves: pd.DataFrame, costs: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """Return `shares.costs_to_equal_loss` of the dense models over each MoE (`AGAINST`), with the paper's beside.
+
+    The column paper comes from its Fig 1, its models' FLOPs and the speeds of its Table 3; missing where it has none.
+
+    Args:
+        curves: `Runs.curves()`.
+        costs: what -> arm -> cost of a token.
+    """
     speeds = {row.model: row.tokens_per_s for row in paper.training_throughput()}
-    costs = {
+    theirs = {
         "training FLOPs": {arm: ModelConfig.parse(arm).flops_per_token() for arm in ARMS},
         "time": {arm: 1 / speed for arm, speed in speeds.items()},
     }
-    curves = pd.concat([paper.loss_curve(arm).frame().assign(arm=arm, seed=0) for arm in ARMS])
-    return shares.costs_to_equal_loss(curves.rename(columns={"tokens_B": "tokens"}), LARGER, costs)
+    fig_1 = pd.concat([paper.loss_curve(arm).frame().assign(arm=arm, seed=0) for arm in ARMS])
+    their_times = shares.costs_to_equal_loss(fig_1.rename(columns={"tokens_B": "tokens"}), AGAINST, theirs)
+    beside = their_times.set_index(["pair", "at"])["times"].rename("paper")
+    return shares.costs_to_equal_loss(curves, AGAINST, costs).join(beside, on=["pair", "at"])
 
 
 def equal_loss_headline(times: pd.DataFrame) -> str:
-    """Return what the larger dense model costs to an equal loss, over the MoE, in a line for each pair."""
-    lines, theirs = [], paper_costs_to_equal_loss().set_index(["pair", "at"])["times"]
+    """Return what a dense model costs to an equal loss, over the MoE, in a line for each pair of these costs."""
+    lines = []
     for pair, part in times.groupby("pair", sort=False):
         moe, dense = str(pair).split(" − ")
         said = [
             f"{of['times'].mean():.1f} in {what}"
-            + (f" (paper {theirs[pair, what]:.1f})" if (pair, what) in theirs else "")
+            + ("" if of["paper"].isna().all() else f" (paper {of['paper'].iloc[0]:.1f})")
             for what, of in part.groupby("at", sort=False)
         ]
         lines.append(f"{dense} over {moe}, cost to equal loss: {', '.join(said)} ({_seeds(part)})")

@@ -28,8 +28,8 @@ from moelab.statistics import ALPHA, interval
 __all__ = [
     "colors",
     "differences",
-    "domains",
     "gaps",
+    "in_panels",
     "legend_below",
     "loss_curves",
     "means",
@@ -260,6 +260,8 @@ def _around(values: Sequence[float], low: Sequence[float], high: Sequence[float]
     return [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
 
 
+DIFFERENCE = "difference of final validation losses (nats per token); left of 0 the first is better"
+
 LONG = 18
 """Characters of a row's name from which on the names stand above the rows."""
 
@@ -274,6 +276,7 @@ def gaps(
     of: str = "seeds",
     alpha: float = ALPHA,
     color: str = "",
+    equal: float = 0.0,
 ) -> Axes:
     """Draw a row per arm: the mean of `value` over seeds with its 95 % interval, each seed, and the paper's value.
 
@@ -283,6 +286,7 @@ def gaps(
         of: the word for a value in the legend: seeds, or rounds of a measurement.
         alpha: see `student`.
         color: of all rows, where they are no arms but parts of one difference.
+        equal: the value of no difference, 1 for ratios; a line marks it.
     """
     palette = dict.fromkeys(arms, color) if color else colors(arms)
     for row, arm in enumerate(arms):
@@ -307,7 +311,7 @@ def gaps(
             at, low, high = paper[arm]
             label = "paper" if low == at == high else "paper, with the uncertainty of the reading"
             paper_points(ax, [at], [row - 0.28], [low], [high], label=label, across=True)
-    ax.axvline(0, color="#888888", linewidth=1, zorder=1)
+    ax.axvline(equal, color="#888888", linewidth=1, zorder=1)
     if max(map(len, arms)) > LONG:
         name_rows(ax, arms, above=0.42 if paper else 0.3)  # clear of the paper's points
     else:
@@ -329,19 +333,31 @@ def differences(table: pd.DataFrame, *, alpha: float = ALPHA) -> Figure:
     for ax, (column, name) in zip(axes, there.items(), strict=True):
         gaps(table.dropna(subset=[column]), ax, arms=arms, value=column, paper={}, alpha=alpha)
         ax.set_title(name)
-    axes[-1].set_xlabel("difference of final validation losses (nats per token); left of 0 the first is better")
+    axes[-1].set_xlabel(DIFFERENCE)
     legend_below(axes[-1])
     return fig
 
 
-def domains(table: pd.DataFrame) -> Figure:
-    """Draw the differences of `moelab.design.targets.by_domain`: a panel for each pair, a row for each domain."""
-    pairs = {pair: part for pair, part in table.groupby("pair", sort=False)}
-    fig, axes = panels(len(pairs), height=0.22 * table["arm"].nunique() + 0.8)
-    for ax, (pair, part) in zip(axes, pairs.items(), strict=True):
-        gaps(part, ax, arms=list(part["arm"].unique()), value="gap", paper={}, color=_COLORS[5])
-        ax.set_title(pair)
-    axes[-1].set_xlabel("difference of final validation losses (nats per token); left of 0 the first is better")
+def in_panels(
+    table: pd.DataFrame, *, panel: str = "pair", value: str = "gap", label: str = DIFFERENCE, equal: float = 0.0
+) -> Figure:
+    """Draw `gaps` in a panel for each `panel`, a row for each arm: differences by domain, costs to an equal loss.
+
+    Args:
+        table: columns `panel`, arm, seed and `value`, and the paper's values of a row as paper, where it has some.
+        label: of the axis.
+        equal: see `gaps`.
+    """
+    parts = dict(list(table.groupby(panel, sort=False)))
+    height = (0.4 if "paper" in table else 0.22) * table["arm"].nunique() + 0.8
+    fig, axes = panels(len(parts), height=height, sharex="paper" in table)
+    for ax, (name, part) in zip(axes, parts.items(), strict=True):
+        theirs = part.dropna(subset="paper").groupby("arm")["paper"].first() if "paper" in part else {}
+        paper = {arm: (at, at, at) for arm, at in theirs.items()}
+        arms = list(part["arm"].unique())
+        gaps(part, ax, arms=arms, value=value, paper=paper, color=_COLORS[5], equal=equal)
+        ax.set_title(name)
+    axes[-1].set_xlabel(label)
     legend_below(axes[-1])
     return fig
 

@@ -104,14 +104,24 @@ def test_the_papers_points_are_interpolated_as_ours():
     assert scaling.paper_efficiency()["350M+MoE-128"] == pytest.approx(paper.loss_curve("350M").tokens_B[-1] / reached)
 
 
-def test_the_papers_five_times_at_equal_loss():
-    """Table 3's ratio of speeds, times the share of the tokens that 1.3B+MoE-128 takes to 6.7B's loss in Fig 1."""
-    times = scaling.paper_costs_to_equal_loss().set_index(["pair", "at"])["times"]["1.3B+MoE-128 − 6.7B"]
+def test_a_dense_models_cost_to_equal_loss_beside_the_papers():
+    """The paper's: Table 3's ratio of speeds, times the share of 1.3B+MoE-128's tokens to 6.7B's loss in Fig 1."""
+    fig_1 = pd.concat([paper.loss_curve(arm).frame().assign(arm=arm, seed=0) for arm in scaling.ARMS])
+    ours = fig_1.rename(columns={"tokens_B": "tokens"})
+    found = scaling.costs_to_equal_loss(ours, {"time": dict.fromkeys(scaling.ARMS, 1.0)}).set_index(["pair", "at"])
+    theirs = found["paper"]
+    assert set(found.index.get_level_values(0)) == {f"{moe} − {dense}" for moe, dense in scaling.AGAINST}
+    of_tokens = found.xs("training tokens", level="at")
+    assert of_tokens["times"].tolist() == of_tokens["paper"].tolist(), "of its own curves"
+    times = theirs["1.3B+MoE-128 − 6.7B"]
     assert times["time"] / times["training tokens"] == pytest.approx(372 / 70)
-    assert 1.1 < times["training tokens"] < 1.2 and times["training FLOPs"] == pytest.approx(5.66, abs=0.01)
-    ours = pd.DataFrame([["1.3B+MoE-128 − 6.7B", seed, "time", 2 + seed] for seed in (0, 1)])
-    said = scaling.equal_loss_headline(ours.set_axis(["pair", "seed", "at", "times"], axis=1))
-    assert said == "6.7B over 1.3B+MoE-128, cost to equal loss: 2.5 in time (paper 6.1) (2 seeds)"
+    assert 1.1 < times["training tokens"] < 1.2
+    against_base = scaling.paper_efficiency()["350M+MoE-128"]
+    assert theirs["350M+MoE-128 − 350M"]["training tokens"] == pytest.approx(against_base, rel=0.01)
+    assert pd.isna(theirs["350M+MoE-128 − 350M"]["time"]), "Table 3 lacks the pair"
+    rows = [["1.3B+MoE-128 − 6.7B", seed, "time", 2 + seed, 6.15] for seed in (0, 1)]
+    said = scaling.equal_loss_headline(pd.DataFrame(rows, columns=["pair", "seed", "at", "times", "paper"]))
+    assert said == "6.7B over 1.3B+MoE-128, cost to equal loss: 2.5 in time (paper 6.2) (2 seeds)"
 
 
 def test_claims_on_a_model_whose_rate_is_not_swept_say_so():

@@ -69,6 +69,32 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
         assert questions.answers([scaling], []) == []
 
 
+def test_what_a_dense_model_of_equal_quality_costs(scaling):
+    rows = [
+        {"pair": f"{moe} − {dense}", "seed": seed, "at": at, "times": times + 0.1 * seed, "paper": paper}
+        for moe, dense, at, times, paper in (
+            ("350M+MoE-128", "350M", "training FLOPs", 4.0, 8.9),
+            ("350M+MoE-128", "1.3B", "training FLOPs", 2.9, 4.5),
+            ("350M+MoE-128", "1.3B", "time", 1.5, None),
+            ("1.3B+MoE-128", "6.7B", "training FLOPs", 4.4, 5.7),
+            ("1.3B+MoE-128", "6.7B", "time", 2.7, 6.2),
+        )
+        for seed in (0, 1, 2)
+    ]
+    pd.DataFrame(rows).to_json(scaling.folder / "equal-loss.jsonl", orient="records", lines=True)
+    answer = questions.answers([scaling], [])[-1]
+    assert answer.line == "6.7B takes 2.8× the time [2.6, 3.0] of 1.3B+MoE-128 (paper 6.2× the time)"
+    assert answer.short.startswith(
+        "To an equal loss 6.7B takes 4.5× the FLOPs [4.3, 4.7], 2.8× the time [2.6, 3.0] of 1.3B+MoE-128; 1.3B"
+    )
+    assert "350M takes" not in answer.short and answer.paper == "5.7× the FLOPs, 6.2× the time"
+    assert questions.answers([scaling], [])[0].short.endswith(
+        "; to an equal loss its base takes 4.1× the FLOPs [3.9, 4.3]."
+    )
+    pd.DataFrame(rows[:3]).to_json(scaling.folder / "equal-loss.jsonl", orient="records", lines=True)
+    assert len(questions.answers([scaling], [])) == 2, "only against its base"
+
+
 def test_the_dense_size_at_equal_tokens_is_interpolated_in_logarithms(scaling):
     sizes = questions.effective_sizes(scaling)
     assert list(sizes) == ["tokens", "FLOPs", "time"] and len(sizes["time"]) == 3

@@ -3,7 +3,7 @@
 `build(results)` writes the pages that are new or have changed. `update()` does it in the workspace, `.moelab/pages`,
 for the user's own results beside the published ones, or in `results` where publishing is asked for:
 
-    results/index.html                                     what was found: five questions, a line an experiment
+    results/index.html                                     what was found: six questions, a line an experiment
     results/hero.svg, digest.csv                           its figure, and its table
     results/overview.html, claims.html                     all claims in one figure, and as a table
     results/figures.html                                   the figure of each experiment, all results

@@ -1,4 +1,4 @@
-"""Answer a reader's five questions in a line each, from the published data: value, interval, the paper's, verdict."""
+"""Answer a reader's six questions in a line each, from the published data: value, interval, the paper's, verdict."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from moelab.statistics import interval
 
 ANSWERS = "answers.csv"
 MOE, BASE, LARGER = "350M+MoE-128", "350M", "1.3B"
+EQUALS = (("1.3B+MoE-128", "6.7B"), (MOE, LARGER))
+"""(MoE, the dense model that the paper finds equal)."""
 
 COSTS = {"training tokens": "tokens", "training FLOPs": "FLOPs", "time": "time"}
 """What is equal, as the tables of results name it -> in a sentence."""
@@ -91,7 +93,7 @@ def answers(results: Sequence[Result], rows: Iterable[ClaimRow]) -> list[Answer]
 
 def _of_tables(result: Result | None, decided: dict[str, ClaimRow]) -> list[Answer | None]:
     try:
-        return [_equal_cost(result, decided), _dense_size(result)]
+        return [_equal_cost(result, decided), _dense_size(result), _equal_loss(result)]
     except ODD:
         return []
 
@@ -158,12 +160,14 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     open_ = [at for at in parts if at not in clear]
     short = "Yes" if not open_ else f"At equal {' and '.join(clear)} only" if clear else "Not shown"
     said = [f"{_said(values, unit=' nats')} at equal {at}" for at, values in parts.items()]
+    dearer = _to_equal_loss(result, MOE, BASE)[0]
+    more = f"; to an equal loss its base takes {', '.join(dearer)}" if dearer else ""
     share = share_reached(result, MOE)
     theirs = paper_gap(MOE, BASE, share)
     return Answer(
         "Does an MoE beat its dense base?",
         _line(f"{short}: {said[0]}", "" if theirs is None else f"{_at(share)}{theirs:+.2f}"),
-        f"{short}: {', '.join(said)}.",
+        f"{short}: {', '.join(said)}{more}.",
         _beside(result, BASE),
         basis(result),
         [row for id in ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base") if (row := decided.get(id))],
@@ -211,6 +215,34 @@ def _dense_size(result: Result | None) -> Answer | None:
         typeset(f"{here if share < 0.95 else ''}{end:.1f}× at its end; against {LARGER} {beside}"),
         basis(result),
         link=f"{result.path}/index.html#against-dense",
+    )
+
+
+def _to_equal_loss(result: Result, moe: str, dense: str) -> tuple[list[str], list[str]]:
+    """Return what a dense model costs to an equal loss, a clause for each cost, and the paper's where it has one."""
+    rows = [row for row in result.rows_or_none("equal-loss.jsonl") if row["pair"] == f"{moe} − {dense}"]
+    table, ours, theirs = pd.DataFrame(rows, columns=["at", "times", "paper"]), [], []
+    for at, part in table.groupby("at", sort=False):
+        what = f"× the {COSTS.get(at, at)}"
+        mean, _, bounds = _said(list(part["times"]), "%.1f").partition(" ")
+        ours.append(f"{mean}{what} {bounds}".strip())
+        theirs += [f"{value:.1f}{what}" for value in part["paper"].dropna()[:1]]
+    return ours, theirs
+
+
+def _equal_loss(result: Result | None) -> Answer | None:
+    found = {pair: _to_equal_loss(result, *pair) for pair in EQUALS} if result else {}
+    said = {f"{dense} takes {{}} of {moe}": both for (moe, dense), both in found.items() if both[0]}
+    if not result or not said:
+        return None
+    first, (ours, theirs) = next(iter(said.items()))
+    return Answer(
+        "What does a dense model of equal quality cost to train?",
+        _line(first.format(ours[-1]), theirs[-1] if theirs else ""),
+        f"To an equal loss {'; '.join(text.format(', '.join(ours)) for text, (ours, _) in said.items())}.",
+        typeset(", ".join(theirs)),
+        basis(result),
+        link=f"{result.path}/index.html#equal-loss",
     )
 
 
