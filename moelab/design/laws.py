@@ -47,14 +47,21 @@ class Law:
         """Return the exponent of the loss above the floor over compute, along the best sizes."""
         return self.alpha * self.beta / (self.alpha + self.beta)
 
-    def compute(self, loss: float) -> float:
-        """Return the least training FLOPs to a loss, over all sizes; infinite at the floor and below it."""
+    def best(self, loss: float) -> tuple[float, float]:
+        """Return the size (training FLOPs of a token) and the training tokens that reach a loss with the least FLOPs.
+
+        Both are infinite at the floor and below it.
+        """
         above = loss - self.floor
         if above <= 0:
-            return math.inf
+            return math.inf, math.inf
         # Where the sum is least, both terms fall alike with compute: alpha times the first is beta times the second.
         size, data = above * self.beta / (self.alpha + self.beta), above * self.alpha / (self.alpha + self.beta)
-        return self.flops0 * (self.a / size) ** (1 / self.alpha) * self.tokens0 * (self.b / data) ** (1 / self.beta)
+        return self.flops0 * (self.a / size) ** (1 / self.alpha), self.tokens0 * (self.b / data) ** (1 / self.beta)
+
+    def compute(self, loss: float) -> float:
+        """Return the least training FLOPs to a loss, over all sizes; infinite at the floor and below it."""
+        return math.prod(self.best(loss))
 
 
 @dataclass(frozen=True)
@@ -73,28 +80,39 @@ class Fit:
 
     def interval(self, value: Callable[[Law], float], alpha: float = ALPHA) -> tuple[float, float, float]:
         """Return a value of the law with the bounds of its interval, from the refits."""
-        values = [value(law) for law in self.draws]
-        low, high = np.quantile(values, [alpha / 2, 1 - alpha / 2], method="nearest")  # infinite ones may be among them
-        return value(self.law), float(low), float(high)
+        return value(self.law), *bounds([value(law) for law in self.draws], alpha)
+
+    def spread(self, seeds: int, stream: int = 0) -> np.ndarray:
+        """Return by how much means over so many seeds miss the law, drawn from the deviations of the fitted runs.
+
+        Args:
+            stream: of random numbers; means of different runs take different ones.
+
+        Returns:
+            Nats: a row for each refit, a column for each number of tokens.
+        """
+        draw = np.random.default_rng([1, stream])
+        return np.array([self.residuals[draw.integers(len(self.residuals), size=seeds)].mean(0) for _ in self.draws])
 
     def predict(
         self, flops: float, tokens: Sequence[float], seeds: int, alpha: float = ALPHA
     ) -> list[tuple[float, float, float]]:
         """Return the losses that runs of a size will have, means over seeds, each with the bounds of its interval.
 
-        The interval holds the error of the law and that of so many seeds, whose deviations are taken to be those of the
-        fitted runs.
+        The interval holds the error of the law and that of so many seeds (`spread`).
 
         Args:
             tokens: as many as the fitted trunks had budgets, ascending.
         """
-        draw = np.random.default_rng(1)
-        losses = [
-            law.loss(flops, np.asarray(tokens)) + self.residuals[draw.integers(len(self.residuals), size=seeds)].mean(0)
-            for law in self.draws
-        ]
+        losses = [law.loss(flops, np.asarray(tokens)) for law in self.draws] + self.spread(seeds)
         low, high = np.quantile(losses, [alpha / 2, 1 - alpha / 2], axis=0)
         return list(zip(self.law.loss(flops, np.asarray(tokens)).tolist(), low.tolist(), high.tolist(), strict=True))
+
+
+def bounds(values: Sequence[float] | np.ndarray, alpha: float = ALPHA) -> tuple[float, float]:
+    """Return the bounds of an interval from values of refits, infinite ones among them."""
+    low, high = np.quantile(values, [alpha / 2, 1 - alpha / 2], method="nearest")
+    return float(low), float(high)
 
 
 def fit(points: pd.DataFrame) -> Fit:

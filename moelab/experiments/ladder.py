@@ -3,7 +3,7 @@
 Shows: final validation losses of the 350M twins at three widths and several token budgets, each budget with its own
 decay; a law of the loss for each family (`moelab.design.laws`), with intervals for its floor and exponent; the
 *efficiency leverage* of an MoE, which is the training FLOPs that a dense model of the best size needs for the MoE's
-loss, over the MoE's own; and what the laws predict for a larger width, beside what came.
+loss, over the MoE's own, and the same in measured time; and what the laws predict for a larger width, beside what came.
 
 Beyond the paper, which trains each model for as many tokens and says "5 times less" of one size. Others report that
 leverage grows with compute and with the share of inactive experts (Tian et al., arXiv 2507.17702: over 7 for 0.85B
@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moelab.config import ModelConfig
@@ -62,13 +61,17 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, larger: bool =
 
 
 def _trunk(arm: str, name: str, width: int, scale: str, seed: int, overrides: Mapping[str, Any]) -> RunSpec:
-    label = f"{arm}, {width} wide"
+    label = _label(arm, width)
     given = SETTINGS.get(scale, {}) | dict(overrides)
     spec = settings.spec(name, scale, seed, label=label, overrides=given)
     whole = ModelConfig.parse(name)
     shape: dict[str, Any] = {**settings.SHAPES[scale], "hidden": whole.hidden / width}
     model = whole.shrink(**shape)
     return replace(spec, model=replace(model, routing=spec.model.routing, name=f"{spec.model} {width} wide"))
+
+
+def _label(arm: str, width: int) -> str:
+    return f"{arm}, {width} wide"
 
 
 def points(runs: Runs) -> pd.DataFrame:
@@ -128,48 +131,102 @@ def curves(fits: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd.
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["arm", "width", "compute", "loss"])
 
 
-def leverage(table: pd.DataFrame, fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
-    """Return the efficiency leverage of each MoE at each width and budget, at its mean loss over seeds.
+@dataclass(frozen=True)
+class Leverage:
+    """Hold the efficiency leverage of an MoE at a width and a budget, at its mean loss over seeds.
 
-    Columns: arm, width, tokens, compute, value, low, high, beyond: the dense model would need more compute than any
-    dense run had, so that the law is extrapolated. A loss at the dense law's floor or below it has infinite leverage.
-    `table` and `fits` come from `points` and `fits`.
+    Attributes:
+        at: what a dense model needs more of: "training FLOPs" or "time".
+        compute: the MoE's training FLOPs.
+        value: infinite where the loss is at the dense law's floor or below it.
+        draws: the same with the dense law's refits, and with the MoE's loss moved as far as so many seeds can move it.
+        beyond: the dense model would need more compute than any dense run had, so that the law is extrapolated.
     """
-    rows = []
-    if dense := fits.get("Dense"):
-        most = table.loc[table["arm"] == "Dense", "compute"].max()
-        for (arm, width, tokens, compute), part in table.groupby(["arm", "width", "tokens", "compute"], sort=False):
-            if arm != "Dense":
-                loss = part["loss"].mean()
-                value = dense.interval(partial(_times, loss=loss, compute=compute))
-                rows.append([arm, width, tokens, compute, *value, value[0] * compute > most])
-    return pd.DataFrame(rows, columns=["arm", "width", "tokens", "compute", *INTERVAL, "beyond"])
+
+    at: str
+    arm: str
+    width: int
+    tokens: int
+    compute: float
+    value: float
+    draws: np.ndarray
+    beyond: bool
 
 
-def _times(law: laws.Law, loss: float, compute: float) -> float:
-    """Return the least compute to a loss, over another one."""
-    return law.compute(loss) / compute
+def leverages(
+    table: pd.DataFrame, fits: Mapping[str, laws.Fit], speeds: Mapping[str, Sequence[float]]
+) -> list[Leverage]:
+    """Return the efficiency leverage of each MoE at each width and budget, in FLOPs and in time.
+
+    In time it is what training the dense model of the fewest FLOPs takes, over the MoE's own time. A dense model
+    between two widths has FLOPs/s between theirs, one beyond them those of the nearest.
+
+    Args:
+        table, fits: from `points` and `fits`.
+        speeds: arm and width, as the trunks' labels have them -> training tokens/s, measured side by side.
+    """
+    if not (dense := fits.get("Dense")):
+        return []
+    sizes = table[table["arm"] == "Dense"].groupby("width")["flops"].first()
+    rates = [flops * np.median(speeds[_label("Dense", width)]) for width, flops in sizes.items()]
+    most = table.loc[table["arm"] == "Dense", "compute"].max()
+    budgets, found = sorted(table["tokens"].unique()), []
+    for (arm, width, tokens, compute), part in table.groupby(["arm", "width", "tokens", "compute"], sort=False):
+        if arm == "Dense" or arm not in fits:
+            continue
+        loss, seconds = part["loss"].mean(), tokens / np.median(speeds[_label(arm, width)])
+        moved = loss + fits[arm].spread(part["seed"].nunique(), stream=width)[:, budgets.index(tokens)]
+        for at, cost, rate in (("training FLOPs", compute, [1.0] * len(sizes)), ("time", seconds, rates)):
+
+            def times(law: laws.Law, loss: float, cost: float = cost, rate: Sequence[float] = rate) -> float:
+                flops, count = law.best(loss)
+                return flops * count / float(np.interp(np.log(flops), np.log(sizes), rate)) / cost
+
+            value, draws = times(dense.law, loss), np.array([*map(times, dense.draws, moved)])
+            found.append(Leverage(at, arm, width, tokens, compute, value, draws, dense.law.compute(loss) > most))
+    return found
 
 
-def trend(table: pd.DataFrame, fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
+def summary(levers: Sequence[Leverage]) -> pd.DataFrame:
+    """Return leverages with the bounds of their intervals: the fields of `Leverage`, low and high instead of draws."""
+    from moelab.design import laws
+
+    rows = [
+        [
+            lever.at,
+            lever.arm,
+            lever.width,
+            lever.tokens,
+            lever.compute,
+            lever.value,
+            *laws.bounds(lever.draws),
+            lever.beyond,
+        ]
+        for lever in levers
+    ]
+    return pd.DataFrame(rows, columns=["at", "arm", "width", "tokens", "compute", *INTERVAL, "beyond"])
+
+
+def trend(levers: Sequence[Leverage]) -> pd.DataFrame:
     """Return by which factor ten times the compute changes each MoE's leverage, over the widths at their most tokens.
 
-    The factor is that of a power law through the widths' leverages; infinite where one of them is. Columns: arm, value,
-    low, high. `table` and `fits` come from `points` and `fits`.
+    The factor is that of a power law through the widths' leverages; infinite where one of them is. Columns: at, arm,
+    value, low, high.
     """
-    most = table[(table["tokens"] == table["tokens"].max()) & (table["arm"] != "Dense")]
-    rows = []
-    for arm, part in most.groupby("arm", sort=False):
-        losses = part.groupby("compute")["loss"].mean()
-        if (dense := fits.get("Dense")) and len(losses) > 1:
-            rows.append([arm, *dense.interval(partial(_growth, losses=losses))])
-    return pd.DataFrame(rows, columns=["arm", *INTERVAL])
+    from moelab.design import laws
 
-
-def _growth(law: laws.Law, losses: pd.Series) -> float:
-    """Return the factor of `trend` by a dense law; `losses` by compute."""
-    times = [_times(law, loss, compute) for compute, loss in losses.items()]
-    return float(10 ** np.polyfit(np.log10(losses.index), np.log10(times), 1)[0]) if max(times) < math.inf else math.inf
+    rows, most = [], max((lever.tokens for lever in levers), default=0)
+    for at, arm in dict.fromkeys((lever.at, lever.arm) for lever in levers):
+        mine = [lever for lever in levers if (lever.at, lever.arm, lever.tokens) == (at, arm, most)]
+        if len(mine) > 1:
+            along = np.log10([lever.compute for lever in mine])
+            along -= along.mean()
+            by_draw = np.column_stack([[lever.value, *lever.draws] for lever in mine])
+            with np.errstate(invalid="ignore"):
+                slopes = np.log10(by_draw) @ along / (along @ along)  # of least squares
+            value, *draws = np.where(np.isfinite(by_draw).all(axis=1), 10**slopes, math.inf)
+            rows.append([at, arm, value, *laws.bounds(draws)])
+    return pd.DataFrame(rows, columns=["at", "arm", *INTERVAL])
 
 
 def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
@@ -202,14 +259,18 @@ def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, se
 
 
 def headline(levers: pd.DataFrame, predicted: pd.DataFrame) -> str:
-    """Return, in one line, the leverage of each MoE at its largest rung, and the prediction or its miss."""
+    """Return, in one line, the leverage of each MoE at its largest rung, and the prediction or its miss.
+
+    `levers` comes from `summary`, `predicted` from `prediction`.
+    """
     said = []
-    for arm, part in levers.groupby("arm", sort=False):
-        last = part[part["compute"] == part["compute"].max()].iloc[0]
-        said.append(f"{arm} {last['value']:.1f} ({last['low']:.1f} to {last['high']:.1f})")
+    for at, part in levers.groupby("at", sort=False):
+        last = part[part["compute"] == part.groupby("arm")["compute"].transform("max")]
+        values = [f"{row.arm} {row.value:.1f} ({row.low:.1f} to {row.high:.1f})" for row in last.itertuples()]
+        said.append(f"the {str(at).split()[-1]} at the largest rung: {', '.join(values)}")
     if not said:
         return "too few runs have finished to fit a law"
-    text = f"Dense models need so many times the FLOPs at the largest rung: {', '.join(said)}"
+    text = f"Dense models need so many times {'; '.join(said)}"
     came = predicted[predicted["seeds"] > 0]
     if len(came):
         worst = came.loc[came["miss"].abs().idxmax(), "miss"]
@@ -233,4 +294,5 @@ EXPERIMENT = Experiment(
         "gpu": Scale("twins 128 to 256 wide (predicted: 384); 25 to 400 M tokens of the Pile", "not yet run; one GPU"),
     },
     build=build,
+    measures_on_gpu=("gpu",),
 )

@@ -57,7 +57,8 @@ def leverage(levers: pd.DataFrame, ax: Axes) -> Axes:
     An interval is cut at ten times the largest finite leverage, and at a tenth of the smallest.
 
     Args:
-        levers: columns arm, width, compute, value, low, high, beyond.
+        levers: columns arm, width, compute, value, low, high, beyond; of `moelab.experiments.ladder.summary` at one of
+            FLOPs and time.
     """
     palette = colors(["Dense", *dict.fromkeys(levers["arm"])])  # as beside it, where the dense arm comes first
     widths = sorted(levers["width"].unique())
@@ -79,6 +80,6 @@ def leverage(levers: pd.DataFrame, ax: Axes) -> Axes:
     ax.xaxis.set_minor_formatter("")
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="the MoE's training compute (FLOPs)", ylabel="FLOPs that a dense model needs, times the MoE's")
+    ax.set(xlabel="the MoE's training compute (FLOPs)", ylabel="dense cost over the MoE's")
     legend_below(ax)
     return ax

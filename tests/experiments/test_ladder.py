@@ -56,10 +56,17 @@ def test_laws_never_see_the_larger_width(table, fits):
     assert {arm: fitted.law for arm, fitted in fits.items()} == {arm: fitted.law for arm, fitted in below.items()} != {}
 
 
+def speeds_at(dense=1.0, moe=1.0):
+    """Training tokens/s of every trunk; one FLOP takes every dense model the same time at 1.0."""
+    specs = [spec for spec in ladder.EXPERIMENT.specs("cpu", 1, larger=True) if spec.start is None]
+    rates = {True: dense, False: moe}
+    return {s.label: [1e9 / s.model.flops_per_token(context=128) * rates["Dense" in s.label]] * 3 for s in specs}
+
+
 def test_leverage_is_the_dense_models_compute_over_the_moes():
     table = made((32, 64, 96), noise=0.0)
-    levers = ladder.leverage(table, ladder.fits(table, "cpu"))
-    assert set(levers["arm"]) == {"PR-MoE", "MoE-128"} and len(levers) == 2 * 3 * 5
+    levers = ladder.summary(ladder.leverages(table, ladder.fits(table, "cpu"), speeds_at()))
+    assert set(levers["arm"]) == {"PR-MoE", "MoE-128"} and len(levers) == 2 * 2 * 3 * 5
     for row in levers.itertuples():
         mine = table[(table["arm"] == row.arm) & (table["width"] == row.width) & (table["tokens"] == row.tokens)]
         assert row.value == pytest.approx(DENSE.compute(mine["loss"].mean()) / row.compute, rel=0.05)
@@ -67,17 +74,40 @@ def test_leverage_is_the_dense_models_compute_over_the_moes():
     assert levers["beyond"].any() and not levers["beyond"].all()
 
 
+def test_leverage_in_time_is_that_in_flops_by_the_speeds_of_both(table, fits):
+    by_at = {
+        moe: {lever.at: lever for lever in ladder.leverages(table, fits, speeds_at(moe=moe))} for moe in (1.0, 0.5)
+    }
+    assert by_at[1.0]["time"].value == pytest.approx(by_at[1.0]["training FLOPs"].value), "as many FLOPs/s"
+    assert by_at[0.5]["time"].value == pytest.approx(by_at[1.0]["time"].value / 2)
+    assert by_at[0.5]["training FLOPs"].value == by_at[1.0]["training FLOPs"].value
+
+
+def test_the_interval_of_leverage_has_the_spread_of_the_moes_seeds(table, fits):
+    """Moving the MoE's seeds apart, with their means as they were, makes its intervals wider and moves no value."""
+    apart = table.assign(loss=table["loss"] + (table["arm"] == "MoE-128") * (table["seed"] - 1) * 0.1)
+    width = {}
+    for name, points in (("near", table), ("apart", apart)):
+        levers = ladder.summary(ladder.leverages(points, ladder.fits(points, "cpu"), speeds_at()))
+        width[name] = levers[levers["arm"] == "MoE-128"]
+    assert width["apart"]["value"].tolist() == pytest.approx(width["near"]["value"].tolist())
+    ratio = (width["apart"]["high"] / width["apart"]["low"]) / (width["near"]["high"] / width["near"]["low"])
+    assert (ratio > 1.2).all()
+
+
 def test_the_trend_is_the_slope_of_the_leverage_over_compute(table, fits):
-    found = ladder.trend(table[table["width"] < 128], fits).set_index("arm")
-    levers = ladder.leverage(table, fits)
-    for arm, row in found.iterrows():
-        mine = levers[(levers["arm"] == arm) & (levers["width"] < 128)]
+    below = table[table["width"] < 128]
+    found = ladder.leverages(below, fits, speeds_at())
+    trends, levers = ladder.trend(found), ladder.summary(found)
+    for row in trends.itertuples():
+        mine = levers[(levers["arm"] == row.arm) & (levers["at"] == row.at)]
         mine = mine[mine["tokens"] == mine["tokens"].max()]
         slope = np.polyfit(np.log10(mine["compute"]), np.log10(mine["value"]), 1)[0]
-        assert row["value"] == pytest.approx(10**slope) and row["low"] <= row["value"] <= row["high"]
-    assert set(found.index) == {"PR-MoE", "MoE-128"} and not len(ladder.trend(table, {}))
-    below = table.assign(loss=table["loss"] - 3 * (table["arm"] == "MoE-128"))
-    assert ladder.trend(below, fits).set_index("arm").loc["MoE-128", "value"] == np.inf
+        assert row.value == pytest.approx(10**slope) and row.low <= row.value <= row.high
+    assert len(trends) == 4 and not len(ladder.trend([])) and ladder.leverages(table, {}, {}) == []
+    far = table.assign(loss=table["loss"] - 3 * (table["arm"] == "MoE-128"))
+    endless = ladder.trend(ladder.leverages(far, fits, speeds_at())).set_index("arm")["value"]
+    assert (endless["MoE-128"] == np.inf).all() and (endless["PR-MoE"] < np.inf).all()
 
 
 def test_the_prediction_says_how_far_it_missed(table, fits):
@@ -92,13 +122,15 @@ def test_the_prediction_says_how_far_it_missed(table, fits):
 
 
 def test_headlines(table, fits):
-    said = ladder.headline(ladder.leverage(table, fits), ladder.prediction(table, fits, "cpu", 3))
+    levers = ladder.summary(ladder.leverages(table, fits, speeds_at()))
+    said = ladder.headline(levers, ladder.prediction(table, fits, "cpu", 3))
     assert said.startswith("Dense models need so many times the FLOPs at the largest rung: PR-MoE ")
+    assert "; the time at the largest rung: PR-MoE " in said
     assert "; the larger rung: " in said and " of 15 losses as predicted, worst " in said
     below = table[table["width"] < 128]
-    said = ladder.headline(ladder.leverage(below, fits), ladder.prediction(below, fits, "cpu", 3))
+    said = ladder.headline(levers, ladder.prediction(below, fits, "cpu", 3))
     assert said.endswith("; the larger rung is predicted, not run")
     few = below[below["width"] < 96]
     assert ladder.fits(few, "cpu") == {} and ladder.constants({}).empty
-    nothing = ladder.headline(ladder.leverage(few, {}), ladder.prediction(few, {}, "cpu", 3))
+    nothing = ladder.headline(ladder.summary([]), ladder.prediction(few, {}, "cpu", 3))
     assert nothing == "too few runs have finished to fit a law"
