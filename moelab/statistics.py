@@ -71,6 +71,13 @@ def interval(values: Sequence[float], alpha: float = ALPHA) -> tuple[float, floa
     return estimate.mean, *estimate.interval(alpha)
 
 
+def ratio_interval(values: Sequence[float], alpha: float = ALPHA) -> tuple[float, float, float]:
+    """Return the geometric mean of ratios and its interval, that of their logarithms; a single value is all three."""
+    mean, *bounds = interval([math.log(value) for value in values], alpha)
+    low, high = bounds if len(values) > 1 else (mean, mean)
+    return math.exp(mean), math.exp(low), math.exp(high)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number after Holm (1979), in the order given.
 

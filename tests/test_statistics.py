@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moelab.statistics import Estimate, holm, interval
+from moelab.statistics import Estimate, holm, interval, ratio_interval
 
 
 def test_interval_is_students():
@@ -13,6 +13,14 @@ def test_interval_is_students():
     _, low, high = interval([1.0, 2.0, 3.0], 0.01)
     assert high - 2.0 == pytest.approx(9.924843200918294 / 3**0.5) == pytest.approx(2.0 - low)
     assert interval([1.0]) == (1.0, -math.inf, math.inf)
+
+
+def test_ratios_have_the_interval_of_their_logarithms():
+    mean, low, high = ratio_interval([1.0, 4.0, 2.0])
+    assert mean == pytest.approx(2.0) and low * high == pytest.approx(mean**2) and 0 < low < 1 < high
+    inverse = ratio_interval([1.0, 0.25, 0.5])
+    assert inverse == pytest.approx((1 / mean, 1 / high, 1 / low)), "which of both is divided makes no difference"
+    assert ratio_interval([3.0]) == pytest.approx((3.0, 3.0, 3.0))
 
 
 def test_p_values_are_students():

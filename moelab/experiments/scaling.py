@@ -29,6 +29,7 @@ from moelab.design.judging import can_test, judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import np, pd
 from moelab.runs.spec import RunSpec
+from moelab.statistics import ratio_interval
 
 ARMS = {name: name for name in ("350M", "350M+MoE-128", "1.3B", "1.3B+MoE-128", "6.7B")}
 
@@ -224,12 +225,12 @@ def costs_to_equal_loss(curves: pd.DataFrame, costs: Mapping[str, Mapping[str, f
 
 
 def equal_loss_headline(times: pd.DataFrame) -> str:
-    """Return what a dense model costs to an equal loss, over the MoE, in a line for each pair of these costs."""
+    """Return what a dense model costs to an equal loss, over the MoE, in a line for each pair: geometric means."""
     lines = []
     for pair, part in times.groupby("pair", sort=False):
         moe, dense = str(pair).split(" − ")
         said = [
-            f"{of['times'].mean():.1f} in {what}"
+            f"{ratio_interval(of['times'])[0]:.1f} in {what}"
             + ("" if of["paper"].isna().all() else f" (paper {of['paper'].iloc[0]:.1f})")
             for what, of in part.groupby("at", sort=False)
         ]

@@ -265,7 +265,7 @@ def answer_bits(scores: pd.DataFrame) -> pd.DataFrame:
 
 def bits_headline(scores: pd.DataFrame) -> str:
     """Return the result in one line: how many bits fewer MoE-128 needs for the right answers than the dense base."""
-    gaps = answer_bits(scores).query("left == 'MoE-128'")["gap"] if len(scores) else []
+    gaps = answer_bits(scores).query("left == 'MoE-128' and right == 'Dense'")["gap"] if len(scores) else []
     left_out = [task for task, share in tasks_that_fit(scores).items() if share > MAX_CUT] if len(scores) else []
     if not len(gaps):
         return "MoE-128 and Dense have no task in common whose requests fit the context"

@@ -23,7 +23,7 @@ import pandas as pd
 from moelab.plotting.layout import HEIGHT, TEXT, WIDTH, legend_below, name_rows, panels, save, title
 from moelab.plotting.palette import COLORS as _COLORS
 from moelab.plotting.palette import DASHES, colors
-from moelab.statistics import ALPHA, interval
+from moelab.statistics import ALPHA, interval, ratio_interval
 
 __all__ = [
     "colors",
@@ -276,7 +276,7 @@ def gaps(
     of: str = "seeds",
     alpha: float = ALPHA,
     color: str = "",
-    equal: float = 0.0,
+    ratio: bool = False,
 ) -> Axes:
     """Draw a row per arm: the mean of `value` over seeds with its 95 % interval, each seed, and the paper's value.
 
@@ -286,14 +286,13 @@ def gaps(
         of: the word for a value in the legend: seeds, or rounds of a measurement.
         alpha: see `student`.
         color: of all rows, where they are no arms but parts of one difference.
-        equal: the value of no difference, 1 for ratios; a line marks it.
+        ratio: values are ratios: their geometric mean on a logarithmic axis, on which a line marks 1 instead of 0.
     """
     palette = dict.fromkeys(arms, color) if color else colors(arms)
     for row, arm in enumerate(arms):
         values = results.loc[results["arm"] == arm, value]
         if len(values):
-            low, high = student(values, alpha)
-            center = values.mean()
+            center, low, high = ratio_interval(values, alpha) if ratio else (values.mean(), *student(values, alpha))
             # Under the interval, which would hide them.
             ax.scatter(values, [row + 0.22] * len(values), s=18, color=palette[arm], alpha=0.7, zorder=2, linewidths=0)
             ax.errorbar(
@@ -311,7 +310,10 @@ def gaps(
             at, low, high = paper[arm]
             label = "paper" if low == at == high else "paper, with the uncertainty of the reading"
             paper_points(ax, [at], [row - 0.28], [low], [high], label=label, across=True)
-    ax.axvline(equal, color="#888888", linewidth=1, zorder=1)
+    if ratio:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+    ax.axvline(1 if ratio else 0, color="#888888", linewidth=1, zorder=1)
     if max(map(len, arms)) > LONG:
         name_rows(ax, arms, above=0.42 if paper else 0.3)  # clear of the paper's points
     else:
@@ -339,14 +341,14 @@ def differences(table: pd.DataFrame, *, alpha: float = ALPHA) -> Figure:
 
 
 def in_panels(
-    table: pd.DataFrame, *, panel: str = "pair", value: str = "gap", label: str = DIFFERENCE, equal: float = 0.0
+    table: pd.DataFrame, *, panel: str = "pair", value: str = "gap", label: str = DIFFERENCE, ratio: bool = False
 ) -> Figure:
     """Draw `gaps` in a panel for each `panel`, a row for each arm: differences by domain, costs to an equal loss.
 
     Args:
         table: columns `panel`, arm, seed and `value`, and the paper's values of a row as paper, where it has some.
         label: of the axis.
-        equal: see `gaps`.
+        ratio: see `gaps`.
     """
     parts = dict(list(table.groupby(panel, sort=False)))
     height = (0.4 if "paper" in table else 0.22) * table["arm"].nunique() + 0.8
@@ -355,7 +357,7 @@ def in_panels(
         theirs = part.dropna(subset="paper").groupby("arm")["paper"].first() if "paper" in part else {}
         paper = {arm: (at, at, at) for arm, at in theirs.items()}
         arms = list(part["arm"].unique())
-        gaps(part, ax, arms=arms, value=value, paper=paper, color=_COLORS[5], equal=equal)
+        gaps(part, ax, arms=arms, value=value, paper=paper, color=_COLORS[5], ratio=ratio)
         ax.set_title(name)
     axes[-1].set_xlabel(label)
     legend_below(axes[-1])

@@ -121,7 +121,7 @@ def test_a_dense_models_cost_to_equal_loss_beside_the_papers():
     assert pd.isna(theirs["350M+MoE-128 − 350M"]["time"]), "Table 3 lacks the pair"
     rows = [["1.3B+MoE-128 − 6.7B", seed, "time", 2 + seed, 6.15] for seed in (0, 1)]
     said = scaling.equal_loss_headline(pd.DataFrame(rows, columns=["pair", "seed", "at", "times", "paper"]))
-    assert said == "6.7B over 1.3B+MoE-128, cost to equal loss: 2.5 in time (paper 6.2) (2 seeds)"
+    assert said == "6.7B over 1.3B+MoE-128, cost to equal loss: 2.4 in time (paper 6.2) (2 seeds)"
 
 
 def test_claims_on_a_model_whose_rate_is_not_swept_say_so():

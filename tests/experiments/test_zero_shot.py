@@ -41,6 +41,8 @@ def test_bits_of_right_answers_count_only_tasks_that_fit():
     assert gaps["PR-MoE-32/64", "MoE-128", 1] == pytest.approx(0.08) and len(gaps) == 6
     assert zero_shot.tasks_that_fit(rows)["packaged_boolq"] == 0.5
     line = zero_shot.bits_headline(rows)
+    larger = pd.concat([rows, rows[rows["arm"] == "Dense"].assign(arm="1.3B")])
+    assert zero_shot.bits_headline(larger) == line, "MoE-128 minus 1.3B is another pair"
     assert "-0.190 (95 % interval" in line and "without boolq, which do not fit" in line
     assert "no task in common" in zero_shot.bits_headline(rows[rows["arm"] == "Dense"])
 

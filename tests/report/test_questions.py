@@ -83,9 +83,9 @@ def test_what_a_dense_model_of_equal_quality_costs(scaling):
     ]
     pd.DataFrame(rows).to_json(scaling.folder / "equal-loss.jsonl", orient="records", lines=True)
     answer = questions.answers([scaling], [])[-1]
-    assert answer.line == "6.7B takes 2.8× the time [2.6, 3.0] of 1.3B+MoE-128 (paper 6.2× the time)"
+    assert answer.line == "6.7B takes 2.8× the time [2.6, 3.1] of 1.3B+MoE-128 (paper 6.2× the time)"
     assert answer.short.startswith(
-        "To an equal loss 6.7B takes 4.5× the FLOPs [4.3, 4.7], 2.8× the time [2.6, 3.0] of 1.3B+MoE-128; 1.3B"
+        "To an equal loss 6.7B takes 4.5× the FLOPs [4.3, 4.8], 2.8× the time [2.6, 3.1] of 1.3B+MoE-128; 1.3B"
     )
     assert "350M takes" not in answer.short and answer.paper == "5.7× the FLOPs, 6.2× the time"
     assert questions.answers([scaling], [])[0].short.endswith(

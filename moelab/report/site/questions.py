@@ -13,7 +13,7 @@ from moelab.report.site.charts import gap_of_fig_1, whole_training
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.results import ODD, Result, strongest
 from moelab.report.site.template import quantity
-from moelab.statistics import interval
+from moelab.statistics import interval, ratio_interval
 
 ANSWERS = "answers.csv"
 MOE, BASE, LARGER = "350M+MoE-128", "350M", "1.3B"
@@ -224,8 +224,8 @@ def _to_equal_loss(result: Result, moe: str, dense: str) -> tuple[list[str], lis
     table, ours, theirs = pd.DataFrame(rows, columns=["at", "times", "paper"]), [], []
     for at, part in table.groupby("at", sort=False):
         what = f"× the {COSTS.get(at, at)}"
-        mean, _, bounds = _said(list(part["times"]), "%.1f").partition(" ")
-        ours.append(f"{mean}{what} {bounds}".strip())
+        mean, low, high = ratio_interval(list(part["times"]))
+        ours.append(f"{mean:.1f}{what}" + (f" [{low:.1f}, {high:.1f}]" if len(part) > 1 else ""))
         theirs += [f"{value:.1f}{what}" for value in part["paper"].dropna()[:1]]
     return ours, theirs
 
