@@ -69,6 +69,15 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
         assert questions.answers([scaling], []) == []
 
 
+def test_the_dense_size_of_both_pairs_leads_where_it_is_judged(scaling):
+    row = ClaimRow(paper.claim("dense-equivalent-4-5x"), UNDECIDED, scaling, "cpu", 4.37, 4.0, 4.74, 3, decides=True)
+    answer = questions.answers([scaling], [row])[1]
+    assert answer.line == "4.37× its base [4, 4.74], of two pairs (paper 4.5×)" and answer.claims == [row]
+    assert answer.short.startswith("Times its base’s size: 1.") and answer.short.endswith(
+        "Of two pairs: 4.37× [4, 4.74]."
+    )
+
+
 def test_what_a_dense_model_of_equal_quality_costs(scaling):
     rows = [
         {"pair": f"{moe} − {dense}", "seed": seed, "at": at, "times": times + 0.1 * seed, "paper": paper}
@@ -83,13 +92,13 @@ def test_what_a_dense_model_of_equal_quality_costs(scaling):
     ]
     pd.DataFrame(rows).to_json(scaling.folder / "equal-loss.jsonl", orient="records", lines=True)
     answer = questions.answers([scaling], [])[-1]
-    assert answer.line == "6.7B takes 2.8× the time [2.6, 3.1] of 1.3B+MoE-128 (paper 6.2× the time)"
+    assert answer.line == "6.7B takes 2.8× the time [2.6, 3.1] of 1.3B+MoE-128 (paper 6.2×)"
     assert answer.short.startswith(
         "To an equal loss 6.7B takes 4.5× the FLOPs [4.3, 4.8], 2.8× the time [2.6, 3.1] of 1.3B+MoE-128; 1.3B"
     )
     assert "350M takes" not in answer.short and answer.paper == "5.7× the FLOPs, 6.2× the time"
     assert questions.answers([scaling], [])[0].short.endswith(
-        "; to an equal loss its base takes 4.1× the FLOPs [3.9, 4.3]."
+        "; to an equal loss its base takes 4.1× the FLOPs [3.9, 4.4]."
     )
     pd.DataFrame(rows[:3]).to_json(scaling.folder / "equal-loss.jsonl", orient="records", lines=True)
     assert len(questions.answers([scaling], [])) == 2, "only against its base"

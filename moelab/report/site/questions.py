@@ -19,6 +19,7 @@ ANSWERS = "answers.csv"
 MOE, BASE, LARGER = "350M+MoE-128", "350M", "1.3B"
 EQUALS = (("1.3B+MoE-128", "6.7B"), (MOE, LARGER))
 """(MoE, the dense model that the paper finds equal)."""
+SIZE = "dense-equivalent-4-5x"
 
 COSTS = {"training tokens": "tokens", "training FLOPs": "FLOPs", "time": "time"}
 """What is equal, as the tables of results name it -> in a sentence."""
@@ -93,7 +94,7 @@ def answers(results: Sequence[Result], rows: Iterable[ClaimRow]) -> list[Answer]
 
 def _of_tables(result: Result | None, decided: dict[str, ClaimRow]) -> list[Answer | None]:
     try:
-        return [_equal_cost(result, decided), _dense_size(result), _equal_loss(result)]
+        return [_equal_cost(result, decided), _dense_size(result, decided), _equal_loss(result)]
     except ODD:
         return []
 
@@ -193,7 +194,7 @@ def effective_sizes(result: Result) -> dict[str, list[float]]:
     return {at: values for at, values in sizes.items() if values}
 
 
-def _dense_size(result: Result | None) -> Answer | None:
+def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer | None:
     sizes = effective_sizes(result) if result else {}
     if not result or not sizes:
         return None
@@ -208,12 +209,19 @@ def _dense_size(result: Result | None) -> Answer | None:
     theirs = budgets.paper_effective_size(MOE, BASE, LARGER, share * whole)
     here = f"{theirs:.1f}× at {share:.0%} of its training, "
     beside = _beside(result, LARGER)
+    line = _line(said[0].replace(" ", "× its base ", 1), f"{_at(share)}{theirs:.1f}×")
+    of_both = ""
+    if both := decided.get(SIZE):
+        bounds = both.interval.replace(" to ", ", ")
+        line = _line(f"{quantity(both.ours, both.claim)} its base [{bounds}], of two pairs", both.paper)
+        of_both = f" Of two pairs: {quantity(both.ours, both.claim)} [{bounds}]."
     return Answer(
         "How large a dense model does it equal?",
-        _line(said[0].replace(" ", "× its base ", 1), f"{_at(share)}{theirs:.1f}×"),
-        f"Times its base’s size: {', '.join(said)}{more}.",
+        line,
+        f"Times its base’s size: {', '.join(said)}{more}.{of_both}",
         typeset(f"{here if share < 0.95 else ''}{end:.1f}× at its end; against {LARGER} {beside}"),
         basis(result),
+        [decided[id] for id in (SIZE, "moe128-1.3b-matches-6.7b", "moe128-350m-beats-1.3b") if id in decided],
         link=f"{result.path}/index.html#against-dense",
     )
 
@@ -237,8 +245,8 @@ def _equal_loss(result: Result | None) -> Answer | None:
         return None
     first, (ours, theirs) = next(iter(said.items()))
     return Answer(
-        "What does a dense model of equal quality cost to train?",
-        _line(first.format(ours[-1]), theirs[-1] if theirs else ""),
+        "What does its dense equal cost to train?",
+        _line(first.format(ours[-1]), theirs[-1].split()[0] if theirs else ""),
         f"To an equal loss {'; '.join(text.format(', '.join(ours)) for text, (ours, _) in said.items())}.",
         typeset(", ".join(theirs)),
         basis(result),
