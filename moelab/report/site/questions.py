@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from moelab.config import ModelConfig
 from moelab.design import budgets, comparison
+from moelab.design.verdicts import UNDECIDED
 from moelab.lazy import pd
 from moelab.plotting.typography import typeset
 from moelab.report.site.charts import gap_of_fig_1, whole_training
@@ -165,13 +166,16 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     more = f"; to an equal loss its base takes {', '.join(dearer)}" if dearer else ""
     share = share_reached(result, MOE)
     theirs = paper_gap(MOE, BASE, share)
+    claims = [row for id in ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base") if (row := decided.get(id))]
+    if short == "Yes" and claims and claims[0].verdict.startswith(UNDECIDED):
+        short = "Yes, by itself"  # not after adjustment for the number of tests
     return Answer(
         "Does an MoE beat its dense base?",
         _line(f"{short}: {said[0]}", "" if theirs is None else f"{_at(share)}{theirs:+.2f}"),
         f"{short}: {', '.join(said)}{more}.",
         _beside(result, BASE),
         basis(result),
-        [row for id in ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base") if (row := decided.get(id))],
+        claims,
         f"{result.path}/index.html#gap-over-tokens",
     )
 
