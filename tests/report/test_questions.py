@@ -76,7 +76,7 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
 def test_the_dense_size_of_both_pairs_leads_where_it_is_judged(scaling):
     row = ClaimRow(paper.claim("dense-equivalent-4-5x"), UNDECIDED, scaling, "cpu", 4.37, 4.0, 4.74, 3, decides=True)
     answer = questions.answers([scaling], [row])[1]
-    assert answer.line == "4.37× its base [4, 4.74], of two pairs (paper 4.5×)" and answer.claims == [row]
+    assert answer.line == "4.37× its base [4, 4.74] (paper 4.5×)" and answer.claims == [row]
     assert answer.short.startswith("Times its base’s size: 1.") and answer.short.endswith(
         "Of two pairs: 4.37× [4, 4.74]."
     )
@@ -96,7 +96,7 @@ def test_what_a_dense_model_of_equal_quality_costs(scaling):
     ]
     pd.DataFrame(rows).to_json(scaling.folder / "equal-loss.jsonl", orient="records", lines=True)
     answer = questions.answers([scaling], [])[-1]
-    assert answer.line == "6.7B takes 2.8× the time [2.6, 3.1] of 1.3B+MoE-128 (paper 6.2×)"
+    assert answer.line == "6.7B: 2.8× 1.3B+MoE-128’s time [2.6, 3.1] (paper 6.2×)"
     assert answer.short.startswith(
         "To an equal loss 6.7B takes 4.5× the FLOPs [4.3, 4.8], 2.8× the time [2.6, 3.1] of 1.3B+MoE-128; 1.3B"
     )

@@ -86,8 +86,8 @@ def answers(results: Sequence[Result], rows: Iterable[ClaimRow]) -> list[Answer]
     decided = {row.claim.id: row for row in rows if row.decides and row.ours is not None}
     found = [
         *_of_tables(strongest(results, "scaling"), decided),
-        _claims("Can fewer experts, better placed, match many?", decided, FEWER),
-        _claims("Can a smaller student replace its teacher?", decided, STUDENT),
+        _claims("Can fewer experts match many?", decided, FEWER),
+        _claims("Can a student replace its teacher?", decided, STUDENT),
         _claims("How fast is it served?", decided, SERVED),
     ]
     return [answer for answer in found if answer]
@@ -171,7 +171,10 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
         short = "Yes, by itself"  # not after adjustment for the number of tests
     return Answer(
         "Does an MoE beat its dense base?",
-        _line(f"{short}: {said[0]}", "" if theirs is None else f"{_at(share)}{theirs:+.2f}"),
+        _line(
+            f"{short}: {said[0].removesuffix('' if len(said) > 1 else ' at equal tokens')}",
+            "" if theirs is None else f"{_at(share)}{theirs:+.2f}",
+        ),
         f"{short}: {', '.join(said)}{more}.",
         _beside(result, BASE),
         basis(result),
@@ -217,10 +220,10 @@ def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     of_both = ""
     if both := decided.get(SIZE):
         bounds = both.interval.replace(" to ", ", ")
-        line = _line(f"{quantity(both.ours, both.claim)} its base [{bounds}], of two pairs", both.paper)
+        line = _line(f"{quantity(both.ours, both.claim)} its base [{bounds}]", both.paper)
         of_both = f" Of two pairs: {quantity(both.ours, both.claim)} [{bounds}]."
     return Answer(
-        "How large a dense model does it equal?",
+        "Which dense size does it equal?",
         line,
         f"Times its base’s size: {', '.join(said)}{more}.{of_both}",
         typeset(f"{here if share < 0.95 else ''}{end:.1f}× at its end; against {LARGER} {beside}"),
@@ -247,10 +250,10 @@ def _equal_loss(result: Result | None) -> Answer | None:
     said = {f"{dense} takes {{}} of {moe}": both for (moe, dense), both in found.items() if both[0]}
     if not result or not said:
         return None
-    first, (ours, theirs) = next(iter(said.items()))
+    (moe, dense), (ours, theirs) = next((pair, both) for pair, both in found.items() if both[0])
     return Answer(
-        "What does its dense equal cost to train?",
-        _line(first.format(ours[-1]), theirs[-1].split()[0] if theirs else ""),
+        "What does that dense model cost?",
+        _line(f"{dense}: {ours[-1].replace('the', f'{moe}’s', 1)}", theirs[-1].split()[0] if theirs else ""),
         f"To an equal loss {'; '.join(text.format(', '.join(ours)) for text, (ours, _) in said.items())}.",
         typeset(", ".join(theirs)),
         basis(result),
