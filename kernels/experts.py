@@ -57,7 +57,8 @@ def expert_ffn(
     if isinstance(w1_EMF, Packed):
         assert isinstance(w2_EFM, Packed)
         weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("expert_ffn", activation))
-        return operations().packed_experts.default(x_RM.contiguous(), offsets_E1.to(torch.int32), *weights)
+        offsets_E1 = offsets_E1.to(torch.int32).contiguous()
+        return operations().packed_experts.default(x_RM.contiguous(), offsets_E1, *weights)
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
     act, tensors = ACTIVATIONS[activation], cast(tuple[Any, ...], (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM))
     fits = act.number is not None and cpp.fits(x_RM, tensors[3], act.gated)

@@ -103,7 +103,9 @@ def test_experts_have_the_bits_of_those_that_are_not_packed(instructions, counts
         assert_same_bits_on_any_number_of_threads(
             lambda w=weights: [expert_ffn(x, offsets, *w, activation=activation)],
         )
-        assert torch.equal(expert_ffn(x, offsets, *weights, activation=activation), want)
+        strided = torch.stack([offsets, offsets], 1)[:, 0]
+        for same in (offsets, offsets.long(), strided):
+            assert torch.equal(expert_ffn(x, same, *weights, activation=activation), want)
         for first, last in itertools.pairwise(offsets.tolist()):
             alone = offsets.clamp(max=last).sub(first).clamp(min=0)
             assert torch.equal(expert_ffn(x[first:last], alone, *weights, activation=activation), want[first:last])
