@@ -177,7 +177,7 @@ def decode_rows(
         against="optimised",
         floor_s=floor_s,
         timing=settings.timing(device),
-        inputs=f"prompts of {settings.prompt} tokens of {inputs.TEXT}",
+        inputs=inputs.described(f"prompts of {settings.prompt} tokens of {inputs.TEXT}"),
         device=name,
         numbers=extra,
     )

@@ -42,7 +42,7 @@ def text() -> TokenData:
 
 
 def described(what: str) -> str:
-    """Return `TEXT` or `HIDDEN` as it is true of the text that there is."""
+    """Return a description that names `TEXT`, such as `HIDDEN`, as it is true of the text that there is."""
     return what.replace("State of the Union text", "made text") if text().meta["corpus"] == "made" else what
 
 

@@ -221,7 +221,7 @@ def measure(
         against=next(iter(times)),
         floor_s={name: flops[name] / rates[dtype] for name, (_, _, dtype) in models.items()},
         timing=timing,
-        inputs=f"{sequences} x {T} tokens of {inputs.TEXT}",
+        inputs=inputs.described(f"{sequences} x {T} tokens of {inputs.TEXT}"),
         numbers=numbers,
     )
 

