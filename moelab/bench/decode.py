@@ -266,13 +266,14 @@ def main(
         raise ValueError(f"bench decode: threads must be at least 1, got {threads}")
     if min(batches) < 1:
         raise ValueError(f"bench decode: batch must be at least 1, got {min(batches)}")
-    if ranks and dtype != "fp32":
-        raise ValueError("bench decode: ranks are measured in fp32; leave them out with --ranks 0")
-    stem = "decode" if dtype == "fp32" else f"decode-{dtype}"
     place = process.find()
+    joined = place if place is not None and place.world_size > 1 else None
+    if (ranks or joined) and dtype != "fp32":
+        raise ValueError("bench decode: ranks are measured in fp32; another dtype needs one process and --ranks 0")
+    stem = "decode" if dtype == "fp32" else f"decode-{dtype}"
     torch.set_num_threads(threads)
-    if place is not None and place.world_size > 1:
-        _on_ranks(configs, place, tensor, exchange, rank_batch, settings, device, out)
+    if joined:
+        _on_ranks(configs, joined, tensor, exchange, rank_batch, settings, device, out)
         return
     if ranks and rank_batch < max(ranks):
         raise ValueError(f"bench decode: {rank_batch} sequences do not give each of {max(ranks)} ranks one")
