@@ -138,6 +138,8 @@ def training(
         raise ValueError(
             f"simulate: batch {batch} is not a multiple of {parallel.data} data ranks x micro_batch {micro_batch}"
         )
+    if dtype not in ("bf16", "fp16", "fp8"):
+        raise ValueError(f"simulate: training's dtype must be one of bf16, fp16, fp8, got {dtype!r}")
     if zero not in (0, 1, 2):
         raise ValueError(f"simulate: zero must be 0, 1 or 2, got {zero}")
     if pipeline < 1 or chunks < 1 or (not code.modern and (pipeline > 1 or dtype == "fp8")):
