@@ -83,13 +83,18 @@ def full_load(
 
     A sequence is half through its output on average. In the time in which a group's `batch` sequences get all their
     tokens, it computes as many prompts.
+
+    Raises:
+        ValueError: one line: the memory does not hold a single sequence.
     """
-    settings: dict[str, Any] = {"program": code, "context": prompt + output // 2, **options}
+    context = prompt + output // 2
 
     def step(batch: int) -> DecodeSweep:
-        return decode_sweep(model, layouts, where, batch=batch, **settings)
+        return decode_sweep(model, layouts, where, program=code, batch=batch, context=context, **options)
 
     batch = 1
+    if not step(batch).fits[0]:
+        raise ValueError(f"simulate: {model} does not fit {where.name} with one sequence of {context} tokens")
     while step(2 * batch).fits[0]:
         batch *= 2
     jump = batch

@@ -152,6 +152,9 @@ def test_full_load_fills_the_memory():
     batch, rate = serving.full_load(LATENT, layouts, where, BARE, prompt=100, output=50, **settings)
     fits = [bool(step(where=where, batch=b, context=125).fits[0]) for b in (batch, batch + 1)]
     assert fits == [True, False] and rate > 0
+    small = replace(where, gpu=replace(where.gpu, memory_gib=1e-5))
+    with pytest.raises(ValueError, match=r"does not fit toy with one sequence of 125 tokens$"):
+        serving.full_load(LATENT, layouts, small, BARE, prompt=100, output=50, **settings)
 
 
 def test_todays_programs_take_todays_constants():
