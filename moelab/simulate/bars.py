@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
+from moelab.lazy import pd
 from moelab.simulate.decoding import DecodeEstimate, decode
 from moelab.simulate.systems import System, system
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FITTED = "fig-10"
 CLUSTER = "a100-40gb"
@@ -95,8 +93,6 @@ class Bar:
 
 def frame(bars: Sequence[Bar]) -> pd.DataFrame:
     """Return `Bar.row` of each bar as a table."""
-    import pandas as pd
-
     return pd.DataFrame([bar.row() for bar in bars])
 
 

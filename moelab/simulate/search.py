@@ -7,23 +7,21 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from moelab.config import ModelConfig
 from moelab.config.parallel import EXCHANGES, ParallelConfig
+from moelab.lazy import pd
 from moelab.simulate.decoding import DecodeEstimate, DecodeSweep, decode, decode_sweep
 from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Layouts
 from moelab.simulate.published import named
 from moelab.simulate.systems import System, system
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Objective = Literal["latency", "throughput", "cost"]
-OBJECTIVES: tuple[str, ...] = ("latency", "throughput", "cost")
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -266,8 +264,6 @@ def pareto(latency: np.ndarray, throughput: np.ndarray, allowed: np.ndarray) -> 
 
 def frame(estimates: Sequence[DecodeEstimate]) -> pd.DataFrame:
     """Return estimates as a table, a row per estimate."""
-    import pandas as pd
-
     return pd.DataFrame(
         [
             {

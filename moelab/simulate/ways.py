@@ -7,18 +7,15 @@ formulas and from the simulator's stages; times are the simulator's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moelab.config.parallel import ParallelConfig
+from moelab.lazy import pd
 from moelab.simulate import hardware
 from moelab.simulate.constants import fitted
 from moelab.simulate.exchange import Stage, all_to_all, rows_to_send, share_gather
 from moelab.simulate.layouts import Layouts
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NODE = 8
 """The paper's G, GPUs of a node, and L, the tensor slicing of the coordinated way."""
@@ -96,8 +93,6 @@ def times(
     Returns:
         Columns ranks, bytes, way, us, ratio (over flat).
     """
-    import pandas as pd
-
     machine, constants = hardware.cluster(cluster), fitted()
     found = []
     for ranks in worlds:
