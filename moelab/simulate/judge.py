@@ -21,7 +21,7 @@ from moelab.simulate.exchange import transfer_us
 from moelab.simulate.hardware import cluster
 from moelab.simulate.layouts import Layouts
 from moelab.simulate.public import Measurement
-from moelab.simulate.published import published
+from moelab.simulate.published import named
 from moelab.simulate.serving import full_load, prefill_s, request_s, two_halves_ms
 from moelab.simulate.step import training
 from moelab.simulate.systems import system
@@ -68,16 +68,15 @@ def layer(m: Measurement, s: Known, known: Constants) -> float:
     return us
 
 
-def _layout(s: Known) -> tuple[Layouts, int]:
+def _layout(s: Known) -> Layouts:
     tensor, expert = s.get("tensor", 1), s.get("expert", 0)
-    node = max(8, tensor)
-    return Layouts([ParallelConfig(tensor=tensor, data=expert or 1, expert=expert, gpus_per_node=node)]), node
+    return Layouts([ParallelConfig(tensor=tensor, data=expert or 1, expert=expert, gpus_per_node=max(8, tensor))])
 
 
 def decode(m: Measurement, s: Known, known: Constants) -> float:
     """Return a step (ms), a request (s), tokens a second of one sequence, or of a node."""
-    model, where = published(s["model"]), cluster(m.cluster)
-    layouts, _ = _layout(s)
+    model, where = named(s["model"]), cluster(m.cluster)
+    layouts = _layout(s)
     code = system("engine" if "expert" in s else "engine-tp")
     if m.system == "vLLM":  # its engine until 2025, V0
         code = replace(code, scheduler=True)
@@ -96,8 +95,8 @@ def prefill(m: Measurement, s: Known, known: Constants) -> float:
     """Return the prompt tokens a second of a node."""
     where = cluster(m.cluster)
     seconds = prefill_s(
-        published(s["model"]),
-        _layout(s)[0],
+        named(s["model"]),
+        _layout(s),
         where,
         system("engine"),
         tokens=s["tokens"],
@@ -113,7 +112,7 @@ def serving(m: Measurement, s: Known, known: Constants) -> float:
     """Return the output tokens a second of all GPUs at full load."""
     sizes = {"prompt": s["prompt"], "output": s["output"], "dtype": s["dtype"]}
     code = system("engine")
-    return full_load(published(s["model"]), _layout(s)[0], cluster(m.cluster), code, **sizes, constants=known)[1]
+    return full_load(named(s["model"]), _layout(s), cluster(m.cluster), code, **sizes, constants=known)[1]
 
 
 def train(m: Measurement, s: Known, known: Constants) -> float:
@@ -128,7 +127,7 @@ def train(m: Measurement, s: Known, known: Constants) -> float:
         recompute=bool(s.get("recompute")),
     )
     got = training(
-        replace(published(s["model"]), context=s["sequence"]),
+        replace(named(s["model"]), context=s["sequence"]),
         parallel,
         m.cluster,
         batch=s["batch"],

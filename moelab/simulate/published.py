@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, unknown
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig
 from moelab.config.routing import RoutingConfig
 from moelab.simulate.attention import LatentModel
 
@@ -36,17 +36,6 @@ def named(model: ModelConfig | str) -> ModelConfig:
     if isinstance(model, ModelConfig):
         return model
     return MODELS[model] if model in MODELS else ModelConfig.parse(model)
-
-
-def published(name: str) -> ModelConfig:
-    """Return a published model by name: mixtral-8x7b, mixtral-8x22b, dbrx, qwen3-30b, qwen3-235b, deepseek-v3.
-
-    Raises:
-        ValueError: another name; the message is one line.
-    """
-    if name not in MODELS:
-        raise ValueError(unknown(f"no published model {name!r}", name, MODELS))
-    return MODELS[name]
 
 
 MODELS: dict[str, ModelConfig] = {

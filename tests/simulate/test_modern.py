@@ -14,7 +14,7 @@ from moelab.simulate.attention import LatentModel, cache_slices, cached_numbers,
 from moelab.simulate.constants import MODERN_FREE, MODERN_START, modern
 from moelab.simulate.decoding import decode_sweep
 from moelab.simulate.layouts import Layouts
-from moelab.simulate.published import MODELS, named, published
+from moelab.simulate.published import MODELS, named
 from moelab.simulate.step import expert_row_bytes
 from moelab.simulate.systems import System, system
 from tests.simulate.toy import ROUND, TOY
@@ -47,11 +47,9 @@ def test_published_shapes_have_their_sizes():
     sizes = {"mixtral-8x7b": (46.7, 12.9), "mixtral-8x22b": (141, 39), "dbrx": (132, 36), "qwen3-30b": (30.5, 3.3),
              "qwen3-235b": (235, 22), "deepseek-v3": (671, 37)}  # fmt: skip
     for name, (total, active) in sizes.items():
-        assert published(name).parameters() / 1e9 == pytest.approx(total, rel=0.01)
-        assert published(name).active_parameters() / 1e9 == pytest.approx(active, rel=0.03)
+        assert named(name).parameters() / 1e9 == pytest.approx(total, rel=0.01)
+        assert named(name).active_parameters() / 1e9 == pytest.approx(active, rel=0.03)
     assert set(sizes) == set(MODELS)
-    with pytest.raises(ValueError, match="no published model 'mixtral'"):
-        published("mixtral")
     assert named("dbrx") is MODELS["dbrx"] is named(MODELS["dbrx"]) and str(named("350M")) == "350M"
     layout = ParallelConfig(tensor=2, gpus_per_node=2)
     one = simulate.decode("mixtral-8x7b", layout, "h100", program="engine-tp", batch=1)
