@@ -31,12 +31,10 @@ class Stage:
     """One collective, as one rank sees it; arrays of n layouts.
 
     Attributes:
-        name: the collective's name.
         near_messages, far_messages: messages that it sends inside its node and to other nodes.
         near_rows, far_rows: rows of M numbers in them.
     """
 
-    name: str
     near_messages: Array
     far_messages: Array
     near_rows: Array
@@ -81,7 +79,10 @@ def rows_to_send(expert: Columns, tokens: Array, top_k: int, slots: int) -> Arra
 
 
 def all_to_all(layouts: Layouts, expert: Columns, rows: Array, gpus_per_node: int) -> list[Stage]:
-    """Return the stages of one all-to-all of `rows` rows per rank towards the experts; the way back reverses them."""
+    """Return the stages of one all-to-all of `rows` rows per rank towards the experts; the way back reverses them.
+
+    The second one, between nodes, sends nothing unless the exchange is hierarchical.
+    """
     X, c = expert.parallel, expert.senders
     in_node = np.gcd(X, np.minimum(gpus_per_node, layouts.ranks)) // c  # group members in a node
     group = X // c
@@ -91,14 +92,12 @@ def all_to_all(layouts: Layouts, expert: Columns, rows: Array, gpus_per_node: in
 
     near_peers, far_peers = in_node - 1, np.where(staged, nodes - 1, group - in_node)
     first = Stage(
-        "all-to-all",
         near_messages=near_peers,
         far_messages=np.where(staged, 0, far_peers),
         near_rows=rows * near_peers / np.where(staged, in_node, group),
         far_rows=np.where(staged, 0, rows * far_peers / group),
     )
     second = Stage(
-        "all-to-all between nodes",
         near_messages=none,
         far_messages=np.where(staged, far_peers, 0),
         near_rows=none,
@@ -114,7 +113,7 @@ def share_gather(expert: Columns, rows: Array) -> Stage:
     """
     peers = expert.senders - 1
     none = np.zeros_like(rows)
-    return Stage("all-gather of results", peers, none, rows * peers, none)
+    return Stage(peers, none, rows * peers, none)
 
 
 def slice_exchange(layouts: Layouts, expert: Columns, rows: Array, gpus_per_node: int) -> Stage:
@@ -122,7 +121,7 @@ def slice_exchange(layouts: Layouts, expert: Columns, rows: Array, gpus_per_node
     W, X = expert.slices, expert.parallel
     in_node = np.maximum(np.gcd(X * W, np.minimum(gpus_per_node, layouts.ranks)) // X, 1)
     near, far = in_node - 1, W - in_node
-    return Stage("all-gather over slices", near, far, rows * near, rows * far)
+    return Stage(near, far, rows * near, rows * far)
 
 
 def all_reduce_us(
@@ -154,4 +153,4 @@ def collective_us(operation: str, ranks: int, in_node: int, size: int, cluster: 
         return float(all_reduce_us(ranks, size, cluster, constants, stride=stride))
     near, far = in_node - 1, ranks - in_node
     counts = (np.array(n) for n in (near, far, near / ranks, far / ranks))
-    return float(Stage(operation, *counts).microseconds(size, cluster, constants))
+    return float(Stage(*counts).microseconds(size, cluster, constants))

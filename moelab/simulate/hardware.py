@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 
 from moelab.config import from_json, unknown
@@ -58,15 +59,8 @@ class Cluster:
     source: str = ""
 
     def __post_init__(self) -> None:
-        positive = {
-            "gpu.memory_gib": self.gpu.memory_gib,
-            "gpu.memory_gb_s": self.gpu.memory_gb_s,
-            "gpu.tflops": self.gpu.tflops,
-            "gpus_per_node": self.gpus_per_node,
-            "near_gb_s": self.near_gb_s,
-            "far_gb_s": self.far_gb_s,
-        }
-        for what, value in positive.items():
+        figures = ("gpu.memory_gib", "gpu.memory_gb_s", "gpu.tflops", "gpus_per_node", "near_gb_s", "far_gb_s")
+        for what, value in zip(figures, attrgetter(*figures)(self), strict=True):
             if not value > 0:
                 raise ValueError(f"cluster {self.name}: {what} must be positive, got {value}")
         if self.price_per_gpu_hour < 0:

@@ -26,9 +26,7 @@ def even(ranks: int, in_node: int, rows: float) -> Stage:
 
 def pairs(ranks: int, in_node: int, tokens: float, top_k: int, *, by_card: bool = False) -> Stage:
     """Return the exchange of a row for each of a rank's tokens and choices."""
-    if by_card:
-        return even(ranks, 1, tokens * top_k)
-    return even(ranks, in_node, tokens * top_k)
+    return even(ranks, 1 if by_card else in_node, tokens * top_k)
 
 
 def grouped(ranks: int, in_node: int, tokens: float, top_k: int, groups: int) -> tuple[Stage, float, float]:
@@ -48,4 +46,4 @@ def _stage(near: int, far: int, near_rows: float, far_rows: float) -> Stage:
     def one(value: float) -> Array:
         return np.array([value], dtype=float)
 
-    return Stage("all-to-all", one(near), one(far), one(near_rows), one(far_rows))
+    return Stage(one(near), one(far), one(near_rows), one(far_rows))
