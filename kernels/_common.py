@@ -23,6 +23,8 @@ recording = False
 """True while compile.py records the launches of the ops on meta tensors instead of executing them."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MULTIPLE = 16
+"""Sizes that the C++ takes are multiples of this where an op says so (`kMultiple` in ``_cpp/vectors.h``)."""
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
 
 

@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _cpp
-from ._common import Backend, pick_backend
+from ._common import MULTIPLE, Backend, pick_backend
 from ._cpp import operations
 
-MULTIPLE = 16
-"""The C++ takes sequences and heads whose sizes are multiples of this."""
 LONGEST = 256
 """Longest sequence, in tokens, for which the C++ is used where nobody asks for it."""
 
 
 def has_kernel(T: int, D: int) -> bool:
-    """Return whether the C++ computes sequences of T tokens and heads of D on this machine by default."""
+    """Return whether the C++ computes T tokens and heads of D, both multiples of `MULTIPLE`, here by default."""
     return _fits(T, D) and T <= LONGEST and _cpp.available()
 
 

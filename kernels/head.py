@@ -11,11 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import pick_backend
+from ._common import MULTIPLE, pick_backend
 from ._cpp import operations
-
-MULTIPLE = 16
-"""The C++ takes widths and vocabularies that are multiples of this."""
 
 
 def has_kernel(x_NM: Tensor, w_VM: Tensor) -> bool:

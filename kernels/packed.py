@@ -7,7 +7,7 @@ whatever the other rows and the number of threads. ``experts.py`` takes packed w
 ``moelab.models`` are the reference.
 
 Shapes: R rows, S tokens, E experts, M hidden, F feed-forward; B sequences, H heads, N heads of keys and values, D head
-size, T longest sequence. A matrix is [N, K].
+size, T longest sequence. A matrix is [N, K]; K and D are multiples of `MULTIPLE`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from . import _cpp
+from ._common import MULTIPLE
 from .activations import number_of
 
-MULTIPLE = 16
-"""The width of rows, and the size of a head, are multiples of this."""
 LARGEST_HEAD = 512
 """The largest head size."""
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from .._common import MULTIPLE
 from . import operations
 
-MULTIPLE = 16
-"""Widths of rows and of experts are multiples of this."""
 LARGEST = 64 << 20
 """Most bytes of an expert's weights: each thread holds some of its matrices in another order."""
 
 
 def fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor, gated: bool) -> bool:
-    """Return whether the code takes rows and weights of these sizes and dtypes."""
+    """Return whether the code takes rows and weights of these sizes, multiples of `MULTIPLE`, and dtypes."""
     _, F, M = w2_EFM.shape
     bytes_ = (3 if gated else 2) * F * M * x_RM.element_size()
     sizes = M % MULTIPLE == F % MULTIPLE == 0 and bytes_ <= LARGEST
