@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moelab import terminal
+from moelab.bench import harness
 from moelab.bench.peers import has
 from moelab.engine.checkpoint import hf
 from moelab.files import read_json
@@ -212,6 +212,6 @@ def beside(model: GPT, prompts: list[list[int]], tokens: int) -> Iterator[dict[s
         try:
             check(model, peers[NAME], prompts, tokens)
         except (ValueError, OSError, ImportError, RuntimeError) as error:  # all but the first: a library does not load
-            terminal.console().print(f"left out: {NAME}: {error}", markup=False)
+            harness.left_out(f"{NAME}: {error}")
             peers = {}
         yield peers

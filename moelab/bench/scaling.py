@@ -34,7 +34,6 @@ from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.training.loop import Trainer, Window
 
-WAYS = ("alone", "independent", "together")
 KINDS = ("computation", "exchange", "gradients", "agreement")
 Step = tuple[float, dict[str, float]]
 """Seconds a step, and seconds of it in communication by kind."""
