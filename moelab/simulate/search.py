@@ -50,9 +50,10 @@ def layouts(model: ModelConfig, gpus: tuple[int, ...], gpus_per_node: int) -> La
 
 
 def sizes(most: int, gpus_per_node: int) -> tuple[int, ...]:
-    """Return the numbers of GPUs up to `most` that fill nodes: powers of two, and `most` itself."""
-    powers = [2**i for i in range(20) if 2**i <= most]
-    return tuple(sorted({n for n in (*powers, most) if n <= gpus_per_node or n % gpus_per_node == 0}))
+    """Return the numbers of GPUs up to `most` that fill nodes: powers of two, in a node and of nodes, and `most`."""
+    G, powers = gpus_per_node, [2**i for i in range(20)]
+    found = {*powers, *(G * n for n in powers), most}
+    return tuple(sorted(n for n in found if n <= most and (n <= G or n % G == 0)))
 
 
 def least_gpus(
@@ -65,7 +66,7 @@ def least_gpus(
     most: int = 4096,
     dtype: str = "fp16",
 ) -> tuple[int, ParallelConfig]:
-    """Return the fewest GPUs, a power of two, that hold the model and its cache, and a layout that does.
+    """Return the fewest GPUs, of `sizes`, that hold the model and its cache, and a layout that does.
 
     Args:
         batch, context: the cache is that of `batch` sequences of `context` tokens.
