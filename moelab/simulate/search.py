@@ -240,7 +240,7 @@ def plan(
 
     def estimate(flat: int) -> DecodeEstimate:
         b, i = divmod(flat, n)
-        return decode(model, options.rows[i], where, batch=list(batches)[b], **settings)
+        return decode(model, options.rows[i], where, batch=list(sweeps)[b], **settings)
 
     return Plan(
         objective=objective,

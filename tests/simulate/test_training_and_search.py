@@ -126,6 +126,11 @@ def test_a_latency_bound_is_kept():
     assert bound.best.tokens_per_s_per_gpu < free.best.tokens_per_s_per_gpu
 
 
+def test_a_batch_named_twice_counts_once():
+    once, twice = (simulate.plan("350M+MoE-32", 8, batches=b, objective="throughput") for b in ((1, 64), (1, 1, 64)))
+    assert once == twice and once.best.batch == 64
+
+
 def test_a_dense_model_has_plans_too():
     found = simulate.plan("6.7B", 8, "h100", program="pytorch")
     assert found.best.parallel.tensor == 1, "the host's time would not shrink with the slices"
