@@ -138,7 +138,7 @@ def bench_decode(
         list[str] | None,
         typer.Option(
             "--model",
-            help="name, or directory of an imported model; repeat (default: six, from the dense twin to MoE-128)",
+            help="name, or directory of an imported model; repeat (default: seven, from the dense twin to an OLMoE)",
         ),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="sequences; repeat for several")] = None,
