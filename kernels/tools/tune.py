@@ -114,24 +114,24 @@ def _around(S: int, E: int, K: int, M: int, device: str) -> Iterator[Target]:
         w, b = torch.randn(2, M).to(BF16), torch.zeros(2, dtype=BF16)
     shape = f"S{S} E{E} K{K} M{M}"
 
-    def gate(grad: bool = False) -> gating.Gate:
-        return gating.gate(logits.detach().requires_grad_(grad), K, normalize=K > 1, backend="triton")
+    def gate(logits: torch.Tensor = logits) -> gating.Gate:
+        return gating.gate(logits, K, normalize=K > 1, backend="triton")
 
     def gate_backward() -> Sequence[torch.Tensor | None]:
         leaf = logits.detach().requires_grad_()
-        routing = gating.gate(leaf, K, normalize=K > 1, backend="triton")
+        routing = gate(leaf)
         (routing.weight_SK.sum() + routing.aux_loss).backward()
         return [leaf.grad]
 
     table = permute.row_table(gate(), backend="triton")
-    rows, weights = permute.dispatch(x, table, backend="triton"), gate().weight_SK.detach()
+    rows, weights = permute.dispatch(x, table, backend="triton"), gate().weight_SK
 
-    def mix() -> torch.Tensor:
+    def mix(moe: torch.Tensor, mlp: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return residual.residual_mix(moe, mlp, x, w, b, backend="triton")
 
     def mix_backward() -> Sequence[torch.Tensor | None]:
         leaves = [t.detach().requires_grad_() for t in (moe, mlp, x)]
-        residual.residual_mix(leaves[0], leaves[1], leaves[2], w, b, backend="triton").backward(x)
+        mix(*leaves).backward(x)
         return [t.grad for t in leaves]
 
     yield Target("sum", shape, COPY, lambda: [permute.combine(rows, table, weights, backend="triton")])
@@ -139,7 +139,7 @@ def _around(S: int, E: int, K: int, M: int, device: str) -> Iterator[Target]:
     yield Target("gate", shape, GATE, lambda: gate()[:5])
     yield Target("gate_backward", shape, GATE, gate_backward)
     if K == 1:
-        yield Target("mix", shape, COPY, lambda: [mix()])
+        yield Target("mix", shape, COPY, lambda: [mix(moe, mlp, x)])
         yield Target("mix_backward", shape, COPY, mix_backward)
 
 
@@ -214,7 +214,7 @@ def _asked(target: Target) -> tuple[str, Tile]:
 
     def listening(op: str, default: Tile, like: torch.Tensor, **sizes: int) -> Tile:
         if op == target.op:
-            own = {name: default[name] for name in target.choices if name in default}
+            own = {name: default[name] for name in target.choices}
             asked.append((tuning.shape_class(op, like.dtype, sizes), own))
             return default  # not what an older table says
         return tile(op, default, like, **sizes)
