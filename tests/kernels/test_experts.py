@@ -322,10 +322,10 @@ def test_an_activation_of_the_table_alone_is_computed_everywhere(target, dtype, 
         check(*case, dtype, new.name, target)
 
 
-SLOPES = pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), *NEW], ids=lambda a: a.name)
+EVERY_ACTIVATION = pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), *NEW], ids=lambda a: a.name)
 
 
-@SLOPES
+@EVERY_ACTIVATION
 @pytest.mark.parametrize("shape", [(6,), (5, 26), (2, 3, 64), (0, 4)])
 def test_slopes_are_the_derivatives(activation, shape):
     p = (3 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
@@ -337,7 +337,7 @@ def test_slopes_are_the_derivatives(activation, shape):
     assert activation.slope(p.detach()).shape == p.shape and torch.autograd.gradcheck(activation.forward, p)
 
 
-@SLOPES
+@EVERY_ACTIVATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_and_slopes_keep_the_dtype_and_are_finite(activation, dtype):
     p = torch.tensor([0.0, -0.0, 1e-30, -30.0, 30.0, 1e4, -1e4, -1e-30], dtype=dtype)
@@ -345,8 +345,8 @@ def test_values_and_slopes_keep_the_dtype_and_are_finite(activation, dtype):
         assert found.dtype == dtype and found.isfinite().all()
 
 
+@EVERY_ACTIVATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), *NEW], ids=lambda a: a.name)
 def test_activate(target, activation, dtype, monkeypatch):
     """Values and gradients of any shape and strides, and not finite ones, against double precision."""
     monkeypatch.setitem(ACTIVATIONS, activation.name, activation)

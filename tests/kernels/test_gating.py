@@ -61,9 +61,6 @@ def python_priority(seed, token, k):
     return mix((mix(token % 2**32 ^ low) + k * 0x9E3779B9) % 2**32 ^ high)
 
 
-REFERENCE = ("reference", "cpu", None)
-
-
 def on(target, logits, *args, choice_logits_SE=None, **kwargs):
     """gate(…) on the target's device, results back on CPU."""
     backend, device, _ = target
