@@ -32,13 +32,12 @@ from moelab.engine.checkpoint.format import (
     directories,
     regular_file,
     step_of,
-    sync,
     write_state,
 )
 from moelab.engine.collectives import broadcast_json, gather_json
 from moelab.engine.groups import Group
 from moelab.engine.placement import Index, overlap
-from moelab.files import sha256_of, write_text
+from moelab.files import sha256_of, sync, write_text
 from moelab.terminal import one_line
 
 Entry = dict[str, Any]
