@@ -12,6 +12,7 @@ Routing is drop-free in all of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -262,14 +263,8 @@ def _parts(kind: str, name: str, shape: tuple[int, ...], config: ModelConfig) ->
                 yield Part(f"{owner}.{up}.weight", (expert, slice(None), 1), True)
 
 
-def _family(kind: str) -> Format:
-    return Format(
-        kind,
-        _read_config,
-        lambda config, eot: _write_config(kind, config, eot),
-        lambda name, shape, config: _parts(kind, name, shape, config),
-    )
-
-
-FAMILIES = tuple(map(_family, _ARCHITECTURES))
+FAMILIES = tuple(
+    Format(kind, _read_config, functools.partial(_write_config, kind), functools.partial(_parts, kind))
+    for kind in _ARCHITECTURES
+)
 """The published MoE models' formats."""
