@@ -89,6 +89,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 _TEMPORARY = re.compile(r"\..+[.-][a-z0-9_]{8}")
 """Names of the temporary files and folders of moelab: hidden, with eight random characters at the end."""
 
@@ -121,8 +130,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
+                sync(file)
         os.chmod(temporary, 0o755)
         old = temporary.with_name(temporary.name[:-8] + secrets.token_hex(4))
         if path.exists():  # moved away in one step: a process killed while it removes files would leave half of them

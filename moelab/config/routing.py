@@ -77,6 +77,10 @@ class RoutingConfig:
         )
         check_choices(self, "routing")
 
+    def normalizes(self, top_k: int) -> bool:
+        """Return whether the weights of a token's kept choices are divided by their sum."""
+        return top_k > 1 if self.normalize_weights is None else self.normalize_weights
+
     def capacity(self, tokens: int, experts: int, top_k: int, training: bool) -> int | None:
         """Return the slots per expert for `tokens` tokens of one micro-batch, or None when routing is drop-free."""
         if not self.drop_tokens:

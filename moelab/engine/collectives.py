@@ -152,9 +152,12 @@ def broadcast(tensor: Tensor, group: Group, kind: str) -> None:
             group.broadcast(tensor)
 
 
-def all_gather_json(value: Any) -> list[Any]:
-    """Return every rank's JSON value; values are not pickled, so that received data cannot run code."""
-    return broadcast_json(gather_json(value))
+def all_gather_json(value: Any, group: Group | None = None) -> list[Any]:
+    """Return the JSON value of every rank of the group (by default of all ranks).
+
+    Values are not pickled, so that received data cannot run code.
+    """
+    return broadcast_json(gather_json(value, group), group)
 
 
 def gather_json(value: Any, group: Group | None = None) -> list[Any]:

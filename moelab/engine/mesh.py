@@ -70,12 +70,6 @@ class ExpertGroups:
             same_experts=group("replica", "slice"),
         )
 
-    @property
-    def local_experts(self) -> range:
-        """Global ids of the experts that this rank holds."""
-        first = self.position.expert * self.layout.experts_per_rank
-        return range(first, first + self.layout.experts_per_rank)
-
 
 class Mesh:
     """All groups of one rank; with more than one rank, call `dist.init_process_group` first.

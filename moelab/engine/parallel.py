@@ -8,18 +8,16 @@ and checkpoints need to know. Initial weights are those of the model on one rank
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moelab.config import ModelConfig
 from moelab.engine.collectives import all_reduce
 from moelab.engine.differentiable import mean_over_group
 from moelab.engine.exchange import Exchange
-from moelab.engine.groups import Group
 from moelab.engine.mesh import ExpertGroups, Mesh
 from moelab.engine.placement import Placement
 from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
@@ -92,7 +90,8 @@ def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
         attention.kv_heads //= tensor.size
         if config.decoder.qk_norm == "all":
             for name in ("q_norm", "k_norm"):
-                setattr(attention, name, _sliced_norm(getattr(attention, name), tensor))
+                norm = getattr(attention, name)
+                setattr(attention, name, RMSNorm(norm.normalized_shape[0] // tensor.size, eps=norm.eps))
             attention.pool = functools.partial(mean_over_group, group=tensor)
         mlp = block.ffn if isinstance(block.ffn, MLP) else block.ffn.mlp
         pairs = [(attention, "qkv", "out")] + ([] if mlp is None else [(mlp, "up", "down")])
@@ -103,21 +102,11 @@ def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
                 setattr(owner, name, kind(linear.in_features, linear.out_features, tensor, bias))
     if isinstance(block.ffn, MoE):
         groups = mesh.experts(block.ffn.router.experts)
-        if _is_distributed(groups):
+        if groups.expert.size > 1 or groups.slices.size > 1:  # tokens have to travel to the experts
             block.ffn.experts = SlicedExperts(config, groups)
             block.ffn.own = block.ffn.dispatcher = Exchange(groups, mesh.config)
         if mesh.data.size > 1 and config.routing.aux_scope == "step":
             block.ffn.router.pool = functools.partial(_mean, mesh=mesh)
-
-
-def _sliced_norm(norm: RMSNorm, group: Group) -> RMSNorm:
-    """Return a norm with the weights of this rank's part of the width."""
-    return RMSNorm(norm.normalized_shape[0] // group.size, eps=norm.eps)
-
-
-def _is_distributed(groups: ExpertGroups) -> bool:
-    """Return whether tokens have to travel to this layer's experts."""
-    return groups.expert.size > 1 or groups.slices.size > 1
 
 
 def _mean(x: Tensor, mesh: Mesh) -> Tensor:
@@ -180,16 +169,10 @@ def _init(model: GPT, config: ModelConfig, seed: int, placements: dict[str, Plac
                 target.copy_(values[shard.region])
 
 
-def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Iterate over the parameters that expert parallelism distributes."""
-    for module in model.modules():
-        if isinstance(module, Experts):
-            yield from module.parameters()
-
-
 def _shard(model: GPT, mesh: Mesh) -> None:
     from torch.distributed.fsdp import fully_shard  # slow to import (see moelab.engine.sharded)
 
-    whole = set(expert_parameters(model)) | {p for p in model.parameters() if not p.requires_grad}
+    experts = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    whole = experts | {p for p in model.parameters() if not p.requires_grad}
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh.fsdp, ignored_params=whole)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moelab.engine.collectives import all_reduce, broadcast_json, gather_json
+from moelab.engine.collectives import all_gather_json, all_reduce
 from moelab.engine.mesh import Mesh
 from moelab.inference.cache import KVCache
 from moelab.inference.modes import STATIC_TOKENS
@@ -134,8 +134,7 @@ class Generator:
             on_piece(piece)
         rows = [(i, tokens[i], finish[i]) for i in finish]
         if self.mesh is not None:
-            ranks = self.mesh.data
-            rows = list(itertools.chain.from_iterable(broadcast_json(gather_json(rows, ranks), ranks)))
+            rows = list(itertools.chain.from_iterable(all_gather_json(rows, self.mesh.data)))
         done = {i: Completion(tuple(ids), end) for i, ids, end in rows}
         return [done[i] for i in range(len(prompts))]
 

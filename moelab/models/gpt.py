@@ -91,24 +91,14 @@ class Block(nn.Module):
         self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None
     ) -> tuple[Tensor, Routing | None]:
         """Return (the layer's output [B, T, M], the routing, None for a dense layer)."""
-        x_BTM, h_BTM = self.attend(x_BTM, past, rotation)
-        add = None if self._drops() else x_BTM
-        result = self.ffn.forward(h_BTM, add)
+        drops = self.training and self.dropout.p > 0  # between a layer and its sum with the residual stream
+        h_BTM = self.attention_norm.forward(x_BTM)
+        y_BTM = self.attention.forward(h_BTM, past, rotation, add=None if drops else x_BTM)
+        x_BTM = x_BTM + self.dropout(y_BTM) if drops else y_BTM
+        h_BTM = self.ffn_norm.forward(x_BTM)
+        result = self.ffn.forward(h_BTM, add=None if drops else x_BTM)
         y_BTM, routing = result if isinstance(result, tuple) else (result, None)
-        return x_BTM + self.dropout(y_BTM) if add is None else y_BTM, routing
-
-    def attend(
-        self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the attention half: return the residual stream and the feed-forward's input, both [B, T, M]."""
-        add = None if self._drops() else x_BTM
-        y_BTM = self.attention.forward(self.attention_norm.forward(x_BTM), past, rotation, add)
-        x_BTM = x_BTM + self.dropout(y_BTM) if add is None else y_BTM
-        return x_BTM, self.ffn_norm.forward(x_BTM)
-
-    def _drops(self) -> bool:
-        """Return whether dropout comes between a layer and its sum with the residual stream."""
-        return self.training and self.dropout.p > 0
+        return x_BTM + self.dropout(y_BTM) if drops else y_BTM, routing
 
 
 class GPT(nn.Module):

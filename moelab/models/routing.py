@@ -131,7 +131,7 @@ class Router(nn.Module):
             # Training draws from torch's CPU generator, which the loop seeds for each micro-batch; evaluation always
             # uses the same seed.
             seed = int(torch.randint(2**31, ())) if self.training else 0
-        normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
+        normalize = cfg.normalizes(self.top_k)
         capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
         rules = {"seed": seed, "normalize": normalize, "choice_logits_SE": choice_SE, "losses": self.losses}
         routing = self.gate(logits_SE, self.top_k, capacity, **rules)

@@ -99,7 +99,8 @@ class Distiller:
         if weight == 0.0:
             return None
         t = self.distill.temperature
-        teacher_NV = self._forward(tokens_BT).flatten(0, 1)
+        with torch.no_grad(), torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.dtype == "bf16"):
+            teacher_NV = self.model(tokens_BT).logits_BTV.flatten(0, 1)
 
         def logits_loss(student_NV: Tensor, first: int, past: int) -> tuple[Tensor, Tensor]:
             kl, gradient_NV = divergence(teacher_NV[first:past], student_NV, t)
@@ -107,8 +108,3 @@ class Distiller:
             return kl * scale, gradient_NV if scale == 1.0 else gradient_NV.mul_(scale)
 
         return logits_loss
-
-    @torch.no_grad()
-    def _forward(self, tokens_BT: Tensor) -> Tensor:
-        with torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.dtype == "bf16"):
-            return self.model(tokens_BT).logits_BTV

@@ -366,7 +366,7 @@ class Trainer:
         self, losses: Tensor, counts: list[tuple[Routing, ...]], stop: bool
     ) -> tuple[list[float], dict[str, list[int]], dict[str, int], bool]:
         """Combine a step's metrics over all ranks: means of losses, load and kept tokens by layer, whether to stop."""
-        layers = [str(i + 1) for i, experts in enumerate(self.model_config.experts) if experts]
+        layers = list(self.routers)
         load = [torch.stack([part[i].load_E for part in counts]).sum(0) for i in range(len(layers))]
         kept = [torch.stack([part[i].kept_E for part in counts]).sum()[None] for i in range(len(layers))]
         numbers = [losses, losses.new_tensor([float(stop)]), *load, *kept]

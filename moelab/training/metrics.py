@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moelab.config import ModelConfig
-from moelab.files import read_bytes, write_bytes
+from moelab.files import read_bytes, sync, write_bytes
 from moelab.training.balance import PERCENTILES, max_violation, percentiles, statistics
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
@@ -122,8 +121,7 @@ class Metrics:
     def state(self) -> dict[str, dict[str, Any]]:
         """Wait until the rows are on the disk; return each file's length and SHA-256, for a checkpoint to record."""
         for path in self._paths.values():
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
+            sync(path)
         return {
             name: {"bytes": self._sizes[name], "sha256": digest.hexdigest()} for name, digest in self._hashes.items()
         }

@@ -6,7 +6,6 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moelab.config import TrainConfig
 from moelab.data import TokenData
@@ -50,7 +49,9 @@ def evaluate(
         process.beat()
         # All ranks run the model equally often, if necessary without tokens, because other ranks may need their
         # experts.
-        domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
+        domain, tokens_BT, targets_BT = group[mine % len(group)]
+        if mine >= len(group):
+            tokens_BT, targets_BT = tokens_BT[:0], targets_BT[:0]
         with (
             fastest_products(uses_kernel(model.config, context)),
             torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"),
@@ -77,8 +78,3 @@ def evaluate(
         "by_pair": {kind: {"loss": nats / n, "share": n / tokens} for kind, (nats, n) in by_pair.items() if n},
         "validation_tokens": tokens,
     }
-
-
-def _nothing(batch: tuple[str, Tensor, Tensor]) -> tuple[str, Tensor, Tensor]:
-    domain, tokens_BT, targets_BT = batch
-    return domain, tokens_BT[:0], targets_BT[:0]

@@ -446,6 +446,7 @@ def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
     assert checkpoint.latest(tmp_path).step == 5
 
 
+@pytest.mark.multiprocess
 def test_pieces_that_leave_a_gap_are_not_a_checkpoint(pools, tmp_path):
     for text in pools(2, save_with_a_gap, tmp_path):
         assert "not written" in text and "blocks.1.ffn.experts.up" in text and "\n" not in text

@@ -66,14 +66,15 @@ def whole_experts(experts, scale):
 
 def cut(tensor, name, groups):
     """This rank's part of a whole parameter (or gradient)."""
-    part = tensor[groups.local_experts.start : groups.local_experts.stop]
+    held = groups.layout.local_experts(groups.expert.rank)
+    part = tensor[held.start : held.stop]
     W, w = groups.slices.size, groups.slices.index
     dim = {"up": 2, "up_bias": 1, "down": 1}.get(name)
     return part if dim is None else part.chunk(W, dim)[w]
 
 
 def rank_experts(case, groups):
-    count = len(groups.local_experts)
+    count = groups.layout.experts_per_rank
     mine = Scale(count) if case.scale else Experts(count, FeedForward(M, F).slice(groups.slices.size))
     with torch.no_grad():
         for name, p in mine.named_parameters():

@@ -10,6 +10,7 @@ from moelab.data.tokenizer import Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.files import read_json, write_json
 from moelab.models import build
+from moelab.models.moe import Experts
 
 DENSE = ModelConfig(layers=2, hidden=32, heads=2, vocab=300, context=24, init_std=0.3)
 PR = replace(DENSE, layers=4, experts=(0, 2, 0, 4), residual=True, name="small PR")
@@ -70,6 +71,15 @@ def test_an_expert_is_a_tensor_named_by_its_global_id(tmp_path):
     assert torch.equal(tensors["blocks.3.ffn.experts.2.up"], model.blocks[3].ffn.experts.up[2])
     assert tensors["blocks.3.ffn.experts.2.down_bias"].shape == (32,)
     assert "blocks.1.ffn.experts.2.up" not in tensors, "the first MoE layer has two experts"
+
+
+def test_a_ranks_part_of_a_model_is_refused(tmp_path):
+    """Its experts would be written under the numbers of others."""
+    model = made(PR)
+    model.blocks[3].ffn.experts = Experts(2, PR.expert_feed_forward)
+    with pytest.raises(ValueError, match=r"^export: weights of this model are .* on other ranks; load it as a whole$"):
+        hf.export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_tokenizer_goes_along(tmp_path, transformers):

@@ -7,6 +7,7 @@ import torch
 from moelab.kernels import ACTIVATIONS, _cpp, gate
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
+from moelab.engine.checkpoint import hf
 from moelab.inference import Generator, Sampling, generate, packing, set_mode
 from moelab.inference.packing import can_pack, is_packed
 from moelab.models.baseline import mask_gate
@@ -152,6 +153,14 @@ def test_a_packed_model_is_not_switched_again(again, packed, make):
     assert gates == {gate if again == "optimised" else mask_gate}
     tokens = torch.arange(9)[None]
     torch.testing.assert_close(model(tokens).logits_BTV, set_mode(make(BASE), again)(tokens).logits_BTV)
+
+
+def test_a_packed_model_is_not_exported_without_its_weights(packed, tmp_path):
+    quick, plain = packed(BASE)
+    with pytest.raises(ValueError, match=r"^export: weights of this model are packed for inference"):
+        hf.export(quick, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    hf.export(plain, tmp_path / "out")
 
 
 @torch.inference_mode()

@@ -116,7 +116,7 @@ def test_a_teacher_without_checkpoint_is_one_line(tiny_model, tiny_train, data, 
         train(tiny_model, tiny_train, data, 32, tmp_path, teacher=Teacher(tiny_model, tmp_path / "no", DistillConfig()))
 
 
-@pytest.mark.parametrize("setting", [{"top_k": 8}, {"top_k": 8, "cache_bytes": 9}])
+@pytest.mark.parametrize("setting", [{"top_k": 8}, {"cache_bytes": 9}])
 def test_settings_of_earlier_versions_are_refused_in_one_line(tiny_model, tiny_train, data, tmp_path, setting):
     teacher = Teacher(tiny_model, tmp_path / "no", DistillConfig(**setting))
     with pytest.raises(ValueError, match=r"^distill: top_k and cache_bytes are settings of earlier versions"):

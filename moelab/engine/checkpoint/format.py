@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,15 +145,6 @@ def verify(path: Path, file: str, expected: str) -> None:
         raise CheckpointError(f"{path}: unreadable ({error})") from None
     if actual != expected:
         raise CheckpointError(f"{path}/{file}: content does not match its SHA-256")
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:

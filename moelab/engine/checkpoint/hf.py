@@ -60,11 +60,14 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None, mode
             does, else our own.
 
     Raises:
-        ValueError: `directory` exists and is not an empty folder, or the format does not describe the model.
+        ValueError: `directory` exists and is not an empty folder, the format does not describe the model, or it is not
+            whole.
         OSError: it cannot be written.
     """
     config, eot = model.config, None if tokenizer is None else tokenizer.eot
     kind = _format(model_type or suitable_format(config))
+    if {name: tuple(p.shape) for name, p in model.named_parameters()} != dict(_shapes(config)):
+        raise ValueError("export: weights of this model are packed for inference or on other ranks; load it as a whole")
     tensors = _tensors(kind, config, ((name, p.detach()) for name, p in model.named_parameters()))
     with _new(directory) as new, torch.no_grad():
         _write(new, kind, config, eot, tensors)

@@ -12,6 +12,7 @@ Routing is drop-free in all of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def why_not(config: ModelConfig, kind: str) -> str | None:
         (own_size and kind not in ("mixtral", "qwen3_moe"), "has head_size M / H"),
         (r.scores != "softmax" or r.balance_rate > 0, "routes by a softmax, without bias"),
         (r.drop_tokens, "routes without dropping"),
-        (kind == "mixtral" and not _renormalizes(config), "renormalises the weights"),
+        (kind == "mixtral" and not r.normalizes(config.top_k), "renormalises the weights"),
         (kind not in _QWEN and 0 in config.experts, "has no dense layers"),
         (kind not in _QWEN and x.ffn not in (0, config.ffn), "has one feed-forward size"),
         (x != ExpertConfig(x.ffn, x.shared, x.shared_ffn, x.shared_gate), "has no other kind of expert"),
@@ -166,11 +167,6 @@ def why_not(config: ModelConfig, kind: str) -> str | None:
         if problem:
             return f"export: {kind} {text}; this model differs"
     return None
-
-
-def _renormalizes(config: ModelConfig) -> bool:
-    chosen = config.routing.normalize_weights
-    return config.top_k > 1 if chosen is None else chosen
 
 
 def _write_config(kind: str, config: ModelConfig, eot: int | None) -> dict[str, Any]:
@@ -202,7 +198,7 @@ def _write_config(kind: str, config: ModelConfig, eot: int | None) -> dict[str, 
     if kind in ("mixtral", "qwen3_moe"):
         record["head_dim"] = config.head_size
     if kind != "mixtral":
-        record["norm_topk_prob"] = _renormalizes(config)
+        record["norm_topk_prob"] = config.routing.normalizes(config.top_k)
     if kind in _QWEN:
         dense = [layer for layer, experts in enumerate(config.experts) if not experts]
         record |= {
@@ -267,14 +263,8 @@ def _parts(kind: str, name: str, shape: tuple[int, ...], config: ModelConfig) ->
                 yield Part(f"{owner}.{up}.weight", (expert, slice(None), 1), True)
 
 
-def _family(kind: str) -> Format:
-    return Format(
-        kind,
-        _read_config,
-        lambda config, eot: _write_config(kind, config, eot),
-        lambda name, shape, config: _parts(kind, name, shape, config),
-    )
-
-
-FAMILIES = tuple(map(_family, _ARCHITECTURES))
+FAMILIES = tuple(
+    Format(kind, _read_config, functools.partial(_write_config, kind), functools.partial(_parts, kind))
+    for kind in _ARCHITECTURES
+)
 """The published MoE models' formats."""

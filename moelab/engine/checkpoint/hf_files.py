@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,22 @@ def _files_of_index(path: Path) -> list[str]:
     return sorted(set(placed.values()))
 
 
-class Files:
-    """The safetensors files of a directory, one or several with an index."""
+class Files(contextlib.ExitStack):
+    """The safetensors files of a directory, one or several with an index; open until the context ends."""
 
     def __init__(self, directory: Path, kind: Format) -> None:
+        super().__init__()
         self.directory, self.kind = directory, kind
         files = _files_of_index(directory / INDEX) or [WEIGHTS]
-        self._open: list[Any] = []
         self.names: dict[str, Any] = {}
         for file in files:
             path = directory / Path(file).name
             if path.exists() and not path.is_file():  # reading a FIFO or a device might never end
                 raise ValueError(f"{path}: not a regular file")
             try:
-                opened = safe_open(path, "pt").__enter__()
+                opened = self.enter_context(safe_open(path, "pt"))
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path}: unreadable ({error})") from None
-            self._open.append(opened)
             self.names.update(dict.fromkeys(opened.keys(), opened))
         if not self.names:
             raise ValueError(f"{directory}: no tensor in {', '.join(files)}")
@@ -94,13 +94,6 @@ class Files:
         for dim in sorted(part.single()):
             tensor = tensor.unsqueeze(dim)
         return tensor
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for opened in self._open:
-            opened.__exit__(None, None, None)
 
 
 def expected_shape(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:

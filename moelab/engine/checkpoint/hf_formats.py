@@ -34,9 +34,6 @@ class Part(NamedTuple):
         return {dim for dim, index in enumerate(self.at) if isinstance(index, int)}
 
 
-Parts = Callable[[str, tuple[int, ...], ModelConfig], Iterator[Part]]
-
-
 class Format(NamedTuple):
     """A format of model directories."""
 
@@ -47,7 +44,7 @@ class Format(NamedTuple):
     write_config: Callable[[ModelConfig, int | None], dict[str, Any]]
     """(model, id of the token that ends a text) -> config.json's object; ValueError, one line, if the format cannot
     describe the model."""
-    parts: Parts
+    parts: Callable[[str, tuple[int, ...], ModelConfig], Iterator[Part]]
     """(name, shape, model) -> the tensors that together hold a parameter."""
     prefix: str = ""
     """Of all tensors' names as written; the files read may lack it."""

@@ -217,36 +217,24 @@ def _stored(index: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def _model_pieces(
     path: Path, index: dict[str, Any], model: nn.Module, placements: Placements, copied: Mapping[str, str | None]
 ) -> list[Piece]:
-    """Return the pieces to read of all parameters but those that are filled in another way."""
+    """Return the pieces to read of all parameters but those that are filled in another way.
+
+    Raises:
+        CheckpointError: other names or shapes are stored.
+    """
     wanted = {
         name: (p, shards.placement_of(name, p, placements))
         for name, p in shards.parameters(model).items()
         if name not in copied
     }
     stored = {name: shape for name, shape in _stored(index).items() if name not in copied.values()}
-    try:
-        check_fit(stored, {name: placement.shape for name, (_, placement) in wanted.items()})
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return [piece for name, (p, placement) in wanted.items() for piece in shards.pieces(f"model/{name}", p, placement)]
-
-
-def check_fit(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that stored tensors fill a model's parameters, by name and shape.
-
-    Args:
-        stored: name -> shape of the whole tensor, in the checkpoint.
-        wanted: name -> shape of the whole parameter, in the model.
-
-    Raises:
-        ValueError: one line: which names or which shape differ.
-    """
     if stored.keys() != wanted.keys():
         odd = sorted(stored.keys() ^ wanted.keys())[:3]
-        raise ValueError(f"not a checkpoint of this model; differing parameters: {', '.join(odd)}")
-    for name, shape in wanted.items():
-        if stored[name] != shape:
-            raise ValueError(f"{name} is {stored[name]}, the model has {shape}")
+        raise CheckpointError(f"{path}: not a checkpoint of this model; differing parameters: {', '.join(odd)}")
+    for name, (_, placement) in wanted.items():
+        if stored[name] != placement.shape:
+            raise CheckpointError(f"{path}: {name} is {stored[name]}, the model has {placement.shape}")
+    return [piece for name, (p, placement) in wanted.items() for piece in shards.pieces(f"model/{name}", p, placement)]
 
 
 def _verify(path: Path, world: Group, only_weights: bool) -> Checkpoint:

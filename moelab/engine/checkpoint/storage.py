@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,12 @@ from moelab.engine.checkpoint.format import (
     directories,
     regular_file,
     step_of,
-    sync,
     write_state,
 )
 from moelab.engine.collectives import broadcast_json, gather_json
 from moelab.engine.groups import Group
 from moelab.engine.placement import Index, overlap
-from moelab.files import sha256_of, write_text
+from moelab.files import sha256_of, sync, write_text
 from moelab.terminal import one_line
 
 Entry = dict[str, Any]
@@ -206,7 +205,8 @@ def _together(group: Group, path: Path, work: Callable[[], Any]) -> list[Any]:
         answer = {"error": one_line(error)}
     try:
         answers = gather_json(answer, group)
-        failed = broadcast_json(next(_failures(answers), None), group)
+        failures = ({"rank": rank, **answer} for rank, answer in enumerate(answers) if "result" not in answer)
+        failed = broadcast_json(next(failures, None), group)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: not written ({str(error).splitlines()[0]})") from None
     if failed is None:
@@ -216,7 +216,3 @@ def _together(group: Group, path: Path, work: Callable[[], Any]) -> list[Any]:
         raise CheckpointError(failed["error"])
     number, text, file = failed["os_error"]
     raise OSError(f"{where}{text}") if number is None else OSError(number, f"{where}{text}", file or str(path))
-
-
-def _failures(answers: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    return ({"rank": rank, **answer} for rank, answer in enumerate(answers) if "result" not in answer)

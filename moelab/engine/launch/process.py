@@ -204,7 +204,7 @@ def publish(key: str, value: str) -> None:
     _store.set(key, value)
 
 
-def wait_for(key: str, poll_s: float = 0.1) -> str:
+def wait_for(key: str) -> str:
     """Return the value that a rank published under a key; wait for it without a limit.
 
     It is no collective and so has no time limit: preparing data or waiting for a lock may take hours, and the launcher
@@ -213,7 +213,7 @@ def wait_for(key: str, poll_s: float = 0.1) -> str:
     """
     assert _store is not None, "join first"
     while not _store.check([key]):
-        time.sleep(poll_s)
+        time.sleep(0.1)
     return _store.get(key).decode()
 
 
