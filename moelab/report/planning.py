@@ -85,7 +85,7 @@ def _frame(rows: list[list]) -> pd.DataFrame:
 
 def _final(summary: Summary) -> pd.DataFrame:
     """Return the final losses behind a result; budgets are left out."""
-    runs = [run for run in summary.runs if not run.spec.get("start")]
+    runs = [run for run in summary.runs if not run.is_budget]
     rows = [[run.label, run.seed, run.result["validation_loss"]] for run in runs if "validation_loss" in run.result]
     return pd.DataFrame(rows, columns=["arm", "seed", "validation_loss"])
 

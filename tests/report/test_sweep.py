@@ -8,7 +8,7 @@ import pytest
 
 from moelab import paths
 from moelab.design.parameters import resolve
-from moelab.experiments import experiment
+from moelab.experiments import distillation, experiment
 from moelab.files import write_json
 from moelab.report import site, sweep
 from moelab.report.publication import Publication
@@ -111,13 +111,17 @@ def test_without_training_the_claims_are_compared(publish, tmp_path):
     sweep.show(asked, found)
 
 
-def test_budgets_of_an_arm_are_no_arms_of_a_sweep(result):
-    chosen = experiment("pr-moe")
-    asked = points("pr-moe", [{"seeds": "1"}], scale="cpu", arms='["Dense","MoE-128"]')
+@pytest.mark.parametrize(
+    ("name", "arms"), [("pr-moe", ["Dense", "MoE-128"]), ("distillation", list(distillation.ARMS))]
+)
+def test_branches_are_arms_of_a_sweep_but_for_budgets(name, arms, result):
+    chosen = experiment(name)
+    asked = points(name, [{"seeds": "1"}], scale="cpu", arms=json.dumps(arms))
     for spec in chosen.specs_of(asked.points[0]):
         write_json(RunStore().run(spec).path / "result.json", result(3.0))
     found = sweep.compare(chosen, asked, [None], RunStore())
-    assert found.table["arm"].tolist() == ["Dense", "MoE-128"] and len(found.runs) > 2
+    assert sorted(found.table["arm"]) == sorted(arms)
+    assert len(found.runs) > len(arms) or name == "distillation", "budgets are among the runs"
 
 
 def test_a_table_that_cannot_be_written_is_no_result(two, monkeypatch):
