@@ -31,9 +31,9 @@ def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
     return final.pivot(index="seed", columns="arm", values=value)
 
 
-def paired(final: pd.DataFrame, left: str, right: str, value: str = "validation_loss") -> list[float]:
+def paired(final: pd.DataFrame, left: str, right: str) -> list[float]:
     """Return left - right for each seed; seeds that lack one are left out, and `missing` names them."""
-    table = by_arm(final, value)
+    table = by_arm(final)
     if left not in table or right not in table:
         return []
     return list((table[left] - table[right]).dropna())

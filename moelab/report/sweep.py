@@ -168,7 +168,7 @@ def publish(
     parameters = sweep.parameters()
     scale = f"{sweep.points[0]['scale']}-sweep"
     place = paths.results_for(publish) / experiment.name / scale
-    before = sorted((folder for folder in place.glob(f"[!.]*/{NAME}.jsonl")), reverse=True)
+    before = sorted(place.glob(f"[!.]*/{NAME}.jsonl"), reverse=True)
     if before and before[0].read_text(encoding="utf-8") == lines(comparison.table):
         return before[0].parent
     moment = int(time.time())
