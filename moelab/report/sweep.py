@@ -114,7 +114,7 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
 
 
 def _losses(runs: Runs) -> list[dict[str, Any]]:
-    final, rows = runs.final(), []
+    final, rows = comparison.by_peak_rate(runs.final(), [run.spec.train.lr for run in runs.finished]), []
     arms = list(dict.fromkeys(final["arm"])) if len(final) else []
     for arm in arms:
         losses = list(final.loc[final["arm"] == arm, "validation_loss"])

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from moelab import paths
 from moelab.cli import app
-from moelab.design import budgets, settings
+from moelab.design import budgets, comparison, settings
 from moelab.files import write_json
 from moelab.lab import Lab
 from moelab.report import planning
@@ -43,6 +43,11 @@ def test_branches_are_compared_but_for_budgets():
     about = {"experiment": "upcycling", "scale": "cpu", "title": "t", "finished": "2026", "runs": runs}
     write_json(paths.results() / "upcycling" / "cpu" / "1" / SUMMARY, about)
     assert list(planning.needs("upcycling", "cpu", paths.results())["comparison"]) == ["Upcycled − Dense"]
+
+
+def test_an_arm_at_several_peak_rates_is_an_arm_for_each():
+    found = comparison.by_peak_rate(final({"a": [1.0, 2.0, 3.0, 4.0], "b": [1.0]}), [0.1, 0.1, 0.2, 0.2, 0.1])
+    assert found["arm"].tolist() == ["a, lr 0.1", "a, lr 0.1", "a, lr 0.2", "a, lr 0.2", "b"]
 
 
 def test_runs_at_hand():

@@ -10,6 +10,7 @@ from moelab import paths
 from moelab.design.parameters import resolve
 from moelab.experiments import distillation, experiment
 from moelab.files import write_json
+from moelab.lab import Lab
 from moelab.report import site, sweep
 from moelab.report.publication import Publication
 from moelab.report.site import front
@@ -122,6 +123,19 @@ def test_branches_are_arms_of_a_sweep_but_for_budgets(name, arms, result):
     found = sweep.compare(chosen, asked, [None], RunStore())
     assert sorted(found.table["arm"]) == sorted(arms)
     assert len(found.runs) > len(arms) or name == "distillation", "budgets are among the runs"
+
+
+def test_an_arm_at_several_peak_rates_is_an_arm_for_each(result):
+    chosen = experiment("learning-rate")
+    asked = points("learning-rate", [{"seeds": "2"}])
+    specs = chosen.specs_of(asked.points[0])
+    for spec in specs:
+        write_json(RunStore().run(spec).path / "result.json", result(3.0 + spec.train.lr * spec.train.seed))
+    found = sweep.compare(chosen, asked, [None], RunStore())
+    arms = [f"{arm}, lr {rate}" for arm in ("Dense", "MoE-128") for rate in ("0.004", "0.008", "0.016")]
+    assert found.table["arm"].tolist() == arms and set(found.table["runs"]) == {2}
+    planned = Lab().power(Lab().run(specs, executor="read"))
+    assert planned["comparison"].tolist() == [f"{arm} − {arms[0]}" for arm in arms[1:]]
 
 
 def test_a_table_that_cannot_be_written_is_no_result(two, monkeypatch):
