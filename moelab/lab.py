@@ -242,10 +242,12 @@ class Lab:
             of: an experiment, whose newest result at a scale has the spread, or runs.
             against, effect, and the columns: see `moelab.report.planning.needs`.
         """
+        from moelab.design import comparison
         from moelab.report import planning
 
         if isinstance(of, Runs):
-            return planning.needs_of(of.final(), against=against, effect=effect)
+            final = comparison.by_peak_rate(of.final(), [run.spec.train.lr for run in of.finished])
+            return planning.needs_of(final, against=against, effect=effect)
         return planning.needs(of, scale, *paths.all_results(), against=against, effect=effect)
 
     def publish(self, experiment: str, scale: str, parameters: dict[str, Any] | None = None) -> Publication:

@@ -46,7 +46,9 @@ class Estimate:
 
     def interval(self, alpha: float = ALPHA) -> tuple[float, float]:
         """Return the Student interval that misses the true mean with the probability alpha."""
-        half = _quantile(alpha, self.samples) * self.error if self.samples > 1 else math.inf
+        from scipy.stats import t
+
+        half = float(t.isf(alpha / 2, self.samples - 1)) * self.error if self.samples > 1 else math.inf
         return self.mean - half, self.mean + half
 
     def p(self, against: float = 0.0) -> float:
@@ -57,12 +59,6 @@ class Estimate:
         if self.samples < 2 or not distance:
             return 1.0
         return float(2 * t.sf(distance / self.error, self.samples - 1)) if self.error else 0.0
-
-
-def _quantile(alpha: float, samples: int) -> float:
-    from scipy.stats import t
-
-    return float(t.isf(alpha / 2, samples - 1))
 
 
 def interval(values: Sequence[float], alpha: float = ALPHA) -> tuple[float, float, float]:

@@ -51,10 +51,7 @@ def with_budgets(trunk: RunSpec, scale: str) -> list[RunSpec]:
         if train.warmup_tokens < budget * share and budget < train.tokens - train.cooldown_tokens
     ]
     kept = trunk.with_checkpoints(branch.start.tokens for branch in token_budgets(trunk, fitting) if branch.start)
-    named = [
-        replace(branch, label=f"{trunk.title}, {branch.train.tokens / 1e6:.1f} M tokens")
-        for branch in token_budgets(kept, fitting)
-    ]
+    named = [replace(branch, label=label(trunk.title, branch.train.tokens)) for branch in token_budgets(kept, fitting)]
     return [kept, *named]
 
 
@@ -64,9 +61,19 @@ def expand(specs: Sequence[RunSpec], arms: Sequence[str], scale: str) -> list[Ru
     return [family[0] for family in families] + [branch for family in families for branch in family[1:]]
 
 
+def label(trunk: str, tokens: int) -> str:
+    """Return the label of a trunk's budget of so many tokens."""
+    return f"{trunk}, {tokens / 1e6:.1f} M tokens"
+
+
+def is_budget(spec: RunSpec) -> bool:
+    """Return whether a run is a budget; other branches, such as a student that loses its teacher, are arms."""
+    return spec.start is not None and spec.label == label(spec.start.run.title, spec.train.tokens)
+
+
 def trunks(runs: Runs) -> Runs:
     """Return the runs that are no budget of another."""
-    return Runs([run for run in runs if run.spec.start is None])
+    return Runs([run for run in runs if not is_budget(run.spec)])
 
 
 def losses(runs: Runs) -> pd.DataFrame:

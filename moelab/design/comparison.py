@@ -31,9 +31,22 @@ def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
     return final.pivot(index="seed", columns="arm", values=value)
 
 
-def paired(final: pd.DataFrame, left: str, right: str, value: str = "validation_loss") -> list[float]:
+def by_peak_rate(final: pd.DataFrame, rates: Sequence[float]) -> pd.DataFrame:
+    """Return final losses in which an arm that was trained at several peak rates is an arm for each: "Dense, lr 0.004".
+
+    Args:
+        rates: of the runs, in the order of the rows.
+    """
+    if not len(final):
+        return final
+    several = pd.Series(rates, index=final.index).groupby(final["arm"]).transform("nunique") > 1
+    named = [f"{arm}, lr {rate:g}" for arm, rate in zip(final["arm"], rates, strict=True)]
+    return final.assign(arm=final["arm"].where(~several, named))
+
+
+def paired(final: pd.DataFrame, left: str, right: str) -> list[float]:
     """Return left - right for each seed; seeds that lack one are left out, and `missing` names them."""
-    table = by_arm(final, value)
+    table = by_arm(final)
     if left not in table or right not in table:
         return []
     return list((table[left] - table[right]).dropna())

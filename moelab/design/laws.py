@@ -78,9 +78,9 @@ class Fit:
     draws: tuple[Law, ...]
     residuals: np.ndarray
 
-    def interval(self, value: Callable[[Law], float], alpha: float = ALPHA) -> tuple[float, float, float]:
+    def interval(self, value: Callable[[Law], float]) -> tuple[float, float, float]:
         """Return a value of the law with the bounds of its interval, from the refits."""
-        return value(self.law), *bounds([value(law) for law in self.draws], alpha)
+        return value(self.law), *bounds([value(law) for law in self.draws])
 
     def spread(self, seeds: int, stream: int = 0) -> np.ndarray:
         """Return by how much means over so many seeds miss the law, drawn from the deviations of the fitted runs.
@@ -94,9 +94,7 @@ class Fit:
         draw = np.random.default_rng([1, stream])
         return np.array([self.residuals[draw.integers(len(self.residuals), size=seeds)].mean(0) for _ in self.draws])
 
-    def predict(
-        self, flops: float, tokens: Sequence[float], seeds: int, alpha: float = ALPHA
-    ) -> list[tuple[float, float, float]]:
+    def predict(self, flops: float, tokens: Sequence[float], seeds: int) -> list[tuple[float, float, float]]:
         """Return the losses that runs of a size will have, means over seeds, each with the bounds of its interval.
 
         The interval holds the error of the law and that of so many seeds (`spread`).
@@ -105,13 +103,13 @@ class Fit:
             tokens: as many as the fitted trunks had budgets, ascending.
         """
         losses = [law.loss(flops, np.asarray(tokens)) for law in self.draws] + self.spread(seeds)
-        low, high = np.quantile(losses, [alpha / 2, 1 - alpha / 2], axis=0)
+        low, high = np.quantile(losses, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
         return list(zip(self.law.loss(flops, np.asarray(tokens)).tolist(), low.tolist(), high.tolist(), strict=True))
 
 
-def bounds(values: Sequence[float] | np.ndarray, alpha: float = ALPHA) -> tuple[float, float]:
-    """Return the bounds of an interval from values of refits, infinite ones among them."""
-    low, high = np.quantile(values, [alpha / 2, 1 - alpha / 2], method="nearest")
+def bounds(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Return the bounds of the 95 % interval from values of refits, infinite ones among them."""
+    low, high = np.quantile(values, [ALPHA / 2, 1 - ALPHA / 2], method="nearest")
     return float(low), float(high)
 
 

@@ -147,8 +147,8 @@ def _looks(last: int) -> tuple[int, ...]:
 
 def _first(numbers: range, good: Callable[[int], bool]) -> int | None:
     """Return the first number that is good, where all after it are, too; None where none is."""
-    verdict = bisect.bisect_left(numbers, True, key=good)
-    return numbers[verdict] if verdict < len(numbers) else None
+    place = bisect.bisect_left(numbers, True, key=good)
+    return numbers[place] if place < len(numbers) else None
 
 
 def _statistics(means: Sequence[float], covariance: Sequence[Sequence[float]]) -> np.ndarray:

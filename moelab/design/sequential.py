@@ -40,7 +40,7 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
     from scipy.optimize import brentq
     from scipy.stats import norm
 
-    estimate: list[float] = []
+    found: list[float] = []
     # The sum of the samples is a random walk: after the fraction f its variance is f. x and mass: its distribution
     # among walks that have crossed no boundary yet, on a grid.
     x, mass, before, gone = np.zeros(1), np.ones(1), 0.0, 0.0
@@ -53,12 +53,12 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
             return float(mass @ (norm.sf((z * root - x) / step) + norm.sf((z * root + x) / step)))
 
         z = brentq(lambda z, goal=total - gone, beyond=beyond: beyond(z) - goal, 0, 12)
-        estimate.append(z)
+        found.append(z)
         grid, width = np.linspace(-z * root, z * root, 2 * _HALF + 1, retstep=True)
         simpson = width / 3 * np.array([1, *[4, 2] * (_HALF - 1), 4, 1])
         mass = simpson * (norm.pdf(grid[:, None], x, step) @ mass)
         x, before, gone = grid, fraction, total
-    return estimate
+    return found
 
 
 @functools.lru_cache(maxsize=1024)

@@ -51,8 +51,8 @@ def judge_simulated(
     else:
         of = simulated(claim, ours)
     how = "Simulated, from bars the constants were fitted on." if fitted else "Simulated, predicted."
-    estimate = stated.row(claim, None, of, f"{how} {note}".strip(), {"kind": FITTED if fitted else PREDICTED})
-    return replace(estimate, ours=ours)
+    row = stated.row(claim, None, of, f"{how} {note}".strip(), {"kind": FITTED if fitted else PREDICTED})
+    return replace(row, ours=ours)
 
 
 def simulated(claim: Claim, ours: float) -> str:

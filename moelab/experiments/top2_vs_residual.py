@@ -89,13 +89,7 @@ def sessions_table(timed: Mapping[int, Sequence[Sequence[float]]]) -> pd.DataFra
         Columns arm (the number of ranks as text), seed (the session), median, least, greatest.
     """
     rows = [
-        {
-            "arm": f"{n} rank{'' if n == 1 else 's'}",
-            "seed": i,
-            "median": statistics.median(r),
-            "least": min(r),
-            "greatest": max(r),
-        }
+        [f"{n} rank{'' if n == 1 else 's'}", i, statistics.median(r), min(r), max(r)]
         for n, measured in timed.items()
         for i, r in enumerate(measured)
     ]

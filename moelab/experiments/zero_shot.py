@@ -185,13 +185,18 @@ def reference() -> pd.DataFrame:
     The command is `moelab eval smollm2 --limit 200 --out .moelab/results/benchmarks`. The arm is the model's name, the
     seed -1. The frame is empty where there are no such scores, or where the tasks have changed since.
     """
-    from moelab.evaluation.zero_shot import PAPER_TASKS, version
+    from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, definition, version
+
+    def unchanged(task: str, stored: str) -> bool:
+        """Return whether a packaged task has its stored definition, for which lm-eval need not be installed."""
+        own = f"{task} {definition(task)['metadata']['version']}" if task in PACKAGED else version(task)
+        return stored.partition(",")[0] == own
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
     files = [root / "benchmarks" / f"zero-shot-{REFERENCE}.jsonl" for root in reversed(paths.all_results())]
     file = next((file for file in files if file.exists()), None)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file else []
-    current = [row for row in rows if row["version"].partition(",")[0] == version(row["task"]).partition(",")[0]]
+    current = [row for row in rows if unchanged(row["task"], row["version"])]
     made = [{**row, "arm": row["model"], "seed": -1, "paper": columns.get(row["task"], "")} for row in current]
     return scored(made)
 

@@ -85,9 +85,10 @@ def _frame(rows: list[list]) -> pd.DataFrame:
 
 def _final(summary: Summary) -> pd.DataFrame:
     """Return the final losses behind a result; budgets are left out."""
-    runs = [run for run in summary.runs if not run.spec.get("start")]
-    rows = [[run.label, run.seed, run.result["validation_loss"]] for run in runs if "validation_loss" in run.result]
-    return pd.DataFrame(rows, columns=["arm", "seed", "validation_loss"])
+    runs = [run for run in summary.runs if not run.is_budget and "validation_loss" in run.result]
+    rows = [[run.label, run.seed, run.result["validation_loss"]] for run in runs]
+    final = pd.DataFrame(rows, columns=["arm", "seed", "validation_loss"])
+    return comparison.by_peak_rate(final, [run.training.get("lr", 0.0) for run in runs])
 
 
 def _claims(summaries: list[Summary]) -> list[list]:

@@ -91,13 +91,13 @@ class Publication:
         row = FigureRow(name, title, caption, tuple(claims), "" if data is None else f"{name}.jsonl")
         figures.save(figure, self.path / name, title=title)
         if data is not None:
-            self._write_frame(row.data, data)
+            write_text(self.path / row.data, lines(data))
         self.figures.append(row)
 
     def table(self, data: pd.DataFrame, name: str, *, title: str, caption: str = "") -> None:
         """Save a table as JSON lines."""
         row = TableRow(name, f"{name}.jsonl", title, caption)
-        self._write_frame(row.data, data)
+        write_text(self.path / row.data, lines(data))
         self.tables.append(row)
 
     def claims(self, verdicts: Sequence[Verdict]) -> None:
@@ -148,9 +148,6 @@ class Publication:
         if self.interactive:
             return f"draft written to {self.path}"
         return f"result handed over as {self.experiment}, scale {self.scale}"
-
-    def _write_frame(self, name: str, data: pd.DataFrame) -> None:
-        write_text(self.path / name, lines(data))
 
 
 def lines(data: pd.DataFrame) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config import from_json
+from moelab.design import budgets
 from moelab.design.verdicts import Verdict
 from moelab.files import read_json
 
@@ -120,6 +121,12 @@ class RunRow:
     def seed(self) -> int:
         """The seed of its training; -1 where the record has none."""
         return self.spec.get("train", {}).get("seed", -1)
+
+    @property
+    def is_budget(self) -> bool:
+        """Whether it is a budget of another run, as `moelab.design.budgets.is_budget` says of specs."""
+        trunk = (self.spec.get("start") or {}).get("run", {}).get("label", "")
+        return self.label == budgets.label(trunk, self.spec.get("train", {}).get("tokens", 0))
 
     @property
     def training(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
 
 
 def _losses(runs: Runs) -> list[dict[str, Any]]:
-    final, rows = runs.final(), []
+    final, rows = comparison.by_peak_rate(runs.final(), [run.spec.train.lr for run in runs.finished]), []
     arms = list(dict.fromkeys(final["arm"])) if len(final) else []
     for arm in arms:
         losses = list(final.loc[final["arm"] == arm, "validation_loss"])
@@ -168,7 +168,7 @@ def publish(
     parameters = sweep.parameters()
     scale = f"{sweep.points[0]['scale']}-sweep"
     place = paths.results_for(publish) / experiment.name / scale
-    before = sorted((folder for folder in place.glob(f"[!.]*/{NAME}.jsonl")), reverse=True)
+    before = sorted(place.glob(f"[!.]*/{NAME}.jsonl"), reverse=True)
     if before and before[0].read_text(encoding="utf-8") == lines(comparison.table):
         return before[0].parent
     moment = int(time.time())

@@ -2,6 +2,8 @@
 
 import json
 import math
+from importlib import metadata
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -70,6 +72,7 @@ def test_a_real_models_scores_are_read_from_the_results_while_the_tasks_are_the_
         Score("packaged_boolq", "acc", 0.60, 0.03, 0.5, 0.6, 200, 1.1, 0, 400, False, "packaged_boolq 0.1, lm-eval 0", 1.0),
     ]  # fmt: skip
     zero_shot.save(found, tmp_path / "benchmarks", "smollm2", {"limit": 200, "dtype": "fp32", "device": "cpu"})
+    monkeypatch.setattr(metadata, "version", Mock(side_effect=metadata.PackageNotFoundError))  # without lm-eval
     rows = zero_shot.reference()
     assert list(rows["task"]) == ["packaged_lambada", "packaged_piqa"], "an older form of a task does not count"
     assert set(rows["arm"]) == {"SmolLM2-135M-Instruct"} and list(rows["paper"]) == ["lambada", "piqa"]

@@ -1,14 +1,19 @@
 """What `moelab power` and `Lab.power` read and say."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from moelab import paths
 from moelab.cli import app
+from moelab.design import budgets, comparison, settings
+from moelab.files import write_json
 from moelab.lab import Lab
 from moelab.report import planning
+from moelab.report.summary import SUMMARY
+from moelab.runs.spec import Start
 from tests.experiments.helpers import final
 
 
@@ -24,6 +29,25 @@ def test_claims_and_arms_of_a_result(publish):
     assert list(found["comparison"]) == ["350M+MoE-128 − 350M"] and found["effect"][0] == 0.05
     publish(results, "what-survives", "cpu")
     assert len(planning.needs("what-survives", "cpu", results)) == 1, "an experiment without claims"
+
+
+def test_branches_are_compared_but_for_budgets():
+    """An upcycled run is an arm, though it begins as another one; a budget is that arm again, with fewer tokens."""
+    runs = []
+    for seed in (0, 1, 2):
+        trunk = settings.spec("350M", "cpu", seed, label="Dense")
+        branch = replace(trunk, start=Start(trunk, 8_192_000), label="Upcycled")
+        for spec in (*budgets.with_budgets(trunk, "cpu"), branch):
+            numbers = {"validation_loss": 3.0 + 0.1 * seed * (spec is branch)}
+            runs.append({"id": spec.id, "label": spec.title, "spec": spec.to_json(), "result": numbers})
+    about = {"experiment": "upcycling", "scale": "cpu", "title": "t", "finished": "2026", "runs": runs}
+    write_json(paths.results() / "upcycling" / "cpu" / "1" / SUMMARY, about)
+    assert list(planning.needs("upcycling", "cpu", paths.results())["comparison"]) == ["Upcycled − Dense"]
+
+
+def test_an_arm_at_several_peak_rates_is_an_arm_for_each():
+    found = comparison.by_peak_rate(final({"a": [1.0, 2.0, 3.0, 4.0], "b": [1.0]}), [0.1, 0.1, 0.2, 0.2, 0.1])
+    assert found["arm"].tolist() == ["a, lr 0.1", "a, lr 0.1", "a, lr 0.2", "a, lr 0.2", "b"]
 
 
 def test_runs_at_hand():

@@ -11,6 +11,7 @@ import pytest
 from moelab import paper
 from moelab.design import settings
 from moelab.design.verdicts import UNDECIDED
+from moelab.experiments import EXPERIMENTS
 from moelab.report.site import charts, digest, hero, questions
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.gallery import chapters
@@ -21,8 +22,8 @@ ARMS = {"350M": 4.0, "350M+MoE-128": 3.7, "1.3B": 3.4}
 
 
 def run(arm, seed, tokens=16_384_000):
-    spec = {"model": {"name": f"{arm} twin"}, "train": {"tokens": tokens, "seed": seed}}
-    costs = {"flops_per_token": 2e6 if "MoE" in arm else 1e6, "seconds": 60.0 * (1 + (arm != "350M"))}
+    spec = settings.spec(arm, "cpu", seed).to_json()
+    costs = {"seconds": 60.0 * (1 + (arm != "350M"))}
     result = {"validation_loss": ARMS[arm] + 0.01 * seed, "parameters": 171_000, "tokens": tokens, **costs}
     provenance = {"commit": "a" * 40, "hardware": {"cpu": "Test", "cores": 2}}
     return {"id": f"{arm}{seed}", "label": arm, "spec": spec, "result": result, "provenance": provenance}
@@ -130,11 +131,32 @@ def test_a_line_an_experiment_has_the_costs_of_both_sides(scaling):
     claim = paper.claim("moe128-350m-beats-own-base")
     row = ClaimRow(claim, UNDECIDED, scaling, "cpu", -0.3, -0.35, -0.25, 3, decides=True)
     (line,) = digest.digest(chapters([scaling]), [row])
-    assert (line.experiment, line.seeds, line.verdict, line.flops, line.time) == ("scaling", 3, UNDECIDED, 2.0, 2.0)
+    assert (line.experiment, line.seeds, line.verdict, line.time) == ("scaling", 3, UNDECIDED, 2.0)
+    assert line.flops == settings.spec("350M+MoE-128", "cpu").cost / settings.spec("350M", "cpu").cost
     assert line.effect.startswith("−0.300 nats/token (−0.350 to −0.250), 350M+MoE-128 against 350M")
     (read,) = csv.DictReader(io.StringIO(digest.to_csv([vars(line)])))
-    assert read["outcome"] == "t" and float(read["flops"]) == 2.0
+    assert read["outcome"] == "t" and float(read["flops"]) == line.flops
     assert digest.hours([scaling, scaling]) == pytest.approx((3 * 60 + 6 * 120) / 3600), "a run counts once"
+
+
+def test_the_costs_of_a_student_are_those_of_how_it_is_distilled_at_its_own_rate():
+    seconds = {"Teacher": 100.0, "L21 alone": 90.0, "L21 + KD": 200.0, "L21 + staged KD": 150.0}
+    runs = [
+        {
+            "id": spec.id,
+            "label": spec.label,
+            "spec": spec.to_json(),
+            "result": {"seconds": seconds.get(spec.label, 900.0)},
+        }
+        for spec in EXPERIMENTS["distillation"].specs("full")
+    ]
+    students = result(experiment="distillation", scale="full", seeds=[0], runs=runs)
+    row = ClaimRow(paper.claim("staged-kd-matches-teacher-350m"), UNDECIDED, students, "full", 0.01)
+    (line,) = digest.digest(chapters([students]), [row])
+    assert line.time == 1.5
+    alone, teacher = (settings.spec(f"350M+PR-MoE-32/64{more}", "full") for more in ("+L21", ""))
+    forward = teacher.model.flops_per_token(training=False, context=128) * 0.7 * teacher.train.tokens
+    assert line.flops == pytest.approx((alone.cost + forward) / teacher.cost, rel=1e-4), "with its teacher's passes"
 
 
 def test_the_papers_points_stand_at_the_share_of_its_training():

@@ -8,8 +8,9 @@ import pytest
 
 from moelab import paths
 from moelab.design.parameters import resolve
-from moelab.experiments import experiment
+from moelab.experiments import distillation, experiment
 from moelab.files import write_json
+from moelab.lab import Lab
 from moelab.report import site, sweep
 from moelab.report.publication import Publication
 from moelab.report.site import front
@@ -111,13 +112,30 @@ def test_without_training_the_claims_are_compared(publish, tmp_path):
     sweep.show(asked, found)
 
 
-def test_budgets_of_an_arm_are_no_arms_of_a_sweep(result):
-    chosen = experiment("pr-moe")
-    asked = points("pr-moe", [{"seeds": "1"}], scale="cpu", arms='["Dense","MoE-128"]')
+@pytest.mark.parametrize(
+    ("name", "arms"), [("pr-moe", ["Dense", "MoE-128"]), ("distillation", list(distillation.ARMS))]
+)
+def test_branches_are_arms_of_a_sweep_but_for_budgets(name, arms, result):
+    chosen = experiment(name)
+    asked = points(name, [{"seeds": "1"}], scale="cpu", arms=json.dumps(arms))
     for spec in chosen.specs_of(asked.points[0]):
         write_json(RunStore().run(spec).path / "result.json", result(3.0))
     found = sweep.compare(chosen, asked, [None], RunStore())
-    assert found.table["arm"].tolist() == ["Dense", "MoE-128"] and len(found.runs) > 2
+    assert sorted(found.table["arm"]) == sorted(arms)
+    assert len(found.runs) > len(arms) or name == "distillation", "budgets are among the runs"
+
+
+def test_an_arm_at_several_peak_rates_is_an_arm_for_each(result):
+    chosen = experiment("learning-rate")
+    asked = points("learning-rate", [{"seeds": "2"}])
+    specs = chosen.specs_of(asked.points[0])
+    for spec in specs:
+        write_json(RunStore().run(spec).path / "result.json", result(3.0 + spec.train.lr * spec.train.seed))
+    found = sweep.compare(chosen, asked, [None], RunStore())
+    arms = [f"{arm}, lr {rate}" for arm in ("Dense", "MoE-128") for rate in ("0.004", "0.008", "0.016")]
+    assert found.table["arm"].tolist() == arms and set(found.table["runs"]) == {2}
+    planned = Lab().power(Lab().run(specs, executor="read"))
+    assert planned["comparison"].tolist() == [f"{arm} − {arms[0]}" for arm in arms[1:]]
 
 
 def test_a_table_that_cannot_be_written_is_no_result(two, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import statistics
@@ -9,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moelab.experiments import distillation
 from moelab.report.site.charts import models_of
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.gallery import Chapter
 from moelab.report.site.results import Result
 from moelab.report.site.template import quantity
 from moelab.report.summary import RunRow
+from moelab.runs.spec import RunSpec
 
 FILE = "digest.csv"
 _PREFERRED = {
@@ -35,8 +38,9 @@ class Row:
         experiment, title, reference, question, outcome: what was asked and found.
         effect: our value with its interval, and whose it is; empty where no claim has one.
         verdict: on that claim, after Holm's adjustment; empty without one.
-        flops, time: training FLOPs and seconds of the claim's left runs over those of its right ones, median over
-            seeds; None where nothing was trained. Times are of runs of one seed on one kind of processor.
+        flops, time: training FLOPs, with a teacher's forward passes, and seconds of the claim's left runs over those of
+            its right ones, median over seeds; None where nothing was trained. Runs are those at each arm's own rate;
+            times are of runs of one seed on one kind of processor.
         seeds, hours, scale, link: of the result.
     """
 
@@ -118,21 +122,24 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _ratios(result: Result, row: ClaimRow) -> tuple[float | None, float | None]:
     """Return FLOPs and time of the claim's left runs over its right ones, by seed."""
-    arms = {model: arm for arm, model in models_of(result).items()}
-    pair = [arms.get(name.removesuffix("+MoS")) for name in (row.claim.left, row.claim.right)]
+    # Students differ in how they are distilled, not in their model. Of other arms of one model (at a shared rate, on
+    # another text) the first is the one that the claim is about.
+    arms = {name: arm for base in distillation.TEACHERS for arm, name in distillation.names(base).items()}
+    arms |= {model: arm for arm, model in reversed(models_of(result).items())}
+    pair = [arms.get(name) for name in (row.claim.left, row.claim.right)]
     runs: dict[tuple[str | None, int], list[RunRow]] = {}
     for run in result.summary.runs:
-        if not run.spec.get("start"):
-            runs.setdefault((run.label, run.seed), []).append(run)
+        runs.setdefault((run.label, run.seed), []).append(run)
     flops, time = [], []
     for seed in {seed for _, seed in runs}:
         both = [run for arm in pair for run in runs.get((arm, seed), [])]
         if [run.label for run in both] != pair:
             continue
-        left, right = (run.result for run in both)
-        if {"flops_per_token", "tokens"} <= left.keys() & right.keys():
-            flops.append(left["flops_per_token"] * left["tokens"] / (right["flops_per_token"] * right["tokens"]))
+        with contextlib.suppress(ValueError):  # a spec of another version
+            left, right = (RunSpec.from_json(run.spec).total_cost for run in both)
+            flops.append(left / right)
         same = len({processor for run in both for processor in result.processors(run)}) == 1
-        if same and left.get("seconds") and right.get("seconds"):
-            time.append(left["seconds"] / right["seconds"])
+        seconds = [run.result.get("seconds", 0.0) for run in both]
+        if same and all(seconds):
+            time.append(seconds[0] / seconds[1])
     return (statistics.median(flops) if flops else None), (statistics.median(time) if time else None)
