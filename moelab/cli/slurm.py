@@ -70,10 +70,7 @@ def prepare(
     given = parse_parameters(parameter, scale)
     specs = [spec for name in names for spec in resolve(experiment(name), given).specs]
     for config in dict.fromkeys(replace(spec.data, part="whole") for spec in closure(specs).values()):
-        try:
-            tokens = data.prepare(config, paths.home() / "data", print)
-        except data.CorpusUnavailable as error:
-            raise ValueError(str(error)) from None
+        tokens = data.prepare(config, paths.home() / "data", print)
         print(f"{config.corpus}, {config.tokenizer}: {tokens.train.size:,} tokens in {paths.short(tokens.folder)}")
 
 

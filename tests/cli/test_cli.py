@@ -18,6 +18,8 @@ import moelab as moelab_package
 from moelab import cli
 from moelab.bench import train
 from moelab.cli import bench, doctor, experiments, models
+from moelab.data import CorpusUnavailable
+from moelab.engine.checkpoint import CheckpointError
 from moelab.evaluation.models import REFERENCES
 from moelab.experiments import EXPERIMENTS
 from moelab.inference.modes import MODES
@@ -179,6 +181,20 @@ def test_what_the_system_refuses_names_what_and_where(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 1 and capsys.readouterr().err == f"moelab: No: {tmp_path / file}{help}\n"
+
+
+@pytest.mark.parametrize("error", [CorpusUnavailable, CheckpointError, ValueError])
+def test_a_text_or_checkpoint_that_cannot_be_had_is_one_line_in_every_command(monkeypatch, capsys, error):
+    monkeypatch.setattr(cli, "app", lambda **_: (_ for _ in ()).throw(error("why not")))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and capsys.readouterr().err == "moelab: why not\n"
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda **_: {}["key"])
+    with pytest.raises(KeyError):
+        cli.main()
 
 
 def test_names_are_completed(tmp_path):
