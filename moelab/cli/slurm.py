@@ -124,6 +124,8 @@ def sweep(
             raise ValueError(f"-g {item}: expected NAME=V1,V2 (or V1;V2 where a value holds commas)")
         if key.strip() in fixed:
             raise ValueError(f"-g {item}: {key.strip()} is given by -p or --scale, too")
+        if key.strip() in axes:
+            raise ValueError(f"-g {item}: {key.strip()} is given twice; put all of its values into one -g")
         axes[key.strip()] = points
     asked = [{**fixed, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
     _submit([(name, asked)], profile, dry_run, again, publish, varied=tuple(axes))

@@ -77,13 +77,13 @@ def watch(
         pause = min(2 * pause, every_s)
 
 
-def cancel(rows: Sequence[Row]) -> None:
+def cancel(rows: Sequence[Row], store: RunStore | None = None) -> None:
     """Cancel the jobs of these rows, and record it where no process would: with notebooks and runs that wait.
 
     Raises:
         queue.SlurmError: Slurm does not answer.
     """
-    store = RunStore()
+    store = store or RunStore()
     for row in rows:
         submission, _, part = row.id.partition("/")
         if part:

@@ -246,6 +246,8 @@ def _prune(jobs: Jobs, newest: Submission) -> None:
     """Remove snapshots of code that no job will run any more."""
     live = {id for (id, _, _), job in jobs.items() if job.live}
     known = {record.id: record for record in submissions()}
+    if newest.cluster == "local":  # Slurm was not asked which of its jobs are live
+        live |= {record.id for record in known.values() if record.cluster == "slurm"}
     if live <= known.keys():  # otherwise the snapshot of some live job is not known
         used = [newest, *(known[id] for id in live)]
         snapshot.prune(paths.home() / "snapshots", {Path(s.snapshot) for s in used if s.snapshot})

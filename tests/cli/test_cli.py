@@ -117,6 +117,10 @@ def test_bad_input_is_one_line_and_starts_nothing_and_wrong_arguments_load_nothi
         (("run", "pr-moe", "-p", "arms=MoE-7"), "pr-moe: unknown arm 'MoE-7'; allowed: Dense"),
         (("run", "throughput", "-p", "train.tokens=5"), "no parameter 'train.tokens'"),
         (("run", "pr-moe", "--scale", "quick", "-p", "scale=cpu"), "-p scale=cpu and --scale quick are two scales"),
+        (
+            ("sweep", "pr-moe", "-g", "seeds=1", "-g", "seeds=2"),
+            "-g seeds=2: seeds is given twice; put all of its values",
+        ),
         (("prepare", "pr-moe", "--scale", "paper", "-p", "data.max_bytes=0"), "is streamed and needs a bound"),
         (("run", "pr-moe", "--scale", "huge"), "no scale 'huge'; allowed: smoke, quick, cpu, full, gpu"),
         (("run", "pr-moe", "--seeds", "3"), "moelab: run: no option --seeds; parameters are given as -p seeds=3\n"),
