@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab import paths
+from moelab import paths, terminal
 from moelab.cli._options import (
     CLUSTER,
     AsJson,
@@ -142,7 +142,6 @@ def status(
 
     The state of each run is that of its own files and of Slurm.
     """
-    from rich.console import Console
     from rich.live import Live
 
     from moelab.slurm import status as module
@@ -150,7 +149,7 @@ def status(
     if as_json:
         print_json(module.overview(names or (), everything=everything))
         return
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal.console()
     if not watch:
         console.print(module.overview(names or (), everything=everything))
         return

@@ -112,9 +112,8 @@ def submit(
             jobs |= queue.jobs()
         plan = _plan(name, notebooks, profile, with_notebooks, again, publish, store, jobs)
         plan.submission.sweep = sweep
-        if plan.scripts:
-            for text in {_header(text): None for text in plan.scripts.values() if text}:
-                queue.check(text)
+        for text in {_header(text): None for text in plan.scripts.values() if text}:
+            queue.check(text)
         for spec in plan.waiting:  # before a branch of it is queued
             store.keep(spec)
         if plan.scripts:
