@@ -1,9 +1,10 @@
-"""Describe this machine: its processor, and whether it has CUDA devices. Imports nothing of moelab."""
+"""Describe this machine: its processor, whether it has CUDA devices, its packages. Imports nothing of moelab."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -20,21 +21,24 @@ def cpu() -> str:
     Virtual machines often give the brand alone as the name. Where the system has no /proc/cpuinfo it is the
     platform's own text.
     """
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return describe_cpu(file.read())
-    except OSError:
-        return platform.processor() or platform.machine()
+    return describe_cpu(_cpuinfo())
 
 
 def vendor() -> tuple[str, int]:
     """Return the processor's vendor and family, such as ("AuthenticAMD", 26); ("", 0) where they are unknown."""
+    if not (text := _cpuinfo()):
+        return ("GenuineIntel" if "Intel" in platform.processor() else "", 0)
+    fields = _fields(text)
+    return fields.get("vendor_id", ""), int(fields.get("cpu family", 0))
+
+
+def _cpuinfo() -> str:
+    """Return the content of /proc/cpuinfo, empty where the system has none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            fields = _fields(file.read())
+            return file.read()
     except OSError:
-        return ("GenuineIntel" if "Intel" in platform.processor() else "", 0)
-    return fields.get("vendor_id", ""), int(fields.get("cpu family", 0))
+        return ""
 
 
 def _fields(cpuinfo: str) -> dict[str, str]:
@@ -76,3 +80,12 @@ def cuda_devices() -> int:
 
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     return 0
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those of the packages that are installed."""
+    installed = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed

@@ -18,7 +18,7 @@ import moelab
 from moelab import environment, paths
 from moelab.cli import bench, cluster, experiments, gpu, kernels, models, runs, simulate, slurm, view
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
-from moelab.terminal import plain
+from moelab.terminal import one_line, plain
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,8 +61,8 @@ _UsageError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name_
 def main() -> None:
     """Run the command line.
 
-    Bad input becomes one line on standard error and exit code 2; so does what the system refuses (a folder that is
-    read-only, a full disk), with exit code 1.
+    Bad input becomes one line on standard error and exit code 2, and so do a text or a checkpoint that cannot be had;
+    what the system refuses (a folder that is read-only, a full disk) does, too, with exit code 1.
     """
     try:
         code = app(standalone_mode=False)  # else Typer prints usage errors itself, as a box
@@ -79,11 +79,19 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:
         places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+        reason = error.strerror or one_line(error)
         refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _variable_of(str(error.filename))
         help = f"; {refused} names another folder" if refused else ""
         _complain(f"{reason}{': ' if places else ''}{places}{help}")
         sys.exit(1)
+    except Exception as error:
+        from moelab.data import CorpusUnavailable
+        from moelab.engine.checkpoint import CheckpointError  # loads torch, which the help does without
+
+        if not isinstance(error, CorpusUnavailable | CheckpointError):
+            raise
+        _complain(str(error))
+        sys.exit(2)
 
 
 def _variable_of(file: str) -> str:

@@ -15,6 +15,7 @@ from moelab import paths
 from moelab.files import read_object
 from moelab.runs.preflight import existing
 from moelab.runs.provenance import describe, hardware
+from moelab.terminal import one_line
 
 _EXTRAS = {"hf": "datasets", "tensorboard": "tensorboard", "eval": "lm_eval", "peers": "deepspeed"}
 
@@ -47,7 +48,7 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield False, f"torch: {str(error).splitlines()[0]}; pip install -e . brings it"
+        yield False, f"torch: {one_line(error)}; pip install -e . brings it"
         return
     yield True, f"torch {torch.__version__}"
     yield True, describe(hardware())

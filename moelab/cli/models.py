@@ -63,7 +63,6 @@ def generate(
     check_dtypes([dtype])
     check_choice("--exchange", exchange, EXCHANGES)
     directory = RunStore().find(run)
-    from moelab.engine.checkpoint import CheckpointError
     from moelab.engine.launch import process
     from moelab.inference import Sampling
     from moelab.inference.text import join_ranks, open_text
@@ -73,10 +72,7 @@ def generate(
     layout = dict(tensor=tensor, expert=expert, expert_slicing=expert_slicing, exchange=exchange)
     mesh = join_ranks(directory, device, **layout, gpus_per_node=gpus_per_node)
     cache, batch = paths.home() / "data", min(len(prompts), 32)
-    try:
-        writer = open_text(directory, cache=cache, mode=mode, dtype=dtype, device=device, batch=batch, mesh=mesh)
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
+    writer = open_text(directory, cache=cache, mode=mode, dtype=dtype, device=device, batch=batch, mesh=mesh)
     if len(prompts) == 1 and mesh is None and not as_json:
         print(prompts[0], end="", flush=True)
         for _, text in writer.stream(prompts, sampling):
@@ -128,20 +124,15 @@ def eval_(
         return
     reference = run == SMALL_MODEL
     directory = None if reference else RunStore().find(run)
-    from moelab.data.packages import CorpusUnavailable
-    from moelab.engine.checkpoint import CheckpointError
     from moelab.evaluation.models import reference_directory
     from moelab.evaluation.zero_shot import PACKAGED, evaluate
     from moelab.experiments.zero_shot import save
 
     wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
     options: dict[str, Any] = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
-    try:
-        directory = directory or reference_directory(run, options["cache"])
-        with task_progress() as show:
-            scores = evaluate(directory, wanted, **options, on_progress=show)
-    except (CheckpointError, CorpusUnavailable) as error:
-        raise ValueError(str(error)) from None
+    directory = directory or reference_directory(run, options["cache"])
+    with task_progress() as show:
+        scores = evaluate(directory, wanted, **options, on_progress=show)
     if out is not None:
         save(scores, out, run if reference else directory.resolve().name, options)
     if as_json:
@@ -180,13 +171,9 @@ def _show(scores: Sequence[Score]) -> None:
 
 def _losses(run: Path, tokens: int, as_json: bool, out: Path | None) -> None:
     """Print, and with `out` write, a run's validation loss by mode of inference and dtype."""
-    from moelab.engine.checkpoint import CheckpointError
     from moelab.evaluation import rounding
 
-    try:
-        rows = rounding.measure(run, tokens, paths.home() / "data")
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
+    rows = rounding.measure(run, tokens, paths.home() / "data")
     if out is not None:
         write_text(out / f"losses-{run.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         title = f"Validation losses by mode of inference and dtype: {run.name}"
@@ -247,7 +234,7 @@ def export(
         raise ValueError(f"export: --dtype is for the weights of runs; {source} is a model, whose weights keep theirs")
     _check_new("export", directory)
     from moelab.data import prepare
-    from moelab.engine.checkpoint import CheckpointError, hf
+    from moelab.engine.checkpoint import hf
     from moelab.inference.text import load_run, run_configs
     from moelab.terminal import working
 
@@ -259,10 +246,7 @@ def export(
         else:
             config, data = run_configs(source)
             kind = format or hf.suitable_format(config)
-            try:
-                model = load_run(source, dtype=dtype or "fp32")
-            except CheckpointError as error:
-                raise ValueError(str(error)) from None
+            model = load_run(source, dtype=dtype or "fp32")
             finished = (source / "result.json").is_file()
             card = model_card(source, directory.name, dtype or "fp32") if finished else ""
             hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab import paths
+from moelab import paths, terminal
 from moelab.cli._options import (
     CLUSTER,
     AsJson,
@@ -70,10 +70,7 @@ def prepare(
     given = parse_parameters(parameter, scale)
     specs = [spec for name in names for spec in resolve(experiment(name), given).specs]
     for config in dict.fromkeys(replace(spec.data, part="whole") for spec in closure(specs).values()):
-        try:
-            tokens = data.prepare(config, paths.home() / "data", print)
-        except data.CorpusUnavailable as error:
-            raise ValueError(str(error)) from None
+        tokens = data.prepare(config, paths.home() / "data", print)
         print(f"{config.corpus}, {config.tokenizer}: {tokens.train.size:,} tokens in {paths.short(tokens.folder)}")
 
 
@@ -127,6 +124,8 @@ def sweep(
             raise ValueError(f"-g {item}: expected NAME=V1,V2 (or V1;V2 where a value holds commas)")
         if key.strip() in fixed:
             raise ValueError(f"-g {item}: {key.strip()} is given by -p or --scale, too")
+        if key.strip() in axes:
+            raise ValueError(f"-g {item}: {key.strip()} is given twice; put all of its values into one -g")
         axes[key.strip()] = points
     asked = [{**fixed, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
     _submit([(name, asked)], profile, dry_run, again, publish, varied=tuple(axes))
@@ -143,7 +142,6 @@ def status(
 
     The state of each run is that of its own files and of Slurm.
     """
-    from rich.console import Console
     from rich.live import Live
 
     from moelab.slurm import status as module
@@ -151,7 +149,7 @@ def status(
     if as_json:
         print_json(module.overview(names or (), everything=everything))
         return
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal.console()
     if not watch:
         console.print(module.overview(names or (), everything=everything))
         return

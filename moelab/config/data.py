@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
+
+from moelab.config._check import check_choices
 
 Part = Literal["whole", "even blocks", "odd blocks"]
 
@@ -37,5 +39,4 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.context < 1:
             raise ValueError(f"data: context must be at least 1, got {self.context}")
-        if self.part not in get_args(Part):
-            raise ValueError(f"data: part must be one of {', '.join(get_args(Part))}, got {self.part!r}")
+        check_choices(self, "data")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
 from moelab.config._check import check as _check
-from moelab.config._check import check_choices
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -140,7 +139,6 @@ class ExpertConfig:
             self.shared > 0 or not (self.shared_ffn or self.shared_gate),
             "expert: shared_ffn and shared_gate describe shared experts, but shared is 0",
         )
-        check_choices(self, "expert")
 
     def routed(self, dense: FeedForward) -> FeedForward:
         """Return one routed expert of a model whose dense layers are these."""

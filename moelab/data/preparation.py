@@ -7,7 +7,6 @@ build had encoded when it was killed, or failed for its disk or network, the nex
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -28,6 +27,7 @@ from moelab.data.corpus import open_corpus
 from moelab.data.documents import Corpus, Document
 from moelab.data.tokens import TokenData, fingerprint
 from moelab.files import read_json, sha256_of, sweep, write_json
+from moelab.machine import versions
 
 if TYPE_CHECKING:
     from moelab.data.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def encode_validation(
         CorpusUnavailable: the text cannot be had here.
     """
     T = config.context
-    if T < 1 or 0 < max_tokens < T:
+    if 0 < max_tokens < T:
         raise ValueError(f"data: max_tokens {max_tokens} must be 0 (all) or at least the context, {T}")
     wanted = max_tokens // T * T
     ids: dict[str, list[int]] = {}
@@ -185,7 +185,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
             "tokenizer": config.tokenizer,
             "max_documents": config.max_documents,
             "max_bytes": config.max_bytes,
-            "versions": _versions("moelab", "tokenizers", "numpy", "datasets"),
+            "versions": versions("moelab", "tokenizers", "numpy", "datasets"),
             "seconds": round(time.monotonic() - started, 2),  # of this call; a dead build's are not counted
         }
         (scratch / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -220,7 +220,7 @@ def _take_over(folder: Path, scratch: Path) -> dict[str, Any] | None:
     for left in folder.parent.glob(f".building-{folder.name}-*/{PROGRESS}"):
         with contextlib.suppress(ValueError, OSError):  # another process may take it over at the same time
             done = read_json(left)
-            if done and done["versions"] == _versions("tokenizers", "datasets"):
+            if done and done["versions"] == versions("tokenizers", "datasets"):
                 left.parent.rename(scratch)  # in place of the empty folder
                 sweep(scratch, older_s=-1)  # half a progress file
                 return done
@@ -333,7 +333,7 @@ def _encode(
                 "documents": read,
                 "train": train.save(),
                 "validation": {domain: part.save() for domain, part in validation.items()},
-                "versions": _versions("tokenizers", "datasets"),
+                "versions": versions("tokenizers", "datasets"),
             }
             write_json(folder / PROGRESS, progress, durable=True)
             saved = time.monotonic()
@@ -407,11 +407,3 @@ def _pieces(text: str, size: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    installed = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[package] = importlib.metadata.version(package)
-    return installed

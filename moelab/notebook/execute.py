@@ -20,6 +20,7 @@ from moelab.files import sweep, write_json
 from moelab.report.publication import SUMMARY
 from moelab.report.site import convert
 from moelab.runs.collection import NoResult
+from moelab.terminal import one_line
 
 
 class NotebookFailed(RuntimeError):
@@ -93,9 +94,7 @@ def execute(
                 why = f"{experiment.notebook}, cell {error.exec_count}: {error.ename}: {why}"
             raise NotebookFailed(f"{why} (executed copy: {copy})") from None
         except (DeadKernelError, CellTimeoutError) as error:
-            why = (
-                "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else str(error).splitlines()[0]
-            )
+            why = "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else one_line(error)
             _error_on_top(copy, f"Stopped in cell {at[0]}: {why}")
             raise NotebookFailed(f"{experiment.notebook}, cell {at[0]}: {why} (executed copy: {copy})") from None
         except KeyboardInterrupt:

@@ -18,7 +18,6 @@ from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.publication import SUMMARY
 from moelab.runs.progress import Estimate, Snapshot, table
-from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 
 
@@ -77,7 +76,7 @@ def _watch(plan: Path, done: threading.Event, console: Console) -> None:
     with Live("starting: kernel and text", console=console, auto_refresh=False, transient=True) as live:
         while not done.wait(1.0 if console.is_terminal or not runs else 30.0):
             if not runs and (listed := read_json(plan)):
-                runs = [Run(RunSpec.from_json(read_json(Path(p) / "spec.json")), Path(p)) for p in listed]
+                runs = [Run.at(Path(path)) for path in listed]
                 estimate = Estimate(Snapshot.of(runs))
             if runs:
                 snapshot = Snapshot.of(runs)

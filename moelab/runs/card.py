@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moelab.files import read_json
-from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 
 CARD = """\
@@ -57,7 +55,7 @@ def model_card(directory: Path, name: str, dtype: str) -> str:
     Raises:
         ValueError: the spec or the result cannot be read; the message is one line.
     """
-    run = Run(RunSpec.from_json(read_json(directory / "spec.json"), where=str(directory)), directory)
+    run = Run.at(directory)
     model, train, data, result = run.spec.model, run.spec.train, run.spec.data, run.result
     provenance = run.provenance
     route = f"moelab run imported-model -p model={name}   # its routing, by layer and domain\n" if model.is_moe else ""

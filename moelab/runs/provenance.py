@@ -7,7 +7,6 @@ import hashlib
 import platform
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import moelab
@@ -76,7 +75,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit of the running code, and whether files differ from it; None for both outside a git checkout."""
+    """Return the commit of the running code, and whether files differ from it; None for what git does not say."""
     root = paths.checkout()
     if root is not None and (copied := read_object(root / SNAPSHOT)):
         return copied
@@ -91,12 +90,13 @@ def commit() -> dict[str, Any]:
     if root is None or (head := git("rev-parse", "HEAD")) is None:
         return {"commit": None, "modified": None}
     # Published results do not change what the code does.
-    return {"commit": head, "modified": bool(git("status", "--porcelain", "--", ".", ":!results"))}
+    changed = git("status", "--porcelain", "--", ".", ":!results")
+    return {"commit": head, "modified": None if changed is None else bool(changed)}
 
 
 def versions() -> dict[str, str]:
     """Of the packages that numbers may depend on, those that are installed."""
-    return {name: version for name in _PACKAGES if (version := _version(name))}
+    return machine.versions(*_PACKAGES)
 
 
 @functools.cache
@@ -106,13 +106,6 @@ def constraints() -> dict[str, Any] | None:
     if root is None or not (file := root / "constraints.txt").is_file():
         return None
     text = file.read_text()
-    pins = [line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#")]
-    differ = [name for name, pin in pins if _version(name) not in (None, pin)]
+    pins = dict(line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#"))
+    differ = [name for name, version in machine.versions(*pins).items() if version != pins[name]]
     return {"sha256": hashlib.sha256(text.encode()).hexdigest()[:12], "differ": differ}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -65,7 +65,7 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     for line in (folder / FILE).read_text(errors="replace").splitlines() if (folder / FILE).exists() else ():
         try:
             session = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(session, dict) and isinstance(session.get("step"), int):
             sessions.append(session)

@@ -109,6 +109,12 @@ class Run:
     spec: RunSpec
     path: Path
 
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """Return the run in a directory; ValueError, one line, where its spec is missing or cannot be read."""
+        file = path / "spec.json"
+        return cls(RunSpec.from_json(read_json(file), where=str(file)), path)
+
     @property
     def finished(self) -> bool:
         """Whether the run has a result."""
@@ -336,5 +342,4 @@ class RunStore:
 
     def at(self, name: str) -> Run:
         """Return the run in the directory of that name."""
-        path = self.root / name / "spec.json"
-        return Run(RunSpec.from_json(read_json(path), where=str(path)), path.parent)
+        return Run.at(self.root / name)

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING
 
 from moelab.engine.launch import RankFailed, process
 from moelab.engine.launch.process import FAILED, FINISHED, STOPPED
-from moelab.files import read_json
 from moelab.runs.execute import execute
-from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 from moelab.runs.supervisor import supervise
 
@@ -40,7 +38,7 @@ def main(path: Path, parent: int) -> int:
         return bool(asked) or (parent > 0 and os.getppid() != parent) or process.launcher_gone()
 
     try:
-        run = Run(RunSpec.from_json(read_json(path / "spec.json"), where=str(path / "spec.json")), path)
+        run = Run.at(path)
         if run.spec.parallel.ranks > 1 and process.find() is None:
             return supervise(run, should_stop=should_stop)
     except (RankFailed, OSError, ValueError) as error:

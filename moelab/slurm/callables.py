@@ -24,7 +24,7 @@ import submitit
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.launch import RankFailed
 from moelab.engine.launch.process import FINISHED, STOPPED
-from moelab.runs.store import Run, RunStore
+from moelab.runs.store import Run
 from moelab.runs.supervisor import supervise
 from moelab.slurm import attempt, queue
 
@@ -86,7 +86,7 @@ class TrainRun:
             SystemExit: the run was stopped; the job continues later or has been cancelled.
         """
         stop = begin()
-        run = open_run(path).laid_out(self.parallel)
+        run = Run.at(Path(path)).laid_out(self.parallel)
         job, restart = submitit.JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restart > self.limits.restarts:
             attempt.record(run, job, restart, "restarts", "", "", self.limits)
@@ -179,7 +179,7 @@ class LocalBatch:
             the run's id if it is given up, else an empty text.
         """
         try:
-            run = open_run(path)
+            run = Run.at(Path(path))
         except (ValueError, OSError) as error:  # the other runs go on
             print(error, file=sys.stderr)
             return Path(path).name
@@ -213,8 +213,3 @@ def train(run: Run, stop: Callable[[], bool], **launch: Any) -> tuple[attempt.Ki
 def notebook(command: Sequence[str], folder: str, part: str, **options: Any) -> subprocess.Popen:
     """Start the process that executes a notebook of a submission."""
     return subprocess.Popen([*command, "-m", "moelab.slurm.notebook_job", folder, part], **options)
-
-
-def open_run(path: str) -> Run:
-    """Open the run in a directory."""
-    return RunStore(Path(path).parent).at(Path(path).name)

@@ -7,6 +7,7 @@ and it may be of an earlier attempt at the run. A `RunJob` reads the run's direc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import submitit
@@ -15,9 +16,8 @@ from submitit.core.utils import FailedJobError
 from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
-from moelab.slurm import local, queue
 from moelab.slurm.rows import Overview, Row
-from moelab.slurm.status import overview, watch
+from moelab.slurm.status import cancel, overview, watch
 from moelab.slurm.submission import root, submissions
 
 
@@ -84,7 +84,7 @@ class RunJob(submitit.Job[dict[str, Any]]):
     def cancel(self, check: bool = True) -> None:
         """Cancel the job, which then writes a checkpoint. A local job ends with all runs of its submission."""
         if self.job_id:
-            queue.cancel(local.cancel([self.job_id]))
+            cancel([replace(self.row, job=self.job_id)], self._store)
 
     def get_info(self, mode: str = "force") -> dict[str, str]:
         """Return the state and node, named as submitit names them."""

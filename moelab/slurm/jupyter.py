@@ -66,7 +66,7 @@ def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
         The exit code: 0 when the user stopped it, 1 when the job ended by itself.
 
     Raises:
-        ValueError: Slurm is not available or refuses the job.
+        queue.SlurmError: Slurm is not available or refuses the job.
     """
     console = Console(highlight=False, soft_wrap=True)
     folder = paths.home() / "lab" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
@@ -78,10 +78,7 @@ def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
     options = (f"--ServerApp.root_dir={notebooks}", "--no-browser", *arguments)
     step = executor.step(profile, f"--cpus-per-task={cores}")
     serve = ServeJupyter(step, options, str(folder), everywhere=profile.lab_address == "node")
-    try:
-        job = executor.for_jupyter(profile, folder).queue(serve, [()])
-    except queue.SlurmError as error:
-        raise ValueError(str(error)) from None
+    job = executor.for_jupyter(profile, folder).queue(serve, [()])
     log = folder / f"{job}_0_log.out"
     console.print(f"job {job}: JupyterLab on {profile.name}; Ctrl-C ends it (log: {log})")
     try:

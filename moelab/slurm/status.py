@@ -77,13 +77,13 @@ def watch(
         pause = min(2 * pause, every_s)
 
 
-def cancel(rows: Sequence[Row]) -> None:
+def cancel(rows: Sequence[Row], store: RunStore | None = None) -> None:
     """Cancel the jobs of these rows, and record it where no process would: with notebooks and runs that wait.
 
     Raises:
         queue.SlurmError: Slurm does not answer.
     """
-    store = RunStore()
+    store = store or RunStore()
     for row in rows:
         submission, _, part = row.id.partition("/")
         if part:
@@ -111,10 +111,8 @@ def _rows(
     for part in submission.parts:
         if part.values is not None:
             job = jobs.get((submission.id, part.name, 0))
-            id, row = (
-                f"{submission.id}/{part.name}",
-                lambda job=job, part=part: _notebook(submission, part, job, answered),
-            )
+            row = lambda job=job, part=part: _notebook(submission, part, job, answered)  # noqa: E731
+            id = f"{submission.id}/{part.name}"
             shown = _try(row, Row(submission.experiment, "notebook", id, "unreadable"), job)
             if (name := f"{submission.experiment} {part.values}") not in seen or shown.state not in ("lost", "stopped"):
                 yield shown

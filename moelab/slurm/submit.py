@@ -112,9 +112,8 @@ def submit(
             jobs |= queue.jobs()
         plan = _plan(name, notebooks, profile, with_notebooks, again, publish, store, jobs)
         plan.submission.sweep = sweep
-        if plan.scripts:
-            for text in {_header(text): None for text in plan.scripts.values() if text}:
-                queue.check(text)
+        for text in {_header(text): None for text in plan.scripts.values() if text}:
+            queue.check(text)
         for spec in plan.waiting:  # before a branch of it is queued
             store.keep(spec)
         if plan.scripts:
@@ -246,6 +245,8 @@ def _prune(jobs: Jobs, newest: Submission) -> None:
     """Remove snapshots of code that no job will run any more."""
     live = {id for (id, _, _), job in jobs.items() if job.live}
     known = {record.id: record for record in submissions()}
+    if newest.cluster == "local":  # Slurm was not asked which of its jobs are live
+        live |= {record.id for record in known.values() if record.cluster == "slurm"}
     if live <= known.keys():  # otherwise the snapshot of some live job is not known
         used = [newest, *(known[id] for id in live)]
         snapshot.prune(paths.home() / "snapshots", {Path(s.snapshot) for s in used if s.snapshot})

@@ -18,6 +18,8 @@ import moelab as moelab_package
 from moelab import cli
 from moelab.bench import train
 from moelab.cli import bench, doctor, experiments, models
+from moelab.data import CorpusUnavailable
+from moelab.engine.checkpoint import CheckpointError
 from moelab.evaluation.models import REFERENCES
 from moelab.experiments import EXPERIMENTS
 from moelab.inference.modes import MODES
@@ -115,6 +117,10 @@ def test_bad_input_is_one_line_and_starts_nothing_and_wrong_arguments_load_nothi
         (("run", "pr-moe", "-p", "arms=MoE-7"), "pr-moe: unknown arm 'MoE-7'; allowed: Dense"),
         (("run", "throughput", "-p", "train.tokens=5"), "no parameter 'train.tokens'"),
         (("run", "pr-moe", "--scale", "quick", "-p", "scale=cpu"), "-p scale=cpu and --scale quick are two scales"),
+        (
+            ("sweep", "pr-moe", "-g", "seeds=1", "-g", "seeds=2"),
+            "-g seeds=2: seeds is given twice; put all of its values",
+        ),
         (("prepare", "pr-moe", "--scale", "paper", "-p", "data.max_bytes=0"), "is streamed and needs a bound"),
         (("run", "pr-moe", "--scale", "huge"), "no scale 'huge'; allowed: smoke, quick, cpu, full, gpu"),
         (("run", "pr-moe", "--seeds", "3"), "moelab: run: no option --seeds; parameters are given as -p seeds=3\n"),
@@ -179,6 +185,20 @@ def test_what_the_system_refuses_names_what_and_where(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 1 and capsys.readouterr().err == f"moelab: No: {tmp_path / file}{help}\n"
+
+
+@pytest.mark.parametrize("error", [CorpusUnavailable, CheckpointError, ValueError])
+def test_a_text_or_checkpoint_that_cannot_be_had_is_one_line_in_every_command(monkeypatch, capsys, error):
+    monkeypatch.setattr(cli, "app", lambda **_: (_ for _ in ()).throw(error("why not")))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and capsys.readouterr().err == "moelab: why not\n"
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda **_: {}["key"])
+    with pytest.raises(KeyError):
+        cli.main()
 
 
 def test_names_are_completed(tmp_path):

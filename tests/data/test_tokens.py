@@ -88,7 +88,7 @@ def test_halves_are_alternating_blocks_of_every_domain(data, data_config, tmp_pa
     half = prepare(replace(data_config, part="odd blocks"), tmp_path)
     assert np.array_equal(half.train, second.train), "one folder serves all parts"
     assert sum(1 for folder in tmp_path.iterdir() if folder.is_dir() and "bpe" in folder.name) == 1
-    with pytest.raises(ValueError, match="data: part must be one of whole, even blocks, odd blocks, got 'third'"):
+    with pytest.raises(ValueError, match="data: part must be one of 'whole', 'even blocks', 'odd blocks', got 'third'"):
         replace(data_config, part="third")
 
 

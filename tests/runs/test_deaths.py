@@ -75,8 +75,8 @@ def test_a_run_killed_before_its_result_keeps_its_last_loss(tiny_spec):
 
 def test_a_worker_shows_its_stack_to_a_launcher_that_asks_and_when_the_kernel_ends_it(tmp_path):
     code = (
-        "import ctypes, os, signal, sys; from pathlib import Path; from moelab.runs import worker\n"
-        "worker.read_json = lambda _: (os.kill(os.getpid(), signal.SIGUSR2), ctypes.string_at(0))\n"
+        "import ctypes, os, signal, sys; from pathlib import Path; from moelab.runs import store, worker\n"
+        "store.read_json = lambda _: (os.kill(os.getpid(), signal.SIGUSR2), ctypes.string_at(0))\n"
         "worker.main(Path(sys.argv[1]), 0)"
     )
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)

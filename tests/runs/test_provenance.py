@@ -1,5 +1,6 @@
 """The record of versions names the pinned ones."""
 
+import subprocess
 import tomllib
 
 from packaging.requirements import Requirement
@@ -33,3 +34,22 @@ def test_provenance_names_the_constraints_and_what_differs(tmp_path, monkeypatch
     provenance.constraints.cache_clear()
     assert provenance.constraints() is None
     provenance.constraints.cache_clear()
+
+
+def test_a_tree_that_git_does_not_look_at_in_time_is_not_called_unmodified(tmp_path, monkeypatch):
+    said = {"rev-parse": "abc\n", "status": " M moelab/a.py\n"}
+    monkeypatch.setattr(paths, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, said[command[3]], "")
+    )
+    assert provenance.commit() == {"commit": "abc", "modified": True}
+    said["status"] = ""
+    assert provenance.commit() == {"commit": "abc", "modified": False}
+
+    def slow(command, timeout, **_):
+        if command[3] == "status":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 0, "abc\n", "")
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    assert provenance.commit() == {"commit": "abc", "modified": None}

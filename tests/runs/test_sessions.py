@@ -59,7 +59,7 @@ def test_the_trunk_that_is_trained_again_counts(session, tmp_path):
 def test_a_torn_file_loses_no_more_than_its_lines(session, tmp_path):
     session("x")
     with open(tmp_path / sessions.FILE, "a") as file:
-        file.write('[1]\n{"step": "7"}\n{"step": 3, "com')
+        file.write("[" * 100_000 + '\n[1]\n{"step": "7"}\n{"step": 3, "com')
     session("y", 5)
     assert contributing(tmp_path) == [("x", "a", 0), ("y", "a", 5)]
     assert len((tmp_path / sessions.FILE).read_text().splitlines()) == 2

@@ -16,6 +16,7 @@ from moelab.report.sweep import Sweep
 from moelab.runs.store import RunStore, Status
 from moelab.slurm import attempt, notebook_job, profiles, queue, snapshot, status, submit
 from moelab.slurm.attempt import Limits
+from moelab.slurm.jobs import Jobs
 from moelab.slurm.queue import Job
 from moelab.slurm.submission import CANCELLED, Outcome, Part, Submission, outcome, set_outcome
 
@@ -198,6 +199,12 @@ def test_what_was_cancelled_says_so_with_and_without_slurm(submitted, slurm, mon
         assert states()[1] == ("unknown", "")
     job("notebook-0", 0, "CANCELLED")
     assert states()[1] == said
+    job("runs-0", 1, "PENDING", "Priority")
+    (other,) = Jobs.of([runs[1].spec], RunStore())
+    slurm.commands()
+    other.cancel()
+    jobs.clear()
+    assert slurm.commands() == ["scancel 7_1"] and (other.state, other.done()) == ("stopped", True)
     jobs.clear()
     assert states()[1][0] == "lost"
 

@@ -171,7 +171,7 @@ def test_a_snapshot_is_the_code_with_its_commit_and_made_once_with_and_without_g
     assert not any("pycache" in name or "hidden" in name or "results" in name for name in copied)
 
 
-def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec, slurm):
+def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec, slurm, monkeypatch):
     _, job, record, jobs = submitted
     old = time.time() - 8 * 24 * 3600
     copies = {name: workshop / "snapshots" / name for name in ("live", "idle", "recent")}
@@ -180,6 +180,11 @@ def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec,
         os.utime(copy, (old, old) if copy.name != "recent" else None)
     record.snapshot = str(copies["live"])
     record.write()
+    monkeypatch.setattr(submit.local, "start", lambda *_: None)
+    submit.submit("x", [({}, [tiny_spec])], profiles.load("processes"), with_notebooks=False)
+    assert copies["live"].exists() and not copies["idle"].exists(), "what does not ask Slurm leaves its jobs their code"
+    (copies["idle"] / "moelab").mkdir(parents=True)
+    os.utime(copies["idle"], (old, old))
     job("runs-0", 0, "PENDING")
     new = replace(tiny_spec, train=replace(tiny_spec.train, seed=8))
     plan = submit.submit("x", [({}, [new])], profiles.load("local"))
