@@ -169,6 +169,7 @@ def training(
     parts["optimizer"] = transfer_us(state * 28, where.gpu.memory_gb_s * known.memory_share)
     step = sum(parts.values()) / 1e6
     samples = batch / step
+    memory = _memory(model, parallel, outside, experts, tokens, zero, code, known)
     return TrainingEstimate(
         model=str(model),
         system=code.name,
@@ -181,9 +182,7 @@ def training(
         tokens_per_s=samples * model.context,
         tflops_per_gpu=6 * model.active_parameters() * samples * model.context / (parallel.ranks * pipeline) / 1e12,
         parts_s={name: parts[name] / 1e6 for name in PARTS},
-        memory_gib={
-            name: size / 2**30 for name, size in _memory(model, parallel, outside, experts, tokens, zero, known).items()
-        },
+        memory_gib={name: size / 2**30 for name, size in memory.items()},
         capacity_gib=where.gpu.memory_gib,
     )
 
@@ -224,7 +223,7 @@ def forward_us(
     fixed += 0 if branch is None else model.moe_layers * branch.weights
     flops = 2 * (tokens * fixed + (heads_of or tokens) * model.vocab * M) / L
     scores = tokens * model.layers * pair_flops(model, decoding=False) * (model.context + 1) / 2 / L
-    kept = tokens * M * (10 + 24 / L + (0 if code.modern else 5 * model.heads * model.context / M / L))
+    kept = _kept(model, tokens, L, code)
     reduced = all_reduce_us(L, tokens * M * 2, where, known)
     normed = all_reduce_us(L, tokens * 2 * 4, where, known) if model.decoder.qk_norm == "all" else 0.0
     parts = {
@@ -317,6 +316,7 @@ def _memory(
     experts: float,
     tokens: int,
     zero: int,
+    code: System,
     known: Constants,
 ) -> dict[str, float]:
     """Return the bytes on a GPU: states by `STATE_BYTES`, activations of a micro-batch, workspace."""
@@ -328,7 +328,7 @@ def _memory(
         return outside / divisor + experts / expert_divisor
 
     copies = _expert_copies(model, parallel) if zero == 2 else 1.0
-    layer = tokens * M * (10 + 24 / L + 5 * model.heads * model.context / M / L)
+    layer = _kept(model, tokens, L, code)
     slots = max((e * training_slots(model, tokens, e) for e in model.experts if e), default=0)
     # Rows in and out of experts, and between their two products.
     layer += 2 * slots * (2 * M + model.expert_feed_forward.inner)
@@ -340,6 +340,12 @@ def _memory(
         "activations": kept + tokens * model.vocab * 6 / L,
         "reserved": known.reserved_gib * 2**30,
     }
+
+
+def _kept(model: ModelConfig, tokens: int, tensor: int, code: System) -> float:
+    """Return the bytes of a dense layer's activations; fused attention keeps no scores."""
+    scores = 0 if code.modern else 5 * model.heads * model.context / model.hidden / tensor
+    return tokens * model.hidden * (10 + 24 / tensor + scores)
 
 
 def _expert_copies(model: ModelConfig, parallel: ParallelConfig) -> float:

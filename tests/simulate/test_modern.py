@@ -104,6 +104,16 @@ def test_experts_sliced_over_a_tensor_group():
     assert got.memory["experts"][0] == 8 * model.expert_feed_forward.parameters * 2 / 2
 
 
+def test_fused_attention_keeps_no_scores():
+    """2 layers of 64 tokens: the paper's program keeps 5 heads bytes more for each pair of a token and its context."""
+    model, one = ModelConfig(layers=2, hidden=32, heads=4, vocab=64, context=16), ParallelConfig()
+    kept = {
+        program: simulate.training(model, one, TOY, batch=4, micro_batch=4, program=program).memory_gib["activations"]
+        for program in ("pytorch", "megatron")
+    }
+    assert (kept["pytorch"] - kept["megatron"]) * 2**30 == pytest.approx(2 * 64 * 5 * 4 * 16)
+
+
 def test_a_pipeline_idles_for_its_stages_and_overlap_hides_an_exchange_behind_products():
     """8 rounds over 2 stages of 2 chunks: (8 + 1/2) / 2 of a round of all layers, without overlap."""
     settings = {"batch": 8, "micro_batch": 1, "program": "megatron", "constants": ROUND}
