@@ -83,6 +83,7 @@ def test_texts_that_do_not_work_are_refused_unless_the_runs_see_other_folders_or
 
 def test_a_dry_run_says_what_would_be_refused(queued, monkeypatch):
     submission = ("submit", "pr-moe", "--scale", "gpu", "--profile", "example")
+    monkeypatch.setattr("moelab.runs.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 50))
     assert "refused" not in call(*submission, "--dry-run").output or not find_spec("datasets")
     monkeypatch.setattr("moelab.runs.preflight.find_spec", lambda name: None)
     for command in (submission, ("run", "pr-moe", "--scale", "gpu")):
