@@ -1,12 +1,15 @@
 """Fit the losses of a family of models over their size and their training tokens, and invert the fit.
 
-The law is Chinchilla's (arXiv 2203.15556), with the training FLOPs of a token F in place of the parameters, so that an
-MoE and a dense model of the same F cost the same:
+The law is Kaplan's (arXiv 2001.08361, eq. 1.5) above a floor, with the training FLOPs of a token F in place of the
+parameters, so that an MoE and a dense model of the same F cost the same:
 
-    loss(F, D) = floor + a (F / F0) ** -alpha + b (D / D0) ** -beta        D training tokens
+    loss(F, D) = floor + (s ** (1 / beta) + d ** (1 / beta)) ** beta        D training tokens
+             s = a (F / F0) ** -alpha,  d = b (D / D0) ** -beta
 
-F0 and D0 are constants of a fit that keep its numbers near 1. Along the best sizes for each compute C = F D the loss
-above the floor falls as C ** -(alpha beta / (alpha + beta)), the law's *exponent*.
+Size counts little where tokens are few, and the reverse: the larger of the two terms decides. In Chinchilla's law,
+their sum (arXiv 2203.15556), size counts as much at any number of tokens. F0 and D0 are constants of a fit that keep
+its numbers near 1. Along the best sizes for each compute C = F D the loss above the floor falls as C ** -(alpha beta /
+(alpha + beta)), the law's *exponent*.
 """
 
 from __future__ import annotations
@@ -39,8 +42,13 @@ class Law:
 
     def loss(self, flops: float | np.ndarray, tokens: float | np.ndarray) -> np.ndarray:
         """Return the loss of models of a size after a number of tokens."""
-        size = self.a * (np.asarray(flops) / self.flops0) ** -self.alpha
-        return self.floor + size + self.b * (np.asarray(tokens) / self.tokens0) ** -self.beta
+        size, data = self.terms(flops, tokens)
+        return self.floor + np.exp(np.logaddexp(size / self.beta, data / self.beta) * self.beta)
+
+    def terms(self, flops: float | np.ndarray, tokens: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the logarithms of the law's two terms: of the loss above the floor with endless tokens, or size."""
+        size = math.log(self.a) - self.alpha * np.log(np.asarray(flops) / self.flops0)
+        return size, math.log(self.b) - self.beta * np.log(np.asarray(tokens) / self.tokens0)
 
     @property
     def exponent(self) -> float:
@@ -55,8 +63,9 @@ class Law:
         above = loss - self.floor
         if above <= 0:
             return math.inf, math.inf
-        # Where the sum is least, both terms fall alike with compute: alpha times the first is beta times the second.
-        size, data = above * self.beta / (self.alpha + self.beta), above * self.alpha / (self.alpha + self.beta)
+        # There s ** (1 / beta) is to d ** (1 / beta) as beta to alpha: a bit more of size or of tokens gains the same.
+        both = self.alpha + self.beta
+        size, data = (above * (share / both) ** self.beta for share in (self.beta, self.alpha))
         return self.flops0 * (self.a / size) ** (1 / self.alpha), self.tokens0 * (self.b / data) ** (1 / self.beta)
 
     def compute(self, loss: float) -> float:
@@ -163,18 +172,23 @@ def _fit(flops: np.ndarray, tokens: np.ndarray, losses: np.ndarray, start: Law |
     def slopes(x: np.ndarray) -> np.ndarray:
         """Return the derivatives of the residuals (rows) by the five numbers."""
         one = law(x)
-        size, data = one.a * (flops / flops0) ** -one.alpha, one.b * (tokens / tokens0) ** -one.beta
-        by = (1.0, size, -size * np.log(flops / flops0) * one.alpha, data, -data * np.log(tokens / tokens0) * one.beta)
+        size, data = one.terms(flops, tokens)
+        above = one.loss(flops, tokens) - one.floor
+        share = 1 / (1 + np.exp(np.clip((data - size) / one.beta, -700, 700)))  # of the size's term, to 1 / beta
+        by_size, by_data = above * share, above * (1 - share)
+        order = above * np.log(above) - by_size * size - by_data * data
+        by_beta = order - by_data * one.beta * np.log(tokens / tokens0)
+        by = (1.0, by_size, -by_size * one.alpha * np.log(flops / flops0), by_data, by_beta)
         return np.stack([np.broadcast_to(part, losses.shape).ravel() for part in by], axis=1)
 
     if start is not None:
         starts = [[start.floor, *map(math.log, (start.a, start.alpha, start.b, start.beta))]]
     else:
         starts = [
-            [share * lowest, math.log(a), math.log(alpha), math.log(b), math.log(beta)]
-            for share in (0.3, 0.7)
-            for a, b in ((0.3, 1.0), (1.0, 0.3))
-            for alpha, beta in ((0.2, 0.4), (0.5, 0.2))
+            [share * lowest, *map(math.log, (a * (1 - share) * lowest, alpha, b * (1 - share) * lowest, beta))]
+            for share in (0.1, 0.6)
+            for a, b in ((0.5, 1.0), (1.0, 0.5))
+            for alpha, beta in ((0.15, 0.2), (0.2, 0.5), (0.5, 0.3))
         ]
     # The exponents stay between 0.01 and 3: outside, a term is a constant or a step, and the floor takes its place.
     low, high = [0.0, -12.0, math.log(0.01), -12.0, math.log(0.01)], [lowest, 4.0, math.log(3), 4.0, math.log(3)]

@@ -10,8 +10,9 @@ leverage grows with compute and with the share of inactive experts (Tian et al.,
 active parameters of 17.5B).
 
 Fixed before the first run: 3 seeds, three widths for the laws, which never see the larger one. A result without
-``larger`` is the prediction; it is published before a run of the larger width is trained. Every width has the peak rate
-of the 350M twin: at `cpu` that was the best of two at 96 (LOG.md), elsewhere it was not checked.
+``larger`` is the prediction; it is published before a run of the larger width is trained. The form of the laws and the
+budgets that they are fitted to were changed in between, when two seeds of the three widths had been seen (LOG.md).
+Every width has the peak rate of the 350M twin: at `cpu` that was the best of two at 96, elsewhere it was not checked.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cpu": {"train.dtype": "bf16"},
 }
 """Scale -> what differs from the scale's own settings: at `smoke` a decay for budgets to branch off before."""
+
+FITTED = 3
+"""Of each width's budgets, the longest ones that the laws are fitted to. Shorter ones are of a few hundred steps."""
 
 INTERVAL = ("value", "low", "high")
 
@@ -88,6 +92,11 @@ def points(runs: Runs) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["arm", "width", "seed", "flops", "tokens", "compute", "loss"])
 
 
+def longest(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the points of the budgets that the laws are fitted to; `table` comes from `points`."""
+    return table[table["tokens"].isin(sorted(table["tokens"].unique())[-FITTED:])]
+
+
 def fits(table: pd.DataFrame, scale: str) -> dict[str, laws.Fit]:
     """Return the law of each family, fitted to the widths below the larger one; families with too few points lack it.
 
@@ -95,7 +104,7 @@ def fits(table: pd.DataFrame, scale: str) -> dict[str, laws.Fit]:
     """
     from moelab.design import laws
 
-    by_arm = {}
+    table, by_arm = longest(table), {}
     for arm in ARMS:
         try:
             by_arm[arm] = laws.fit(table[(table["arm"] == arm) & table["width"].isin(WIDTHS[scale])])
@@ -120,7 +129,7 @@ def curves(fits: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd.
 
     `fits` and `table` come from `fits` and `points`.
     """
-    parts = []
+    table, parts = longest(table), []
     for arm, fitted in fits.items():
         mine = table[table["arm"] == arm]
         for width in WIDTHS[scale]:
@@ -156,7 +165,7 @@ class Leverage:
 def leverages(
     table: pd.DataFrame, fits: Mapping[str, laws.Fit], speeds: Mapping[str, Sequence[float]]
 ) -> list[Leverage]:
-    """Return the efficiency leverage of each MoE at each width and budget, in FLOPs and in time.
+    """Return the efficiency leverage of each MoE at each width and fitted budget, in FLOPs and in time.
 
     In time it is what training the dense model of the fewest FLOPs takes, over the MoE's own time. A dense model
     between two widths has FLOPs/s between theirs, one beyond them those of the nearest.
@@ -167,6 +176,7 @@ def leverages(
     """
     if not (dense := fits.get("Dense")):
         return []
+    table = longest(table)
     sizes = table[table["arm"] == "Dense"].groupby("width")["flops"].first()
     rates = [flops * np.median(speeds[_label("Dense", width)]) for width, flops in sizes.items()]
     most = table.loc[table["arm"] == "Dense", "compute"].max()
@@ -227,7 +237,7 @@ def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, se
         table, fits: from `points` and `fits`.
         seeds: of the larger runs; those that were run where there are any.
     """
-    width, rows = LARGER[scale], []
+    width, table, rows = LARGER[scale], longest(table), []
     for arm, fitted in fits.items():
         mine = table[table["arm"] == arm]
         spec = _trunk(arm, ARMS[arm], width, scale, 0, {})

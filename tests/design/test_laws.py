@@ -25,12 +25,23 @@ def points(noise=0.0, seeds=3, law=LAW, flops=FLOPS, tokens=TOKENS):
 def test_the_least_compute_of_a_loss_is_the_least_over_all_sizes():
     flops = np.geomspace(1e4, 1e9, 200_001)
     size = LAW.a * (flops / LAW.flops0) ** -LAW.alpha
-    left = 2.9 - LAW.floor - size
-    tokens = LAW.tokens0 * (LAW.b / np.where(left > 0, left, np.nan)) ** (1 / LAW.beta)
-    assert LAW.compute(2.9) == pytest.approx(np.nanmin(flops * tokens), rel=1e-6)
+    left = (2.9 - LAW.floor) ** (1 / LAW.beta) - size ** (1 / LAW.beta)
+    flops, data = flops[left > 0], left[left > 0] ** LAW.beta
+    tokens = LAW.tokens0 * (LAW.b / data) ** (1 / LAW.beta)
+    assert LAW.loss(flops, tokens) == pytest.approx(2.9)
+    assert LAW.compute(2.9) == pytest.approx((flops * tokens).min(), rel=1e-6)
     assert LAW.compute(1.8) == LAW.compute(1.0) == math.inf
     low, high = LAW.compute(2.4), LAW.compute(2.3)
     assert math.log(0.6 / 0.5) / math.log(high / low) == pytest.approx(LAW.exponent), "of the loss above the floor"
+
+
+def test_the_larger_term_decides():
+    """With endless tokens the size's term is left, and the reverse; between them the loss is above both."""
+    size = LAW.a * (1e6 / LAW.flops0) ** -LAW.alpha
+    assert LAW.loss(1e6, 1e30) == pytest.approx(LAW.floor + size)
+    assert LAW.loss(1e40, 1e6) == pytest.approx(LAW.floor + LAW.b * (1e6 / LAW.tokens0) ** -LAW.beta)
+    wider = [float(LAW.loss(1e6, tokens) - LAW.loss(4e6, tokens)) for tokens in TOKENS]
+    assert wider == sorted(wider), "a wider model gains more, the more tokens there are"
 
 
 def test_a_law_is_found_again_from_exact_points():

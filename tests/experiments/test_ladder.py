@@ -51,8 +51,8 @@ def test_every_width_has_the_rate_of_the_350m_twin_unless_another_is_given():
 
 
 @pytest.mark.slow
-def test_laws_never_see_the_larger_width(table, fits):
-    below = ladder.fits(table[table["width"] < 128], "cpu")
+def test_laws_never_see_the_larger_width_nor_the_shorter_budgets(table, fits):
+    below = ladder.fits(table[(table["width"] < 128) & (table["tokens"] > 4e6)], "cpu")
     assert {arm: fitted.law for arm, fitted in fits.items()} == {arm: fitted.law for arm, fitted in below.items()} != {}
 
 
@@ -66,7 +66,7 @@ def speeds_at(dense=1.0, moe=1.0):
 def test_leverage_is_the_dense_models_compute_over_the_moes():
     table = made((32, 64, 96), noise=0.0)
     levers = ladder.summary(ladder.leverages(table, ladder.fits(table, "cpu"), speeds_at()))
-    assert set(levers["arm"]) == {"PR-MoE", "MoE-128"} and len(levers) == 2 * 2 * 3 * 5
+    assert set(levers["arm"]) == {"PR-MoE", "MoE-128"} and len(levers) == 2 * 2 * 3 * 3
     for row in levers.itertuples():
         mine = table[(table["arm"] == row.arm) & (table["width"] == row.width) & (table["tokens"] == row.tokens)]
         assert row.value == pytest.approx(DENSE.compute(mine["loss"].mean()) / row.compute, rel=0.05)
@@ -112,7 +112,7 @@ def test_the_trend_is_the_slope_of_the_leverage_over_compute(table, fits):
 
 def test_the_prediction_says_how_far_it_missed(table, fits):
     came = ladder.prediction(table, fits, "cpu", 3)
-    assert len(came) == 3 * 5 and set(came["seeds"]) == {3} and set(came["width"]) == {128}
+    assert len(came) == 3 * 3 and set(came["seeds"]) == {3} and set(came["width"]) == {128}
     assert (came["miss"] == came["measured"] - came["value"]).all() and came["inside"].mean() > 0.7
     off = table.assign(loss=table["loss"] + 0.1 * (table["width"] == 128))
     assert not ladder.prediction(off, fits, "cpu", 3)["inside"].any()
@@ -126,7 +126,7 @@ def test_headlines(table, fits):
     said = ladder.headline(levers, ladder.prediction(table, fits, "cpu", 3))
     assert said.startswith("Dense models need so many times the FLOPs at the largest rung: PR-MoE ")
     assert "; the time at the largest rung: PR-MoE " in said
-    assert "; the larger rung: " in said and " of 15 losses as predicted, worst " in said
+    assert "; the larger rung: " in said and " of 9 losses as predicted, worst " in said
     below = table[table["width"] < 128]
     said = ladder.headline(levers, ladder.prediction(below, fits, "cpu", 3))
     assert said.endswith("; the larger rung is predicted, not run")
