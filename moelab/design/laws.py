@@ -192,5 +192,5 @@ def _fit(flops: np.ndarray, tokens: np.ndarray, losses: np.ndarray, start: Law |
         ]
     # The exponents stay between 0.01 and 3: outside, a term is a constant or a step, and the floor takes its place.
     low, high = [0.0, -12.0, math.log(0.01), -12.0, math.log(0.01)], [lowest, 4.0, math.log(3), 4.0, math.log(3)]
-    solutions = [least_squares(residuals, np.clip(x, low, high), slopes, (low, high)) for x in starts]
+    solutions = [least_squares(residuals, np.clip(x, low, high), slopes, (low, high), max_nfev=100) for x in starts]
     return law(min(solutions, key=lambda one: one.cost).x)
