@@ -79,11 +79,13 @@ class Fit:
 
     Attributes:
         law: fitted to all points.
+        misfit: nats by which the points lie above the law at each number of tokens (ascending), mean over trunks.
         draws: refits to points whose residuals were drawn anew, whole trunks at a time.
-        residuals: nats, of each trunk (a row) at each number of tokens (a column, ascending).
+        residuals: nats, of each trunk (a row) from law and misfit at each number of tokens (a column).
     """
 
     law: Law
+    misfit: np.ndarray
     draws: tuple[Law, ...]
     residuals: np.ndarray
 
@@ -106,14 +108,15 @@ class Fit:
     def predict(self, flops: float, tokens: Sequence[float], seeds: int) -> list[tuple[float, float, float]]:
         """Return the losses that runs of a size will have, means over seeds, each with the bounds of its interval.
 
-        The interval holds the error of the law and that of so many seeds (`spread`).
+        They are the law's, and its misfit at as many tokens, which is taken to be the same for all sizes. The interval
+        holds the error of the law and that of so many seeds (`spread`).
 
         Args:
             tokens: as many as the fitted trunks had budgets, ascending.
         """
-        losses = [law.loss(flops, np.asarray(tokens)) for law in self.draws] + self.spread(seeds)
-        low, high = np.quantile(losses, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
-        return list(zip(self.law.loss(flops, np.asarray(tokens)).tolist(), low.tolist(), high.tolist(), strict=True))
+        value, *draws = (law.loss(flops, np.asarray(tokens)) + self.misfit for law in (self.law, *self.draws))
+        low, high = np.quantile(draws + self.spread(seeds), [ALPHA / 2, 1 - ALPHA / 2], axis=0)
+        return list(zip(value.tolist(), low.tolist(), high.tolist(), strict=True))
 
 
 def bounds(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -148,12 +151,14 @@ def fit(points: pd.DataFrame) -> Fit:
         )
     law = _fit(flops[:, None], tokens[None, :], table.to_numpy(), None)
     fitted = law.loss(flops[:, None], tokens[None, :])
-    trunks, left = len(table), max(len(table) - 3, 1)
-    residuals = (table.to_numpy() - fitted) * math.sqrt(trunks / left) * float(t.isf(0.025, left) / norm.isf(0.025))
+    misfit, trunks = (table.to_numpy() - fitted).mean(0), len(table)
+    left = max(trunks - 3, 1)
+    wider = math.sqrt(trunks / left) * float(t.isf(0.025, left) / norm.isf(0.025))
+    residuals = (table.to_numpy() - fitted - misfit) * wider
     draw = np.random.default_rng(0)
-    drawn = [residuals[draw.integers(len(residuals), size=len(residuals))] for _ in range(DRAWS)]
+    drawn = [residuals[draw.integers(trunks, size=trunks)] for _ in range(DRAWS)]
     draws = tuple(_fit(flops[:, None], tokens[None, :], fitted + some, law) for some in drawn)
-    return Fit(law, draws, residuals)
+    return Fit(law, misfit, draws, residuals)
 
 
 def _fit(flops: np.ndarray, tokens: np.ndarray, losses: np.ndarray, start: Law | None) -> Law:
