@@ -261,14 +261,14 @@ def headline(levers: pd.DataFrame, predicted: pd.DataFrame) -> str:
 
     `levers` comes from `summary`, `predicted` from `prediction`.
     """
+    if levers.empty:
+        return "too few runs have finished to fit a law"
     said = []
     for at, part in levers.groupby("at", sort=False):
         last = part[part["compute"] == part.groupby("arm")["compute"].transform("max")]
-        values = [f"{row.arm} {row.value:.1f} ({row.low:.1f} to {row.high:.1f})" for row in last.itertuples()]
-        said.append(f"the {str(at).split()[-1]} at the largest rung: {', '.join(values)}")
-    if not said:
-        return "too few runs have finished to fit a law"
-    text = f"Dense models need so many times {'; '.join(said)}"
+        of = [f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f}) times {row.arm}'s" for row in last.itertuples()]
+        said.append(f"{' and '.join(of)} {str(at).split()[-1]}")
+    text = f"To the loss of the largest rung the best dense model takes {', '.join(said)}"
     came = predicted[predicted["seeds"] > 0]
     if len(came):
         worst = came.loc[came["miss"].abs().idxmax(), "miss"]

@@ -124,8 +124,8 @@ def test_the_prediction_says_how_far_it_missed(table, fits):
 def test_headlines(table, fits):
     levers = ladder.summary(ladder.leverages(table, fits, speeds_at()))
     said = ladder.headline(levers, ladder.prediction(table, fits, "cpu", 3))
-    assert said.startswith("Dense models need so many times the FLOPs at the largest rung: PR-MoE ")
-    assert "; the time at the largest rung: PR-MoE " in said
+    assert said.startswith("To the loss of the largest rung the best dense model takes ")
+    assert " times PR-MoE's and " in said and " times MoE-128's FLOPs, " in said and " times MoE-128's time; " in said
     assert "; the larger rung: " in said and " of 9 losses as predicted, worst " in said
     below = table[table["width"] < 128]
     said = ladder.headline(levers, ladder.prediction(below, fits, "cpu", 3))
