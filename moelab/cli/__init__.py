@@ -61,8 +61,8 @@ _UsageError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name_
 def main() -> None:
     """Run the command line.
 
-    Bad input becomes one line on standard error and exit code 2, and so do a text or a checkpoint that cannot be had;
-    what the system refuses (a folder that is read-only, a full disk) does, too, with exit code 1.
+    Errors that a user can mend become one line on standard error. The exit code is 2 for bad input and for a text or a
+    checkpoint that cannot be had, and 1 for what the system refuses (a folder that is read-only, a full disk).
     """
     try:
         code = app(standalone_mode=False)  # else Typer prints usage errors itself, as a box

@@ -6,9 +6,9 @@ parameters, so that an MoE and a dense model of the same F cost the same:
     loss(F, D) = floor + (s ** (1 / beta) + d ** (1 / beta)) ** beta        D training tokens
              s = a (F / F0) ** -alpha,  d = b (D / D0) ** -beta
 
-Size counts little where tokens are few, and the reverse: the larger of the two terms decides. In Chinchilla's law,
-their sum (arXiv 2203.15556), size counts as much at any number of tokens. F0 and D0 are constants of a fit that keep
-its numbers near 1. Along the best sizes for each compute C = F D the loss above the floor falls as C ** -(alpha beta /
+The larger of the two terms decides: where tokens are few, a larger model hardly helps, and the reverse. In Chinchilla's
+law, the sum of both terms (arXiv 2203.15556), it helps as much at any number of tokens. F0 and D0 are constants of a fit that
+keep its numbers near 1. Along the best sizes for each compute C = F D the loss above the floor falls as C ** -(alpha beta /
 (alpha + beta)), the law's *exponent*.
 """
 
@@ -46,7 +46,7 @@ class Law:
         return self.floor + np.exp(np.logaddexp(size / self.beta, data / self.beta) * self.beta)
 
     def terms(self, flops: float | np.ndarray, tokens: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the logarithms of the law's two terms: of the loss above the floor with endless tokens, or size."""
+        """Return the logarithms of s and d: what is left above the floor with endless tokens, and at endless size."""
         size = math.log(self.a) - self.alpha * np.log(np.asarray(flops) / self.flops0)
         return size, math.log(self.b) - self.beta * np.log(np.asarray(tokens) / self.tokens0)
 
@@ -63,7 +63,8 @@ class Law:
         above = loss - self.floor
         if above <= 0:
             return math.inf, math.inf
-        # There s ** (1 / beta) is to d ** (1 / beta) as beta to alpha: a bit more of size or of tokens gains the same.
+        # The least is where a percent more of either size or tokens lowers the loss alike: where s ** (1 / beta) is to
+        # d ** (1 / beta) as beta is to alpha.
         both = self.alpha + self.beta
         size, data = (above * (share / both) ** self.beta for share in (self.beta, self.alpha))
         return self.flops0 * (self.a / size) ** (1 / self.alpha), self.tokens0 * (self.b / data) ** (1 / self.beta)
@@ -94,7 +95,7 @@ class Fit:
         return value(self.law), *bounds([value(law) for law in self.draws])
 
     def spread(self, seeds: int, stream: int = 0) -> np.ndarray:
-        """Return by how much means over so many seeds miss the law, drawn from the deviations of the fitted runs.
+        """Return by how much means over so many seeds miss law and misfit, drawn from the residuals of the fitted runs.
 
         Args:
             stream: of random numbers; means of different runs take different ones.
@@ -197,5 +198,6 @@ def _fit(flops: np.ndarray, tokens: np.ndarray, losses: np.ndarray, start: Law |
         ]
     # The exponents stay between 0.01 and 3: outside, a term is a constant or a step, and the floor takes its place.
     low, high = [0.0, -12.0, math.log(0.01), -12.0, math.log(0.01)], [lowest, 4.0, math.log(3), 4.0, math.log(3)]
+    # A fit to points that follow the law settles within 100 steps.
     solutions = [least_squares(residuals, np.clip(x, low, high), slopes, (low, high), max_nfev=100) for x in starts]
     return law(min(solutions, key=lambda one: one.cost).x)

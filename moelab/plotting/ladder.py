@@ -30,7 +30,7 @@ def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, 
             part = means[means["arm"] == arm]
             label = arm if i == 0 else None
             ax.plot(part["compute"], part["loss"], _MARKERS[i], color=palette[arm], markersize=5, label=label)
-        ax.plot([], [], _MARKERS[i], color="#888888", label=f"{width} wide")
+        ax.plot([], [], _MARKERS[i], color="black", markerfacecolor="none", label=f"{width} wide")
     for (arm, _), part in curves.groupby(["arm", "width"]):
         ax.plot(part["compute"], part["loss"], color=palette[arm], linewidth=1)
     for arm, part in predicted.groupby("arm", sort=False):

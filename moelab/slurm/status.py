@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,7 +112,7 @@ def _rows(
     for part in submission.parts:
         if part.values is not None:
             job = jobs.get((submission.id, part.name, 0))
-            row = lambda job=job, part=part: _notebook(submission, part, job, answered)  # noqa: E731
+            row = partial(_notebook, submission, part, job, answered)
             id = f"{submission.id}/{part.name}"
             shown = _try(row, Row(submission.experiment, "notebook", id, "unreadable"), job)
             if (name := f"{submission.experiment} {part.values}") not in seen or shown.state not in ("lost", "stopped"):
@@ -122,7 +123,7 @@ def _rows(
             if run not in seen:
                 seen.add(run)
                 job = jobs.get((submission.id, part.name, index))
-                row = lambda job=job, run=run: _run(submission, store.root / run, job, answered)  # noqa: E731
+                row = partial(_run, submission, store.root / run, job, answered)
                 yield _try(row, Row(submission.experiment, run, run, "unreadable"), job)
 
 
