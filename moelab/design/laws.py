@@ -7,9 +7,9 @@ parameters, so that an MoE and a dense model of the same F cost the same:
              s = a (F / F0) ** -alpha,  d = b (D / D0) ** -beta
 
 The larger of the two terms decides: where tokens are few, a larger model hardly helps, and the reverse. In Chinchilla's
-law, the sum of both terms (arXiv 2203.15556), it helps as much at any number of tokens. F0 and D0 are constants of a fit that
-keep its numbers near 1. Along the best sizes for each compute C = F D the loss above the floor falls as C ** -(alpha beta /
-(alpha + beta)), the law's *exponent*.
+law, the sum of both terms (arXiv 2203.15556), it helps as much at any number of tokens. F0 and D0 are constants of a
+fit that keep its numbers near 1. Along the best sizes for each compute C = F D the loss above the floor falls as C **
+-(alpha beta / (alpha + beta)), the law's *exponent*.
 """
 
 from __future__ import annotations
