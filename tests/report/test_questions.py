@@ -151,6 +151,7 @@ def test_the_costs_of_a_student_are_those_of_how_it_is_distilled_at_its_own_rate
         for spec in EXPERIMENTS["distillation"].specs("full")
     ]
     students = result(experiment="distillation", scale="full", seeds=[0], runs=runs)
+    assert "L21 + staged KD" in charts.models_of(students), "a branch that is no budget is an arm"
     row = ClaimRow(paper.claim("staged-kd-matches-teacher-350m"), UNDECIDED, students, "full", 0.01)
     (line,) = digest.digest(chapters([students]), [row])
     assert line.time == 1.5

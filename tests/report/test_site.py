@@ -200,6 +200,15 @@ def test_a_notebook_page_has_its_outputs_and_no_library_from_outside(published):
     assert 'alt="Figure: Notebook of pr-moe"' in page and "<details" not in page
 
 
+def test_a_notebooks_page_is_made_again_once_the_code_that_makes_it_has_changed(tmp_path, monkeypatch):
+    (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=[nb.new_markdown_cell("# T")])))
+    assert site.convert(tmp_path / "notebook.ipynb")
+    assert not site.convert(tmp_path / "notebook.ipynb")
+    (tmp_path / "sanitize.py").write_text("of another version")
+    monkeypatch.setattr(notebook.sanitize, "__file__", str(tmp_path / "sanitize.py"))
+    assert site.convert(tmp_path / "notebook.ipynb")
+
+
 def test_long_code_and_tables_are_folded_and_a_formula_nobody_can_read_stays(tmp_path):
     def table(rows):
         html = f"<table><thead><tr><th>a</th></tr></thead>{'<tr><td>1</td></tr>' * rows}</table>"

@@ -38,7 +38,7 @@ def _chart(result: Result, figure: FigureRow) -> dict[str, Any] | None:
 
 def models_of(result: Result) -> dict[str, str]:
     """Return arm -> the paper's name of its model, of the runs that are no budget of another."""
-    runs = (run for run in result.summary.runs if not run.spec.get("start"))
+    runs = (run for run in result.summary.runs if not run.is_budget)
     return {run.label: str(run.spec.get("model", {}).get("name", "")).removesuffix(" twin") for run in runs}
 
 

@@ -33,7 +33,8 @@ def convert(notebook: Path) -> bool:
     lines, and of cells whose source JupyterLab hides, is folded.
     """
     page = notebook.with_suffix(".html")
-    mark = template.mark(notebook.read_bytes(), names=("notebook.html", "base.html", "cells.html"))
+    code = (Path(str(module)).read_bytes() for module in (__file__, sanitize.__file__))
+    mark = template.mark(notebook.read_bytes(), *code, names=("notebook.html", "base.html", "cells.html"))
     if template.is_current(page, mark):
         return False
     import nbformat
