@@ -11,7 +11,7 @@ from moelab.plotting.palette import colors
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARKERS = "osD^v"
+_MARKERS = "osD*v"  # the fourth width is the predicted one
 
 
 def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, ax: Axes) -> Axes:
@@ -51,6 +51,30 @@ def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, 
     return ax
 
 
+def misses(predicted: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw measured losses minus predicted ones over tokens, and the predictions' intervals as bars about zero.
+
+    Args:
+        predicted: columns arm, tokens, value, low, high, miss (NaN where nothing was run).
+    """
+    arms = list(dict.fromkeys(predicted["arm"]))
+    palette = colors(arms)
+    for i, (arm, part) in enumerate(predicted.groupby("arm", sort=False)):
+        beside = part["tokens"] / 1e6 * 1.08 ** (i - (len(arms) - 1) / 2)  # bars of arms do not cover each other
+        low, high = part["low"] - part["value"], part["high"] - part["value"]
+        ax.vlines(beside, low, high, color=palette[arm], linewidth=5, alpha=0.35)
+        ax.plot(beside, part["miss"], "*", color=palette[arm], markersize=10, markeredgecolor="black", label=arm)
+    tokens = sorted(predicted["tokens"].unique())
+    ax.plot([], [], color="#888888", linewidth=5, alpha=0.35, label="predicted (95 %)")
+    ax.axhline(0, color="#888888", linewidth=1)
+    ax.set_xscale("log")
+    ax.set_xticks([t / 1e6 for t in tokens], [f"{t / 1e6:.3g}" for t in tokens])
+    ax.xaxis.set_minor_formatter("")
+    ax.set(xlabel="training tokens (millions)", ylabel="loss minus the prediction (nats)")
+    legend_below(ax)
+    return ax
+
+
 def leverage(levers: pd.DataFrame, ax: Axes) -> Axes:
     """Draw the efficiency leverage over compute with its intervals; hollow where the dense law is extrapolated.
 
@@ -70,7 +94,8 @@ def leverage(levers: pd.DataFrame, ax: Axes) -> Axes:
         # Not error bars: refits of a bad law may all lie on one side of it, so that its interval lacks its value.
         ax.vlines(part["compute"], part["low"].clip(bottom), part["high"].clip(upper=top), color=color, linewidth=1)
         for row in part.itertuples():
-            ax.plot(row.compute, row.value, marker, color=color, markerfacecolor="white" if row.beyond else color)
+            fill, size = "white" if row.beyond else color, 9 if marker == "*" else 6
+            ax.plot(row.compute, row.value, marker, color=color, markerfacecolor=fill, markersize=size)
     for arm in dict.fromkeys(levers["arm"]):
         ax.plot([], [], "o", color=palette[arm], label=arm)
     if levers["beyond"].any():

@@ -94,6 +94,17 @@ def test_an_interval_below_zero_ends_at_the_axis_that_rows_of_a_page_share():
     assert all(LOWEST <= tick for tick in axis.ticks) and "svg" in axis.ruler()
 
 
+def test_misses_stand_beside_their_predictions_intervals(ax):
+    rows = [["Dense", 4e6, 3.0, 2.9, 3.2, 0.1], ["Dense", 8e6, 2.5, 2.4, 2.6, np.nan], ["MoE", 4e6, 2.8, 2.7, 2.9, 0.2]]
+    ladder.misses(pd.DataFrame(rows, columns=["arm", "tokens", "value", "low", "high", "miss"]), ax)
+    bars = [bar[:, 1].tolist() for part in ax.collections for bar in part.get_segments()]
+    assert np.allclose(bars, [[-0.1, 0.2], [-0.1, 0.1], [-0.1, 0.1]])
+    stars = {line.get_label(): line for line in ax.lines if line.get_marker() == "*"}
+    assert np.allclose(stars["Dense"].get_ydata(), [0.1, np.nan], equal_nan=True) and stars["MoE"].get_ydata() == [0.2]
+    assert stars["Dense"].get_xdata()[0] < 4 < stars["MoE"].get_xdata()[0], "side by side"
+    assert legend(ax) == ["Dense", "MoE", "predicted (95 %)"]
+
+
 def test_an_interval_of_leverage_may_lack_its_value_and_may_be_endless(ax):
     rows = [["PR-MoE", 1e12, 0.5, 0.0, 0.4], ["PR-MoE", 2e12, 1.0, 0.8, np.inf], ["MoE-128", 4e12, np.inf, 2.0, np.inf]]
     levers = pd.DataFrame(rows, columns=["arm", "compute", "value", "low", "high"]).assign(width=32, beyond=False)
