@@ -272,7 +272,8 @@ def headline(levers: pd.DataFrame, predicted: pd.DataFrame) -> str:
     came = predicted[predicted["seeds"] > 0]
     if len(came):
         worst = came.loc[came["miss"].abs().idxmax(), "miss"]
-        return f"{text}; the larger rung: {came['inside'].sum()} of {len(came)} losses as predicted, worst {worst:+.3f}"
+        held = f"{came['inside'].sum()} of {len(came)} losses inside the predicted intervals"
+        return f"{text}; the larger rung: {held}, largest miss {worst:+.3f}"
     return f"{text}; the larger rung is predicted, not run"
 
 

@@ -126,7 +126,7 @@ def test_headlines(table, fits):
     said = ladder.headline(levers, ladder.prediction(table, fits, "cpu", 3))
     assert said.startswith("To the loss of the largest rung the best dense model takes ")
     assert " times PR-MoE's and " in said and " times MoE-128's FLOPs, " in said and " times MoE-128's time; " in said
-    assert "; the larger rung: " in said and " of 9 losses as predicted, worst " in said
+    assert "; the larger rung: " in said and " of 9 losses inside the predicted intervals, largest miss " in said
     below = table[table["width"] < 128]
     said = ladder.headline(levers, ladder.prediction(below, fits, "cpu", 3))
     assert said.endswith("; the larger rung is predicted, not run")
