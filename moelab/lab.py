@@ -98,16 +98,14 @@ class Lab:
         self._announce(runs)
         if executor == "slurm" and (waiting := [run.spec for run in runs if not run.finished]):
             self._on_cluster(waiting, profile)
+        todo = [run for run in runs if not run.finished]
+        at_once = workers or self._workers(todo)
         show = NotebookProgress(runs)
         try:
-            for generation in self._generations(runs):
-                todo = [run for run in generation if not run.finished]
-                at_once = workers or self._workers(todo)
-                here = [run for run in todo if executor == "inline" or (executor == "auto" and _short(run, at_once))]
-                if here:
-                    executors.inline(here, show)
-                if executor in ("auto", "processes") and len(here) < len(todo):
-                    executors.processes([run for run in todo if run not in here], at_once, show)
+            if executor == "inline" or (executor == "auto" and all(_short(run, at_once) for run in todo)):
+                executors.inline(todo, show)
+            elif executor in ("auto", "processes"):
+                executors.processes(todo, at_once, show)
         finally:
             show(final=True)
         by_id = {run.spec.id: run for run in runs}
@@ -177,12 +175,6 @@ class Lab:
         handle = in_notebook(self.submit(specs, profile).overview)
         ids = [spec.id for spec in specs]
         status.watch(handle.update if handle else lambda _: None, ids, store=self.store)
-
-    @staticmethod
-    def _generations(runs: Sequence[Run]) -> list[list[Run]]:
-        """Group the runs: those that require no other, then those that require these, and so on."""
-        depths = {run.spec.id: run.spec.depth for run in runs}
-        return [[run for run in runs if depths[run.spec.id] == depth] for depth in sorted(set(depths.values()))]
 
     @staticmethod
     def _workers(runs: Sequence[Run]) -> int:

@@ -72,8 +72,9 @@ def list_(
 
 
 def run(
-    name: Annotated[
-        str | None, typer.Argument(help="experiment, see `moelab list`", autocompletion=experiment_names)
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME...", help="experiments, see `moelab list`", autocompletion=experiment_names),
     ] = None,
     scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), full, gpu or paper")] = None,
     parameter: Parameters = None,
@@ -83,9 +84,9 @@ def run(
     ] = False,
     publish: Publish = False,
 ) -> None:
-    """Train the missing runs of an experiment, execute its notebook, and show the result.
+    """Train the missing runs of experiments, execute their notebooks, and show the results.
 
-    Executes the experiment's notebook; its figures and claims go onto the results page.
+    A run that several of them need is trained once. Their figures and claims go onto the results page.
     """
     from moelab.design.parameters import resolve
     from moelab.experiments import experiment
@@ -93,12 +94,12 @@ def run(
     from moelab.runs import preflight
     from moelab.runs.dry_run import on_this_machine, planned_runs
 
-    if all_ == (name is not None):
-        raise ValueError("run: give an experiment's name or --all; see `moelab list`")
+    if all_ == bool(names):
+        raise ValueError("run: give experiments' names or --all; see `moelab list`")
     given = {"scale": "cpu", **parse_parameters(parameter, scale)}
-    wanted = [resolve(experiment(name), given)] if name else batch.chosen(given)
+    wanted = [resolve(experiment(name), given) for name in dict.fromkeys(names or ())] or batch.chosen(given)
     trained = [spec for request in wanted for spec in request.trained]
-    if name is None and (without := batch.left_out(given["scale"])):
+    if all_ and (without := batch.left_out(given["scale"])):
         print(f"left out, because each needs its own -p measured_file=FILE: {', '.join(without)}")
     if dry_run:
         _plan(trained)
@@ -108,7 +109,7 @@ def run(
     preflight.check(trained, device="cuda" if on_gpu else "cpu", publish=publish)
     for line in on_this_machine(planned_runs(trained)):
         print(line, flush=True)
-    if name is None:
+    if len(wanted) > 1:
         from moelab.lab import Lab
 
         good = batch.run_all(wanted, Lab().run, publish=publish)

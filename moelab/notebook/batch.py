@@ -1,4 +1,4 @@
-"""All experiments of a scale in one go: first every run, each once, then the notebooks, several at a time."""
+"""Several experiments in one go: first every run, each once, then the notebooks, several at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moelab import machine, paths
+from moelab import environment, machine, paths
 from moelab.design.parameters import Request, parameters, resolve
 from moelab.experiments import EXPERIMENTS
 from moelab.report import site
@@ -51,11 +51,11 @@ def left_out(scale: str) -> list[str]:
 
 
 def _publish(
-    name: str, values: Mapping[str, Any], publish: bool, log: str, environment: Mapping[str, str], folder: str
+    name: str, values: Mapping[str, Any], publish: bool, log: str, variables: Mapping[str, str], folder: str
 ) -> None:
     """One notebook, in a process of its own; its output goes to the log."""
     os.environ.clear()  # what this process was forked from may be of another time
-    os.environ.update(environment)
+    os.environ.update(variables)
     os.chdir(folder)
     with open(log, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -72,16 +72,24 @@ def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs],
     takes part of each notebook's time and is the same for all, what papermill and nbconvert load, is done once.
 
     Args:
-        wanted: from `chosen`.
+        wanted: the experiments with their parameters.
         run: `Lab.run`.
         publish: into the published results instead of the user's own.
     """
+    from rich.console import Console
+
+    from moelab.notebook.watch import watching
+
     started = time.monotonic()
     specs = [spec for request in wanted for spec in request.trained]
-    try:
-        runs = run(specs)
-    except NoResult as error:  # the other experiments go on
-        runs = error.runs
+    with watching(Console()) as plan:
+        os.environ[environment.PLAN.name] = str(plan)
+        try:
+            runs = run(specs)
+        except NoResult as error:  # the other experiments go on
+            runs = error.runs
+        finally:
+            del os.environ[environment.PLAN.name]
     if why := runs.explain_missing():
         print(why)
     print(f"{len({s.id for s in specs})} runs in {time.monotonic() - started:.0f} s", flush=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,13 @@ def execute_watched(
     console.print(f"[bold]{escape(experiment.title)}[/] · {escape(experiment.paper)}")
     console.print(f"paper: {experiment.paper_answer}", markup=False)
     failure = ""
-    with tempfile.TemporaryDirectory() as folder:
-        plan = Path(folder) / "plan.json"
-        done = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(plan, done, console), daemon=True)
-        watcher.start()
+    with watching(console) as plan:
         try:
             result = notebooks.execute(experiment, values, plan, publish=publish)
         except notebooks.NotebookFailed as error:
             failure = f"[red]failed:[/] {escape(str(error))}"
         except KeyboardInterrupt:
             failure = "stopped; the same command goes on, with unfinished runs from their last checkpoints"
-        finally:
-            done.set()
-            watcher.join()
     if failure:
         console.print(failure, soft_wrap=True)
         return False
@@ -68,12 +62,30 @@ def execute_watched(
     return True
 
 
+@contextlib.contextmanager
+def watching(console: Console) -> Iterator[Path]:
+    """Show how far runs are: on a terminal a table, in a log one line each half minute.
+
+    Yields:
+        the file in which who trains them lists them (`environment.PLAN`).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder) / "plan.json"
+        done = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(plan, done, console), daemon=True)
+        watcher.start()
+        try:
+            yield plan
+        finally:
+            done.set()
+            watcher.join()
+
+
 def _watch(plan: Path, done: threading.Event, console: Console) -> None:
-    """Show the table of the runs on a terminal; in a log, one line each half minute."""
     from rich.live import Live
 
     runs: list[Run] = []
-    with Live("starting: kernel and text", console=console, auto_refresh=False, transient=True) as live:
+    with Live("starting", console=console, auto_refresh=False, transient=True) as live:
         while not done.wait(1.0 if console.is_terminal or not runs else 30.0):
             if not runs and (listed := read_json(plan)):
                 runs = [Run.at(Path(path)) for path in listed]
@@ -81,6 +93,6 @@ def _watch(plan: Path, done: threading.Event, console: Console) -> None:
             if runs:
                 snapshot = Snapshot.of(runs)
                 left = estimate.seconds_left(snapshot)
-                live.update(table(runs, snapshot, left), refresh=True)
+                live.update(table(runs, snapshot, left, most=console.height - 6), refresh=True)
                 if not console.is_terminal:
                     console.print(snapshot.describe(left))

@@ -69,15 +69,18 @@ class Estimate:
         return now.left * (time.monotonic() - self._started) / gained if gained > 1e-3 else None
 
 
-def table(runs: Sequence[Run], snapshot: Snapshot, left: float | None) -> Any:
-    """Return a rich table, one row per run, for terminals and notebooks."""
+def table(runs: Sequence[Run], snapshot: Snapshot, left: float | None, *, most: int | None = None) -> Any:
+    """Return a rich table of the runs for terminals and notebooks; of more than `most`, those under way or failed."""
     from rich.table import Table
     from rich.text import Text
 
     view = Table(
         "run", "state", "step", "training loss", "tokens/s", title=snapshot.describe(left), title_justify="left"
     )
-    for run, s in zip(runs, snapshot.statuses, strict=True):
+    rows = list(zip(runs, snapshot.statuses, strict=True))
+    if most is not None and len(rows) > most:
+        rows = [(run, s) for run, s in rows if s.state not in ("new", "finished")]
+    for run, s in rows:
         view.add_row(
             # As `Text`: in a string, rich would take a reason such as "[enforce fail at ...]" for markup.
             Text(f"{run.spec.title} · seed {run.spec.train.seed}"),

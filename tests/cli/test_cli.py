@@ -23,8 +23,8 @@ from moelab.engine.checkpoint import CheckpointError
 from moelab.evaluation.models import REFERENCES
 from moelab.experiments import EXPERIMENTS
 from moelab.inference.modes import MODES
+from moelab.notebook import batch, watch
 from moelab.notebook import execute as notebooks
-from moelab.notebook import watch
 from moelab.runs import preflight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -291,10 +291,24 @@ def test_a_run_says_first_how_long_it_takes_and_what_is_published(tmp_path, monk
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
     monkeypatch.setattr(preflight, "check", lambda *_, **__: None)
     monkeypatch.setattr(watch, "execute_watched", lambda *_, **__: print("executes") is None)
-    experiments.run("pr-moe", scale="quick", parameter=["seeds=3"])
+    experiments.run(["pr-moe"], scale="quick", parameter=["seeds=3"])
     took, published, executes = capsys.readouterr().out.splitlines()
     assert took.startswith("about ") and "on one core" in took and executes == "executes"
     assert "are published (Dense, PR-MoE-32/64, MoE-128): `moelab runs import`" in published
+
+
+def test_several_experiments_are_one_batch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: None)
+    asked = []
+    monkeypatch.setattr(batch, "run_all", lambda wanted, *_, publish: asked.extend(wanted) is None)
+    experiments.run(["half-moe", "top2-vs-residual", "half-moe"], scale="smoke", parameter=["seeds=2"])
+    assert [(request.experiment.name, len(request.specs)) for request in asked] == [
+        ("half-moe", 8),
+        ("top2-vs-residual", 6),
+    ]
+    with pytest.raises(ValueError, match=r"^run: give experiments' names or --all"):
+        experiments.run(["half-moe"], all_=True)
 
 
 def test_a_failed_notebook_is_exit_code_1_and_brackets_of_its_reason_are_no_markup(tmp_path, monkeypatch):

@@ -38,6 +38,12 @@ def test_failed_runs_are_neither_done_nor_left(runs):
     assert (now.done, now.left, words) == (1.0, 0.0, "4 of 4 runs finished")
 
 
+def test_of_many_runs_a_terminal_shows_those_under_way_or_failed(runs):
+    now, _ = describe(runs, ("finished", 24), ("failed", 12), ("running", 12), ("new", 0))
+    shown = [list(table(runs, now, None, most=most).columns[0].cells) for most in (4, 3)]
+    assert [[str(cell)[-1] for cell in cells] for cells in shown] == [["0", "1", "2", "3"], ["1", "2"]]
+
+
 def test_brackets_of_a_reason_are_no_markup(runs):
     reasons = ["[/pytorch/gloo/pair.cc:544] Connection closed", "[enforce fail at alloc_cpu.cpp:121]"]
     for run, reason in zip(runs, reasons, strict=False):

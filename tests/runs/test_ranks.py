@@ -12,7 +12,7 @@ import pytest
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.launch import RankFailed
 from moelab.lab import Lab
-from moelab.runs import executors, supervisor
+from moelab.runs import branching, executors, supervisor
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.executors import start
@@ -219,6 +219,27 @@ def test_ranks_count_as_workers(spec, monkeypatch):
     seen.clear()
     executors.processes(runs[:1], 1, poll_s=0.05)
     assert seen == [2], "one always goes"
+
+
+def test_a_run_waits_for_those_that_it_requires_and_for_no_other(spec, monkeypatch):
+    """Sleeping stand-ins for workers: a branch starts when its trunk has ended, beside a longer run of no concern."""
+    train = replace(spec.train, batch_size=8, tokens=24 * 1024, warmup_tokens=1024, cooldown_tokens=4 * 1024)
+    trunk = replace(spec, train=train, parallel=ParallelConfig())
+    (branch,) = branching.token_budgets(trunk, [6 * 1024])
+    other = replace(trunk, train=replace(train, seed=1, tokens=48 * 1024))
+    going: dict[str, subprocess.Popen] = {}
+
+    def started(run):
+        if run.spec.id == branch.id:
+            assert going[trunk.id].poll() is not None and going[other.id].poll() is None
+            going[other.id].kill()
+        sleep = 600 if run.spec.id == other.id else 0
+        going[run.spec.id] = subprocess.Popen([sys.executable, "-S", "-c", f"import time; time.sleep({sleep})"])
+        return going[run.spec.id]
+
+    monkeypatch.setattr(executors, "start", started)
+    executors.processes([RunStore().run(s) for s in (branch, trunk, other)], 2, poll_s=0.05)
+    assert list(going) == [other.id, trunk.id, branch.id]
 
 
 @pytest.mark.multiprocess
