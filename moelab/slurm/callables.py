@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ class LocalBatch:
     """Train runs and then execute notebooks in one job of submitit's local executor, which has no queue of its own.
 
     Attributes:
-        stages: directories of runs; the runs of a stage need results of earlier stages.
+        runs: their directories; those that others require come first.
         notebooks: names of their parts of the submission.
         workers: number of runs that train at a time.
         limits: how often to try a run.
@@ -143,7 +143,7 @@ class LocalBatch:
         gpus: CUDA_VISIBLE_DEVICES of the process that submitted; None: not set, empty: no GPU. submitit sets its own.
     """
 
-    stages: list[list[str]]
+    runs: list[str]
     notebooks: list[str]
     workers: int
     limits: attempt.Limits
@@ -151,16 +151,18 @@ class LocalBatch:
     gpus: str | None = ""
 
     def __call__(self) -> dict[str, Any]:
-        """Train the runs stage by stage, then execute the notebooks, whatever became of the runs."""
+        """Train the runs, each after those it requires, then execute the notebooks, whatever became of the runs."""
         stop = begin()
         os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus or ""
         if self.gpus is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         failed: list[str] = []
         job = f"{queue.LOCAL}{submitit.JobEnvironment().job_id}"
-        for stage in self.stages:
-            with ThreadPoolExecutor(self.workers) as pool:
-                failed += [id for id in pool.map(lambda path: self._train(path, job, stop), stage) if id]
+        trained: dict[str, Future[str]] = {}
+        with ThreadPoolExecutor(self.workers) as pool:
+            for path in self.runs:
+                trained[Path(path).name] = pool.submit(self._train, path, job, stop, trained)
+        failed += [id for id in (one.result() for one in trained.values()) if id]
         for part in self.notebooks if not stop() else ():
             with open(Path(self.folder) / f"{part}.out", "ab") as log:
                 process = notebook((sys.executable,), self.folder, part, stdout=log, stderr=subprocess.STDOUT)
@@ -170,10 +172,13 @@ class LocalBatch:
             raise SystemExit(STOPPED)
         if failed:
             raise Failed(f"failed: {', '.join(failed)}; see moelab status")
-        return {"runs": sum(map(len, self.stages)), "state": "finished"}
+        return {"runs": len(self.runs), "state": "finished"}
 
-    def _train(self, path: str, job: str, stop: Callable[[], bool]) -> str:
+    def _train(self, path: str, job: str, stop: Callable[[], bool], trained: Mapping[str, Future[str]]) -> str:
         """Train the run in a directory, as often as the limits allow.
+
+        Args:
+            trained: run id -> what this returns of it, of all that began before.
 
         Returns:
             the run's id if it is given up, else an empty text.
@@ -183,6 +188,7 @@ class LocalBatch:
         except (ValueError, OSError) as error:  # the other runs go on
             print(error, file=sys.stderr)
             return Path(path).name
+        wait([trained[spec.id] for spec in run.spec.requires() if spec.id in trained])
         restart = 0
         while not stop():
             command = (sys.executable, "-m", "moelab.runs.worker")

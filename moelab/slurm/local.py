@@ -36,13 +36,10 @@ def start(
     directories: Mapping[str, Sequence[Path]],
 ) -> None:
     """Start the job of a submission and write its id into the record."""
-    depths: dict[int, list[str]] = {}
-    for name, group in specs.items():
-        for spec, path in zip(group, directories[name], strict=True):
-            depths.setdefault(spec.depth, []).append(str(path))
-    cuda = any(s.train.device == "cuda" for group in specs.values() for s in group)
+    runs = [run for name, group in specs.items() for run in zip(group, directories[name], strict=True)]
+    cuda = any(spec.train.device == "cuda" for spec, _ in runs)
     plan = {
-        "stages": [depths[depth] for depth in sorted(depths)],
+        "runs": [str(path) for _, path in sorted(runs, key=lambda run: run[0].depth)],
         "notebooks": [part.name for part in submission.parts if part.values is not None],
         "workers": 1 if cuda else profile.array_parallelism,  # each run takes the first GPUs
         "failures": profile.failures,
@@ -128,7 +125,7 @@ def main(folder: Path) -> None:
     executor.update_parameters(timeout_min=_YEAR_MIN, stderr_to_stdout=True)
     limits = Limits(plan["failures"], plan["restarts"])
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") if plan["cuda"] else ""
-    batch = LocalBatch(plan["stages"], plan["notebooks"], plan["workers"], limits, str(folder), gpus)
+    batch = LocalBatch(plan["runs"], plan["notebooks"], plan["workers"], limits, str(folder), gpus)
     write_json(folder / "local.id.json", int(executor.submit(batch).job_id))
 
 

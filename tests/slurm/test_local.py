@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from moelab import paths
 from moelab.cli import app
 from moelab.files import read_json
 from moelab.lab import Lab
+from moelab.runs import branching
 from moelab.runs.execute import execute
 from moelab.runs.store import Run, RunStore
 from moelab.slurm import attempt, callables, local, preflight, queue, submit
@@ -106,7 +108,7 @@ def test_a_run_whose_spec_is_unreadable_leaves_the_others_alone(lab, tiny_spec, 
     trained = []
     monkeypatch.setattr(callables, "train", lambda run, *_, **__: trained.append(run.spec))
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
-    batch = callables.LocalBatch([[str(run.path) for run in runs]], [], 2, attempt.Limits(1, 1), "")
+    batch = callables.LocalBatch([str(run.path) for run in runs], [], 2, attempt.Limits(1, 1), "")
     monkeypatch.setattr(callables, "begin", lambda: lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # submitit's
     batch.gpus = "GPU-3"
@@ -114,6 +116,30 @@ def test_a_run_whose_spec_is_unreadable_leaves_the_others_alone(lab, tiny_spec, 
         batch()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-3", "the user's"
     assert trained == [specs[2]] and "spec.json: not valid JSON" in capsys.readouterr().err
+
+
+def test_a_run_waits_for_those_that_it_requires_and_for_no_other(lab, tiny_spec, monkeypatch):
+    train = replace(tiny_spec.train, batch_size=8, tokens=24 * 1024, warmup_tokens=1024, cooldown_tokens=4 * 1024)
+    trunk = replace(tiny_spec, train=train)
+    (branch,) = branching.token_budgets(trunk, [6 * 1024])
+    other = replace(trunk, train=replace(train, seed=1))
+    begun, ended = threading.Event(), []
+
+    def stand_in(run, *_, **__):
+        if run.spec.id == branch.id:
+            assert ended == [trunk.id]
+            begun.set()
+        elif run.spec.id == other.id:
+            assert begun.wait(60), "the branch waits for a run that it does not need"
+        ended.append(run.spec.id)
+
+    monkeypatch.setattr(callables, "train", stand_in)
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
+    monkeypatch.setattr(callables, "begin", lambda: lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the job sets
+    folders = [str(lab.store.run(spec).path) for spec in (other, trunk, branch)]
+    assert callables.LocalBatch(folders, [], 2, attempt.Limits(1, 1), "")()["runs"] == 3
+    assert ended == [trunk.id, branch.id, other.id]
 
 
 def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
