@@ -66,7 +66,7 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     row = ClaimRow(
         paper.claim("moe128-350m-beats-own-base"), UNDECIDED, scaling, "cpu", -0.3, -0.5, -0.1, 3, decides=True
     )
-    assert questions.answers([scaling], [row])[0].line.startswith("Yes, by itself: −0.300 ")
+    assert questions.answers([scaling], [row])[0].line.startswith("Yes, if tested alone: −0.300 ")
     (scaling.folder / "equal-cost.jsonl").write_text('{"at": "time", "seed": 0}\n')
     assert questions.answers([scaling], []) == [], "a column is missing"
     for text in ("\n", "torn"):

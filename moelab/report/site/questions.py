@@ -168,7 +168,7 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     theirs = paper_gap(MOE, BASE, share)
     claims = [row for id in ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base") if (row := decided.get(id))]
     if short == "Yes" and claims and claims[0].verdict.startswith(UNDECIDED):
-        short = "Yes, by itself"  # not after adjustment for the number of tests
+        short = "Yes, if tested alone"  # not after adjustment for the number of tests
     return Answer(
         "Does an MoE beat its dense base?",
         _line(
