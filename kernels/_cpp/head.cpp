@@ -1,5 +1,5 @@
-// The cross-entropy of the output head and its gradients, with few rows' logits in memory; kernels/head.py describes the
-// operation.
+// The cross-entropy of the output head, the divergence from a teacher's, and their gradients, with few rows' logits in
+// memory; kernels/head.py describes the operation.
 //
 // Rows go by groups. In a group, a task is a tile of rows, and after these some rows of the weights' gradient, which
 // grows group by group, so that a result has the same bits on any number of threads.
@@ -16,10 +16,48 @@ constexpr int64_t kTile = 32;        // rows of a task, whose float logits stay 
 constexpr int64_t kGroup = 1 << 19;  // logits of a group, whose gradients are in memory
 constexpr int64_t kEntries = 256;    // rows of the weights' gradient of a task
 
-// Write the losses of `n` rows of logits, and the logits' gradients to d unless it is null. The logits are overwritten.
+// What a teacher says of rows of logits: its own logits (null without a teacher), and where the rows' losses go.
 template <typename T>
-void differentiate(float* logits, const int64_t* targets, float* losses, T* d, int64_t n, int64_t V) {
+struct Soft {
+  const T* logits;
+  float* losses;
+  float cooling, weight;  // cooling is 1 / temperature
+};
+
+// Return weight * KL(teacher || student) of a row, and write its gradient. `p` has room for a row.
+template <typename T>
+float imitate(const float* student, const T* teacher, const Soft<T>& soft, float* gradient, float* p, int64_t V) {
+  Vec most_q = all(-std::numeric_limits<float>::infinity()), most_p = most_q;
+  for (int64_t j = 0; j < V; j += kLanes) {
+    most_q = larger(load(student + j), most_q);
+    most_p = larger(load(teacher + j), most_p);
+  }
+  const float shift_q = largest(most_q), shift_p = largest(most_p);
+  Vec total_q{}, total_p{}, apart{};
+  for (int64_t j = 0; j < V; j += kLanes) {
+    const Vec log_q = (load(student + j) - shift_q) * soft.cooling;
+    const Vec log_p = (load(teacher + j) - shift_p) * soft.cooling;
+    const Vec q = exp_of_negative(log_q), weighted = exp_of_negative(log_p);
+    total_q = total_q + q;
+    total_p = total_p + weighted;
+    apart = fma(weighted, log_p - log_q, apart);
+    store(gradient + j, q);
+    store(p + j, weighted);
+  }
+  const float all_q = sum(total_q), all_p = sum(total_p), slope = soft.weight * soft.cooling;
+  for (int64_t j = 0; j < V; j += kLanes)
+    store(gradient + j, load(gradient + j) * (slope / all_q) - load(p + j) * (slope / all_p));
+  return soft.weight * (sum(apart) / all_p + std::log(all_q) - std::log(all_p));
+}
+
+// Write the losses of `n` rows of logits, and the logits' gradients to d unless it is null. The logits are overwritten.
+// `scratch` has room for two rows where there is a teacher.
+template <typename T>
+void differentiate(
+    float* logits, const int64_t* targets, float* losses, T* d, int64_t n, int64_t V, const Soft<T>& soft,
+    float* scratch) {
   for (int64_t i = 0; i < n; ++i, logits += V) {
+    if (soft.logits) soft.losses[i] = imitate(logits, soft.logits + i * V, soft, scratch, scratch + V, V);
     const float wanted = logits[targets[i]];
     Vec most = all(-std::numeric_limits<float>::infinity()), total{};
     for (int64_t j = 0; j < V; j += kLanes) most = larger(load(logits + j), most);
@@ -33,7 +71,10 @@ void differentiate(float* logits, const int64_t* targets, float* losses, T* d, i
     losses[i] = std::log(all_of_them) + (shift - wanted);
     if (!d) continue;
     logits[targets[i]] -= all_of_them;  // the gradient is softmax minus one-hot
-    for (int64_t j = 0; j < V; j += kLanes) store(d + i * V + j, load(logits + j) * over);
+    for (int64_t j = 0; j < V; j += kLanes) {
+      const Vec gradient = load(logits + j) * over;
+      store(d + i * V + j, soft.logits ? gradient + load(scratch + j) : gradient);
+    }
   }
 }
 
@@ -41,13 +82,14 @@ void differentiate(float* logits, const int64_t* targets, float* losses, T* d, i
 template <typename T, typename W>
 void head_as(
     const Tensor& x, const Tensor& w, const Tensor& targets, const Tensor& losses, const Optional& dx,
-    const Optional& dw) {
+    const Optional& dw, const Optional& teacher, const Optional& soft_losses, double temperature, double weight) {
   const int64_t N = x.size(0), M = x.size(1), V = w.size(0);
   const auto *X = data<T>(x);
   const auto *weights = data<W>(w);
   const auto *Y = data<int64_t>(targets);
   auto *L = data<float>(losses), *DW = data<float>(dw);
   auto *DX = data<T>(dx);
+  const auto* taught = data<T>(teacher);
   for (int64_t i = 0; i < N; ++i) check(0 <= Y[i] && Y[i] < V, "head: target ", Y[i], ", allowed are 0 to ", V - 1);
   if (DW) std::fill_n(DW, V * M, 0.f);
 
@@ -73,14 +115,17 @@ void head_as(
     const auto* own = X + start * M;
     parallel((count + kTile - 1) / kTile, 1, [&](int64_t first, int64_t last) {
       auto& scratch = Scratch::of_thread();
-      scratch.reserve(kTile * (V + 2 * M) * sizeof(float));
-      auto* logits = scratch.take<float>(kTile * V);
+      scratch.reserve((kTile * (V + 2 * M) + 2 * V) * sizeof(float));
+      auto *logits = scratch.take<float>(kTile * V), *row = scratch.take<float>(2 * V);
       auto *sums = scratch.take<float>(kTile * M), *part = scratch.take<float>(kTile * M);
       Ahead ahead;
       for (int64_t r = first * kTile; r < std::min(last * kTile, count); r += kTile) {
         const int64_t n = std::min(kTile, count - r), at = start + r;
         product<T>(n, V, M / kWord<T>, rows(own + r * M, M), w_t, nullptr, logits, target(logits, V), ahead);
-        differentiate<T>(logits, Y + at, L + at, D ? D + r * V : nullptr, n, V);
+        const Soft<T> soft{
+            taught ? taught + at * V : nullptr, taught ? data<float>(soft_losses) + at : nullptr,
+            float(1 / temperature), float(weight)};
+        differentiate<T>(logits, Y + at, L + at, D ? D + r * V : nullptr, n, V, soft, row);
         if (!DX) continue;
         // By parts, because the target's entry is larger than all others, whose sum it would round.
         for (int64_t v = 0; v < V; v += kInner) {
@@ -117,18 +162,20 @@ void head_as(
 
 void head(
     const Tensor& x, const Tensor& w, const Tensor& targets, const Tensor& losses, const Optional& dx,
-    const Optional& dw) {
+    const Optional& dw, const Optional& teacher, const Optional& soft_losses, double temperature, double weight) {
   const auto call = is_float(x) ? head_as<float, float>
       : is_float(w)             ? head_as<BFloat16, float>
                                 : head_as<BFloat16, BFloat16>;
-  call(x, w, targets, losses, dx, dw);
+  call(x, w, targets, losses, dx, dw, teacher, soft_losses, temperature, weight);
 }
 
 }  // namespace
 }  // namespace moelab
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
-  library.def("head(Tensor x, Tensor w, Tensor targets, Tensor(a!) losses, Tensor(b!)? dx, Tensor(c!)? dw) -> ()");
+  library.def(
+      "head(Tensor x, Tensor w, Tensor targets, Tensor(a!) losses, Tensor(b!)? dx, Tensor(c!)? dw, Tensor? teacher, "
+      "Tensor(d!)? soft_losses, float temperature, float weight) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MOELAB_OPERATIONS, CPU, library) {

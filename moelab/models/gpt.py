@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from moelab.config import ModelConfig
 from moelab.kernels import packed
+from moelab.kernels.head import SoftTargets
 from moelab.models.attention import Attention, Past, Rotation, rotation_at
 from moelab.models.layers import RMSNorm
-from moelab.models.loss import LogitsLoss, linear_losses
+from moelab.models.loss import linear_losses
 from moelab.models.moe import MLP, Experts, MoE
 from moelab.models.routing import Routing
 
@@ -37,15 +38,15 @@ class Output:
         logits_BTV: logits of the next token, in the activations' dtype; None if the loss was computed without keeping
             them.
         routing: one `Routing` per MoE layer, in order.
-        loss: next-token loss in nats, fp32, of the targets given to the forward pass, plus `logits_loss`; None
-            without targets.
-        logits_loss: the loss of the logits that was asked for, without gradient, or zero; None without targets.
+        loss: next-token loss in nats, fp32, of the targets given to the forward pass, plus `soft_loss`; None without
+            targets.
+        soft_loss: the loss of soft targets, without gradient, or zero; None without targets.
     """
 
     logits_BTV: Tensor | None
     routing: tuple[Routing, ...]
     loss: Tensor | None = None
-    logits_loss: Tensor | None = None
+    soft_loss: Tensor | None = None
 
     def routing_loss(self) -> Tensor | float:
         """Return the routers' losses (`Router`), summed over MoE layers as in the released code."""
@@ -137,7 +138,7 @@ class GPT(nn.Module):
         *,
         targets_BT: Tensor | None = None,
         reduction: str = "mean",
-        logits_loss: LogitsLoss | None = None,
+        soft: SoftTargets | None = None,
     ) -> Output:
         """Return logits, or with `targets_BT` the loss instead of them.
 
@@ -146,12 +147,12 @@ class GPT(nn.Module):
             cache: state of the earlier tokens that `tokens_BT` follows.
             targets_BT: int64 ids of the next tokens.
             reduction: of the loss over tokens, "mean", or "none": each token's [B * T], without gradient.
-            logits_loss: computes a loss of the logits that is added to that of the targets; tokens count through B * T.
+            soft: a teacher's logits [B * T, V], whose loss is added to that of the targets.
         """
         x_BTM, routings = self.hidden_states(tokens_BT, cache)
         if targets_BT is None:
             return Output(self.head(x_BTM), routings)
-        return Output(None, routings, *self.losses(x_BTM, targets_BT, reduction, logits_loss))
+        return Output(None, routings, *self.losses(x_BTM, targets_BT, reduction, soft))
 
     def hidden_states(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Compute the embedding and all blocks; return (x_BTM, a `Routing` per MoE layer)."""
@@ -180,15 +181,15 @@ class GPT(nn.Module):
         return F.linear(x, self.output_weight) if self.packed is None else packed.linear(x, self.packed)
 
     def losses(
-        self, x_BTM: Tensor, targets_BT: Tensor, reduction: str = "mean", logits_loss: LogitsLoss | None = None
+        self, x_BTM: Tensor, targets_BT: Tensor, reduction: str = "mean", soft: SoftTargets | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return (`Output.loss`, `Output.logits_loss`) from the hidden states; arguments as of `forward`."""
+        """Return (`Output.loss`, `Output.soft_loss`) from the hidden states; arguments as of `forward`."""
         if self.packed is not None:
-            assert logits_loss is None  # inference teaches nobody
+            assert soft is None  # inference teaches nobody
             logits_NV = self.head(x_BTM.flatten(0, 1)).float()
             return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction=reduction), logits_NV.new_zeros(())
         x_NM = self.norm.forward(x_BTM).flatten(0, 1)
-        return linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, logits_loss)
+        return linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, soft)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -1,35 +1,28 @@
 """Compute the output head and its loss in one function that never holds all logits.
 
-    x_NM, w_VM -> logits_NV, a chunk of rows at a time -> cross-entropy, and a loss of the logits such as distillation's
+    x_NM, w_VM -> logits_NV, a chunk of rows at a time -> cross-entropy, and the divergence from a teacher's logits
 
 N tokens; other letters as in `moelab.config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelab.kernels.head import has_kernel, head
+from moelab.kernels.head import SoftTargets, has_kernel, head
 
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits per softmax; on a CPU they stay in a core's cache
-_WITH_LOGITS_LOSS = 4  # with a loss of the logits, about so many more arrays of this size are in use
-LogitsLoss = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
-"""(logits [n, V] of tokens `first` to `past` - 1, first, past) -> (a loss summed over them, its gradient [n, V])
-
-Without autograd, in at least fp32; the logits must not be changed.
-"""
+_WITH_SOFT_TARGETS = 4  # about so many more arrays of this size are in use
 _MIN_PROBABILITY = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
 
 
 def linear_losses(
-    x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean", logits_loss: LogitsLoss | None = None
+    x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean", soft: SoftTargets | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (cross-entropy plus a loss of the logits, that loss without gradient), means over the tokens.
+    """Return (cross-entropy plus the loss of soft targets, that loss without gradient), means over the tokens.
 
     The first is ``F.cross_entropy((x @ w.T).float(), targets)`` within rounding, in nats, at least fp32. Products are
     computed in autocast's dtype if it is on, else in x's; softmax and loss in at least fp32. The forward pass also
@@ -39,29 +32,53 @@ def linear_losses(
     Args:
         targets_N: int64 token ids.
         reduction: "mean" over the tokens, or "none": each token's loss [N], without gradient.
-        logits_loss: the loss of the logits, zero by default; none with "none".
+        soft: a teacher's logits of the tokens; none with "none".
 
     Raises:
         ValueError: another reduction, or shapes that do not fit.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"linear_losses: reduction must be 'mean' or 'none', got {reduction!r}")
-    if reduction == "none" and logits_loss is not None:
-        raise ValueError("linear_losses: a loss of the logits has no value for each token; reduction must be 'mean'")
+    if reduction == "none" and soft is not None:
+        raise ValueError("linear_losses: soft targets have no value for each token; reduction must be 'mean'")
     if x_NM.dim() != 2 or w_VM.shape[1:] != x_NM.shape[1:] or targets_N.shape != x_NM.shape[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x_NM, w_VM, targets_N))
         raise ValueError(f"linear_losses: x, w and targets must be [N, M], [V, M] and [N], got {shapes}")
+    if soft is not None and soft.logits_NV.shape != (len(x_NM), len(w_VM)):
+        raise ValueError(
+            f"linear_losses: the teacher's logits must be {[len(x_NM), len(w_VM)]}, got {tuple(soft.logits_NV.shape)}"
+        )
     device = x_NM.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NM.dtype
     gradients = torch.is_grad_enabled()
     total, more, losses_N = _LinearLosses.apply(
-        x_NM, w_VM, targets_N, logits_loss, dtype, gradients and x_NM.requires_grad, gradients and w_VM.requires_grad
+        x_NM, w_VM, targets_N, soft, dtype, gradients and x_NM.requires_grad, gradients and w_VM.requires_grad
     )
     return (total / len(x_NM), more / len(x_NM)) if reduction == "mean" else (losses_N, more)
 
 
+def divergence(teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return KL(teacher || student) at a temperature, summed over vocabulary and tokens, and its gradient [N, V].
+
+    Nats, at least fp32, without the factor T^2. The temperature divides both models' logits. The gradient is in the
+    student's.
+    """
+    log_p_NV = F.log_softmax(_cooled(teacher_NV, temperature), -1)
+    log_q_NV = F.log_softmax(_cooled(student_NV, temperature), -1)
+    difference_NV = log_p_NV - log_q_NV
+    p_NV, q_NV = log_p_NV.exp_(), log_q_NV.exp_()
+    total = torch.dot(p_NV.flatten(), difference_NV.flatten())
+    gradient_NV = q_NV.sub_(p_NV)
+    return total, gradient_NV if temperature == 1.0 else gradient_NV.div_(temperature)
+
+
+def _cooled(logits_NV: Tensor, temperature: float) -> Tensor:
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return logits_NV if temperature == 1.0 else logits_NV / temperature
+
+
 class _LinearLosses(torch.autograd.Function):
-    """Compute the losses summed over tokens, all of them and that of the logits alone, and each target's."""
+    """Compute the losses summed over tokens, all of them and that of soft targets alone, and each target's."""
 
     @staticmethod
     def forward(
@@ -69,14 +86,14 @@ class _LinearLosses(torch.autograd.Function):
         x_NM: Tensor,
         w_VM: Tensor,
         targets_N: Tensor,
-        logits_loss: LogitsLoss | None,
+        soft: SoftTargets | None,
         dtype: torch.dtype,
         for_x: bool,
         for_w: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dtypes = x_NM.dtype, w_VM.dtype
         with torch.autocast(x_NM.device.type, enabled=False):
-            losses_N, more = _forward(ctx, x_NM, w_VM, targets_N, logits_loss, dtype, for_x, for_w)
+            losses_N, more = _forward(ctx, x_NM, w_VM, targets_N, soft, dtype, for_x, for_w)
         ctx.mark_non_differentiable(more, losses_N)
         return losses_N.sum() + more, more, losses_N
 
@@ -94,7 +111,7 @@ def _forward(
     x_NM: Tensor,
     w_VM: Tensor,
     targets_N: Tensor,
-    logits_loss: LogitsLoss | None,
+    soft: SoftTargets | None,
     dtype: torch.dtype,
     for_x: bool,
     for_w: bool,
@@ -102,16 +119,16 @@ def _forward(
     N, V = len(x_NM), len(w_VM)
     wide = torch.promote_types(dtype, torch.float32)
     x_NM = x_NM.to(dtype)
-    if logits_loss is None and has_kernel(x_NM, w_VM):
-        losses_N, *gradients = head(x_NM, w_VM, targets_N, for_x, for_w)
+    if has_kernel(x_NM, w_VM, soft):
+        losses_N, *gradients, soft_N = head(x_NM, w_VM, targets_N, for_x, for_w, soft)
         ctx.save_for_backward(*gradients)
-        return losses_N, losses_N.new_zeros(())
+        return losses_N, losses_N.new_zeros(()) if soft_N is None else soft_N.sum()
     w_MV, targets_N1 = w_VM.to(dtype).T.contiguous(), targets_N[:, None]
     p_N1 = x_NM.new_empty(N, 1, dtype=wide)  # the targets' probabilities
     dx_NM = torch.empty_like(x_NM) if for_x else None
     dw_MV = torch.zeros_like(w_MV, dtype=wide) if for_w else None
     more = x_NM.new_zeros((), dtype=wide)
-    size = _CHUNK.get(x_NM.device.type, _CHUNK["cuda"]) // (_WITH_LOGITS_LOSS if logits_loss else 1)
+    size = _CHUNK.get(x_NM.device.type, _CHUNK["cuda"]) // (_WITH_SOFT_TARGETS if soft else 1)
     rows = max(1, size // V)
     # If products have a dtype below fp32, dw needs an extra addition in fp32, so that several chunks share one.
     group = rows if dtype == wide else 4 * rows
@@ -123,16 +140,16 @@ def _forward(
         for at, chunk_CV in zip(range(start, N, rows), logits_GV.split(rows), strict=False):
             end = at + len(chunk_CV)
             p_CV = chunk_CV if dtype == wide else scratch[: len(chunk_CV)].copy_(chunk_CV)
-            if logits_loss is not None:
-                value, gradient_CV = logits_loss(p_CV, at, end)
-                more += value
+            if soft is not None:
+                value, gradient_CV = divergence(soft.logits_NV[at:end], p_CV, soft.temperature)
+                more += value * soft.weight
             torch.softmax(p_CV, -1, out=p_CV)
             target_C1 = targets_N1[at:end]
             p_C1 = torch.gather(p_CV, 1, target_C1, out=p_N1[at:end])
             if for_x or for_w:  # softmax - one-hot is the gradient of the logits
                 p_CV.scatter_(1, target_C1, p_C1 - 1)
-                if logits_loss is not None:
-                    p_CV += gradient_CV
+                if soft is not None:
+                    p_CV.add_(gradient_CV, alpha=soft.weight)
                 if dtype != wide:
                     chunk_CV.copy_(p_CV)
         if dx_NM is not None:

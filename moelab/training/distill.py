@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab.config import ModelConfig, TrainConfig
@@ -23,26 +22,7 @@ from moelab.data import TokenData
 from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
-from moelab.models.loss import LogitsLoss
-
-
-def divergence(teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return KL(teacher || student) at a temperature, summed over vocabulary and tokens, and its gradient [N, V].
-
-    Nats, fp32, without the factor T^2. The temperature divides both models' logits; the gradient is in the student's.
-    """
-    log_p_NV = F.log_softmax(_cooled(teacher_NV, temperature), -1)
-    log_q_NV = F.log_softmax(_cooled(student_NV, temperature), -1)
-    difference_NV = log_p_NV - log_q_NV
-    p_NV, q_NV = log_p_NV.exp_(), log_q_NV.exp_()
-    total = torch.dot(p_NV.flatten(), difference_NV.flatten())
-    gradient_NV = q_NV.sub_(p_NV)
-    return total, gradient_NV if temperature == 1.0 else gradient_NV.div_(temperature)
-
-
-def _cooled(logits_NV: Tensor, temperature: float) -> Tensor:
-    logits_NV = logits_NV.float()
-    return logits_NV if temperature == 1.0 else logits_NV / temperature
+from moelab.kernels.head import SoftTargets
 
 
 @dataclass(frozen=True)
@@ -61,7 +41,7 @@ class Teacher:
 
 
 class Distiller:
-    """Run a teacher on one rank, and compute the loss that it adds to each micro-batch."""
+    """Run a teacher on one rank: it gives each micro-batch soft targets."""
 
     def __init__(self, model: nn.Module, distill: DistillConfig, config: TrainConfig, context: int) -> None:
         """Take a teacher, which is frozen, and the student's training and context."""
@@ -90,21 +70,14 @@ class Distiller:
         checkpoint.load_model(last, built.module, built.placements)
         return cls(built.module, teacher.distill, config, context)
 
-    def loss(self, tokens_BT: Tensor, step: int) -> LogitsLoss | None:
-        """Return what computes a micro-batch's distillation loss, weight * T^2 * KL in nats, from the student's logits.
+    def targets(self, tokens_BT: Tensor, step: int) -> SoftTargets | None:
+        """Return what the teacher says of a micro-batch, weighted for a step; None while the weight is 0.
 
-        None while the weight is 0. `step` is the number of steps before this one.
+        `step` is the number of steps before this one.
         """
         weight = self.distill.weight_at(step, step * self.config.batch_size * self.context)
         if weight == 0.0:
             return None
         t = self.distill.temperature
         with torch.no_grad(), torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.dtype == "bf16"):
-            teacher_NV = self.model(tokens_BT).logits_BTV.flatten(0, 1)
-
-        def logits_loss(student_NV: Tensor, first: int, past: int) -> tuple[Tensor, Tensor]:
-            kl, gradient_NV = divergence(teacher_NV[first:past], student_NV, t)
-            scale = weight * t**2
-            return kl * scale, gradient_NV if scale == 1.0 else gradient_NV.mul_(scale)
-
-        return logits_loss
+            return SoftTargets(self.model(tokens_BT).logits_BTV.flatten(0, 1), t, weight * t**2)

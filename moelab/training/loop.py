@@ -328,15 +328,15 @@ class Trainer:
             number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
             torch.manual_seed(draw_seed(config.seed, step, number))
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
-            logits_loss = self.distiller.loss(tokens_BT[rows], step) if self.distiller else None
+            soft = self.distiller.targets(tokens_BT[rows], step) if self.distiller else None
             with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
-                output = module(tokens_BT[rows], targets_BT=targets_BT[rows], logits_loss=logits_loss)
+                output = module(tokens_BT[rows], targets_BT=targets_BT[rows], soft=soft)
             routing_loss = output.routing_loss()
             if part == parts - 1:
                 self.sync.arm()
             ((output.loss + routing_loss) / parts).backward()
             with torch.no_grad():
-                routed, other = torch.as_tensor(routing_loss, device=sums.device), output.logits_loss
+                routed, other = torch.as_tensor(routing_loss, device=sums.device), output.soft_loss
                 sums += torch.stack([x.double() for x in (output.loss - other, routed, other)]) / parts
             counts.append(output.routing)
             process.beat()

@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from moelab.kernels import _cpp
+from moelab.kernels.head import SoftTargets
 
 from moelab.models import loss
 from moelab.models.loss import linear_losses
@@ -41,34 +43,49 @@ def test_loss_and_gradients_are_those_of_the_plain_function(N, M, V, rows, monke
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("t", [1.0, 2.5])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_loss_of_the_logits_is_added_with_its_gradient(rows, dtype, monkeypatch):
-    """Each token has a coefficient, so that a chunk that asks for the wrong tokens is found."""
+def test_soft_targets_add_their_divergence_with_its_gradient(rows, dtype, t, monkeypatch):
+    """In PyTorch's form; each token has a teacher of its own, so that a chunk that asks for the wrong tokens is found."""
     N, V = 64, 128
-    monkeypatch.setitem(loss._CHUNK, "cpu", rows * V * loss._WITH_LOGITS_LOSS)
+    monkeypatch.setitem(loss._CHUNK, "cpu", rows * V * loss._WITH_SOFT_TARGETS)
     x, w, targets = case(N, 32, V, dtype=torch.float64)
-    factor_N1 = torch.arange(1, N + 1, dtype=torch.float64)[:, None]
-
-    def logits_loss(logits_CV, first, past):
-        assert logits_CV.dtype == torch.promote_types(dtype, torch.float32) and not torch.is_grad_enabled()
-        factor_C1 = factor_N1[first:past].to(logits_CV.dtype)
-        return (logits_CV.square() * factor_C1).sum(), 2 * logits_CV * factor_C1
+    teacher = 3 * torch.randn(N, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def whole(x, w, targets):
-        more = ((x @ w.T).square() * factor_N1).sum()
-        return plain(x, w, targets) + more / N
+        p, log_q = F.softmax(teacher / t, -1), F.log_softmax(x @ w.T / t, -1)
+        return plain(x, w, targets) + 0.7 * F.kl_div(log_q, p, reduction="sum") / N
 
     def ours(x, w, targets):
-        total, more = linear_losses(x.to(dtype), w.to(dtype), targets, logits_loss=logits_loss)
-        assert not more.requires_grad
-        plain_part = linear_cross_entropy(x.to(dtype), w.to(dtype), targets)
+        soft = SoftTargets(teacher.to(dtype), t, 0.7)
+        with _cpp.limited("none"):
+            total, more = linear_losses(x.to(dtype), w.to(dtype), targets, soft=soft)
+            assert not more.requires_grad
+            plain_part = linear_cross_entropy(x.to(dtype), w.to(dtype), targets)
         torch.testing.assert_close(total - more, plain_part.to(more.dtype), rtol=0.02, atol=0.02)
         return total
 
     error = 1e-12 if dtype == torch.float64 else 0.05
     for a, b in zip(outcome(ours, x, w, targets), outcome(whole, x, w, targets), strict=True):
         assert (a - b).abs().max() <= error * b.abs().max()
+
+
+@pytest.mark.parametrize("t", [1.0, 2.5])
+def test_divergence_and_its_gradient_are_those_of_the_plain_function(t):
+    torch.manual_seed(0)
+    teacher, student = torch.randn(6, 11) * 2, torch.randn(6, 11).requires_grad_()
+    given = student.clone()
+    p, q = F.softmax(teacher / t, -1), F.softmax(student / t, -1)
+    exact = (p * (p / q).log()).sum()
+    (expected,) = torch.autograd.grad(exact, student)
+    with torch.no_grad():
+        found, gradient = loss.divergence(teacher, student, t)
+        same, nothing = loss.divergence(teacher, teacher, t)
+    assert float(found) == pytest.approx(float(exact.detach()), rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(student, given), "the logits are not changed"
+    assert float(same) == pytest.approx(0.0, abs=1e-6) and float(nothing.abs().max()) < 1e-6
 
 
 def test_fp32_is_as_exact_as_the_plain_function():
@@ -139,9 +156,10 @@ def test_the_logits_are_never_held(monkeypatch):
     [
         (lambda x, w, t: linear_cross_entropy(x, w, t[:3]), r"\[3|\(3,\)"),
         (lambda x, w, t: linear_cross_entropy(x, w, t, "sum"), "'mean' or 'none'"),
+        (lambda x, w, t: linear_losses(x, w, t, "none", SoftTargets(x @ w.T)), "^linear_losses: soft targets have no"),
         (
-            lambda *case: linear_losses(*case, "none", lambda *_: None),
-            "^linear_losses: a loss of the logits has no value",
+            lambda x, w, t: linear_losses(x, w, t, soft=SoftTargets(x)),
+            r"the teacher's logits must be \[4, 5\], got \(4, 2",
         ),
     ],
 )
