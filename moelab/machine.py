@@ -24,12 +24,9 @@ def cpu() -> str:
     return describe_cpu(_cpuinfo())
 
 
-def vendor() -> tuple[str, int]:
-    """Return the processor's vendor and family, such as ("AuthenticAMD", 26); ("", 0) where they are unknown."""
-    if not (text := _cpuinfo()):
-        return ("GenuineIntel" if "Intel" in platform.processor() else "", 0)
-    fields = _fields(text)
-    return fields.get("vendor_id", ""), int(fields.get("cpu family", 0))
+def vendor() -> str:
+    """Return the processor's vendor, such as "AuthenticAMD"; an empty text where it is unknown."""
+    return _fields(_cpuinfo()).get("vendor_id", "")
 
 
 def _cpuinfo() -> str:

@@ -52,9 +52,9 @@ def test_generations_and_instructions_are_named(text, described):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n\nvendor_id\t: another\n", ("AuthenticAMD", 26)),
-        ("Features\t: asimd\n", ("", 0)),
-        (None, ("GenuineIntel", 0)),  # a system without the file
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n\nvendor_id\t: another\n", "AuthenticAMD"),
+        ("Features\t: asimd\n", ""),
+        (None, ""),  # a system without the file
     ],
 )
 def test_the_maker_of_the_processor(text, expected, monkeypatch):
@@ -64,7 +64,6 @@ def test_the_maker_of_the_processor(text, expected, monkeypatch):
         return io.StringIO(text)
 
     monkeypatch.setattr("builtins.open", cpuinfo)
-    monkeypatch.setattr(machine.platform, "processor", lambda: "Intel64 Family 6")
     found = machine.vendor()
     monkeypatch.undo()
     assert found == expected
