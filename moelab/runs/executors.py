@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moelab.engine.launch import Limits, postmortem, process
@@ -48,22 +48,21 @@ def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
 def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll_s: float = 0.5) -> None:
     """Train runs in processes, each with its own log, `workers` ranks at a time; the longest first.
 
-    A run waits until those of the others that it requires have ended. A run on P ranks counts as P workers. One always
-    goes, even if it wants more than there are.
+    A run waits until those of the others that it requires have ended, a branch for its trunk's checkpoint alone. A run
+    on P ranks counts as P workers. One always goes, even if it wants more than there are.
 
     Ends when all have ended. An exception here (Ctrl-C in a notebook, say) asks the processes to write a checkpoint and
     go, waits for them, and is raised again. Those that take much longer than `Limits.stop_s` are killed.
     """
     waiting = sorted(runs, key=lambda run: -run.spec.cost)
-    required = {run.spec.id: {spec.id for spec in run.spec.requires()} for run in runs}
     going: dict[subprocess.Popen[bytes], _Session] = {}
     try:
         while waiting or going:
             for worker in [worker for worker in going if worker.poll() is not None]:
                 going.pop(worker).ended(worker.returncode)
             taken = sum(session.run.spec.parallel.ranks for session in going.values())
-            unfinished = {run.spec.id for run in (*waiting, *(session.run for session in going.values()))}
-            for run in [run for run in waiting if not required[run.spec.id] & unfinished]:
+            unfinished = {run.spec.id: run for run in (*waiting, *(session.run for session in going.values()))}
+            for run in [run for run in waiting if not _waits(run, unfinished)]:
                 ranks = run.spec.parallel.ranks
                 if not going or ranks <= workers - taken:
                     waiting.remove(run)
@@ -85,6 +84,15 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
             session.ended(worker.returncode)
         raise
     tick()
+
+
+def _waits(run: Run, unfinished: Mapping[str, Run]) -> bool:
+    """Return whether a run must wait for one of the unfinished ones."""
+    needed = {spec.id for spec in run.spec.requires()} & unfinished.keys()
+    trunk = unfinished.get(run.spec.start.run.id) if run.spec.start else None
+    if trunk is not None and trunk.has_checkpoint(run.spec.first_step):
+        needed.discard(trunk.spec.id)
+    return bool(needed)
 
 
 @dataclass(frozen=True)

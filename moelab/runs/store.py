@@ -215,9 +215,11 @@ class Run:
     @property
     def has_weights(self) -> bool:
         """Whether the run has a checkpoint; a finished one, that of its last step."""
-        steps = self.result.get("steps") if self.finished else None
-        name = "step-*" if steps is None else f"step-{steps:08d}"
-        return any((self.path / "checkpoints").glob(name))
+        return self.has_checkpoint(self.result.get("steps") if self.finished else None)
+
+    def has_checkpoint(self, steps: int | None = None) -> bool:
+        """Return whether the run has a checkpoint, of so many steps where that is given."""
+        return any((self.path / "checkpoints").glob("step-*" if steps is None else f"step-{steps:08d}"))
 
     def require_weights(self) -> None:
         """Check that the run has weights, see `has_weights`; ValueError, one line, where it has none."""

@@ -221,8 +221,9 @@ def test_ranks_count_as_workers(spec, monkeypatch):
     assert seen == [2], "one always goes"
 
 
-def test_a_run_waits_for_those_that_it_requires_and_for_no_other(spec, monkeypatch):
-    """Sleeping stand-ins for workers: a branch starts when its trunk has ended, beside a longer run of no concern."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_branch_waits_for_its_trunk_or_the_checkpoint_alone(spec, monkeypatch, kept):
+    """Sleeping stand-ins for workers, beside a longer run of no concern."""
     train = replace(spec.train, batch_size=8, tokens=24 * 1024, warmup_tokens=1024, cooldown_tokens=4 * 1024)
     trunk = replace(spec, train=train, parallel=ParallelConfig())
     (branch,) = branching.token_budgets(trunk, [6 * 1024])
@@ -230,15 +231,19 @@ def test_a_run_waits_for_those_that_it_requires_and_for_no_other(spec, monkeypat
     going: dict[str, subprocess.Popen] = {}
 
     def started(run):
-        if run.spec.id == branch.id:
-            assert going[trunk.id].poll() is not None and going[other.id].poll() is None
-            going[other.id].kill()
-        sleep = 600 if run.spec.id == other.id else 0
+        if run.spec.id == trunk.id:  # the checkpoints before and, if `kept`, at the branch point
+            for step in (1, *([branch.first_step] if kept else [])):
+                (run.path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        elif run.spec.id == branch.id:
+            assert (going[trunk.id].poll() is None) == kept and going[other.id].poll() is None
+            for process in going.values():
+                process.kill()
+        sleep = 600 if run.spec.id == other.id or (kept and run.spec.id == trunk.id) else 0
         going[run.spec.id] = subprocess.Popen([sys.executable, "-S", "-c", f"import time; time.sleep({sleep})"])
         return going[run.spec.id]
 
     monkeypatch.setattr(executors, "start", started)
-    executors.processes([RunStore().run(s) for s in (branch, trunk, other)], 2, poll_s=0.05)
+    executors.processes([RunStore().run(s) for s in (branch, trunk, other)], 3 if kept else 2, poll_s=0.05)
     assert list(going) == [other.id, trunk.id, branch.id]
 
 
