@@ -40,6 +40,21 @@ def experiment_names(incomplete: str) -> list[str]:
     return [name for name in EXPERIMENTS if name.startswith(incomplete)]
 
 
+def _of_experiments(context: typer.Context, names: list[str] | None) -> list[str] | None:
+    """Refuse NAME=VALUE, a parameter without -p, among names of experiments."""
+    if wrong := [name for name in names or () if "=" in name]:
+        context.fail(f"got unexpected extra argument ({wrong[0]})")
+    return names
+
+
+SEVERAL_EXPERIMENTS: Any = typer.Argument(
+    metavar="NAME...",
+    help="experiments, see `moelab list`",
+    autocompletion=experiment_names,
+    callback=_of_experiments,
+)
+
+
 def run_names(incomplete: str) -> list[str]:
     """Complete the id of a run, or the name of published weights."""
     names = [path.name for path in published_weights()] + RunStore().ids()

@@ -15,6 +15,7 @@ import typer
 from moelab import paths, terminal
 from moelab.cli._options import (
     EXPERIMENTS,
+    SEVERAL_EXPERIMENTS,
     AsJson,
     Parameters,
     Publish,
@@ -72,10 +73,7 @@ def list_(
 
 
 def run(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="NAME...", help="experiments, see `moelab list`", autocompletion=experiment_names),
-    ] = None,
+    names: Annotated[list[str] | None, SEVERAL_EXPERIMENTS] = None,
     scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), full, gpu or paper")] = None,
     parameter: Parameters = None,
     all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,

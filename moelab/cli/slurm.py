@@ -17,6 +17,7 @@ import typer
 from moelab import paths, terminal
 from moelab.cli._options import (
     CLUSTER,
+    SEVERAL_EXPERIMENTS,
     AsJson,
     Parameters,
     Profile,
@@ -34,10 +35,7 @@ if TYPE_CHECKING:
     from moelab.slurm.submit import Plan
 
 Name = Annotated[str, typer.Argument(help="experiment, see `moelab list`", autocompletion=experiment_names)]
-Experiments = Annotated[
-    list[str],
-    typer.Argument(metavar="NAME...", help="experiments, see `moelab list`", autocompletion=experiment_names),
-]
+Experiments = Annotated[list[str], SEVERAL_EXPERIMENTS]
 Scale = Annotated[
     str | None, typer.Option(help="smoke, quick, cpu, full, gpu or paper; by default the notebook's, cpu")
 ]

@@ -128,6 +128,7 @@ def test_bad_input_is_one_line_and_starts_nothing_and_wrong_arguments_load_nothi
         (("sweep", "pr-moe", "--train.lr", "-g", "x=1"), "--train.lr; parameters are given as -p train.lr=VALUE\n"),
         (("run", "pr-moe", "--sclae", "cpu"), "moelab: run: no option --sclae; did you mean --scale?\n"),
         (("run", "pr-moe", "seeds=3"), "(seeds=3); parameters are given as -p seeds=3\n"),
+        (("submit", "pr-moe", "seeds=3"), "(seeds=3); parameters are given as -p seeds=3\n"),
         (("status", "--nosuch"), "moelab: status: no option --nosuch; see `moelab status --help`\n"),
         (("simulate", "decode", "--nosuch"), "no option --nosuch; see `moelab simulate decode --help`\n"),
         (("rnu", "pr-moe"), "moelab: no such command 'rnu'"),
