@@ -51,8 +51,8 @@ def test_the_command_names_a_dtype_for_each_family(another, tmp_path, monkeypatc
 
 def test_a_student_has_a_teacher(monkeypatch):
     heard = []
-    further = train.Distiller.loss
-    monkeypatch.setattr(train.Distiller, "loss", lambda *given: heard.append(further(*given)) or heard[-1])
+    further = train.Distiller.targets
+    monkeypatch.setattr(train.Distiller, "targets", lambda *given: heard.append(further(*given)) or heard[-1])
     teacher, student = train.measure(32, **GIVEN | dict(families=["PR-MoE-32/64", "PR-MoE+L21 + KD"]))
     assert len(heard) == 3 and None not in heard, "a warm-up and two rounds"
     flops = train.twin("PR-MoE+L21 + KD", 32).flops_per_token() + train.twin("PR-MoE-32/64", 32).flops_per_token() / 3
