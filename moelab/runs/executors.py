@@ -46,15 +46,16 @@ def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
 
 
 def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll_s: float = 0.5) -> None:
-    """Train runs in processes, each with its own log, `workers` ranks at a time; the longest first.
+    """Train runs in processes, each with its own log, `workers` ranks at a time.
 
+    They go seed by seed, so that a batch that is stopped early has whole seeds, and of a seed the longest first.
     A run waits until those of the others that it requires have ended, a branch for its trunk's checkpoint alone. A run
     on P ranks counts as P workers. One always goes, even if it wants more than there are.
 
     Ends when all have ended. An exception here (Ctrl-C in a notebook, say) asks the processes to write a checkpoint and
     go, waits for them, and is raised again. Those that take much longer than `Limits.stop_s` are killed.
     """
-    waiting = sorted(runs, key=lambda run: -run.spec.cost)
+    waiting = sorted(runs, key=lambda run: (run.spec.train.seed, -run.spec.cost))
     going: dict[subprocess.Popen[bytes], _Session] = {}
     try:
         while waiting or going:

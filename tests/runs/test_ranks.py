@@ -244,7 +244,23 @@ def test_a_branch_waits_for_its_trunk_or_the_checkpoint_alone(spec, monkeypatch,
 
     monkeypatch.setattr(executors, "start", started)
     executors.processes([RunStore().run(s) for s in (branch, trunk, other)], 3 if kept else 2, poll_s=0.05)
-    assert list(going) == [other.id, trunk.id, branch.id]
+    assert list(going) == [trunk.id, other.id, branch.id]
+
+
+def test_a_batch_that_is_stopped_early_has_whole_seeds(spec, monkeypatch):
+    """Of a seed the longest run comes first, so that the others fill what it leaves idle."""
+    one = replace(spec, parallel=ParallelConfig())
+    trains = [replace(spec.train, seed=seed, tokens=tokens) for tokens in (1024, 2048) for seed in (1, 0)]
+    runs = [RunStore().run(replace(one, train=train)) for train in trains]
+    begun = []
+
+    def started(run):
+        begun.append((run.spec.train.seed, run.spec.train.tokens))
+        return subprocess.Popen([sys.executable, "-S", "-c", ""])
+
+    monkeypatch.setattr(executors, "start", started)
+    executors.processes(runs, 1, poll_s=0.02)
+    assert begun == [(0, 2048), (0, 1024), (1, 2048), (1, 1024)]
 
 
 @pytest.mark.multiprocess
