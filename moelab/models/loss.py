@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from moelab.kernels.head import SoftTargets, has_kernel, head
 
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits per softmax; on a CPU they stay in a core's cache
-_WITH_SOFT_TARGETS = 4  # about so many more arrays of this size are in use
+_WITH_SOFT_TARGETS = 4  # with a teacher, about so many more arrays of this size are in use
 _MIN_PROBABILITY = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
 
 

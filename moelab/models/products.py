@@ -25,7 +25,7 @@ import torch
 from moelab import machine
 
 VENDOR = "AuthenticAMD"
-"""Maker on whose processors with AVX-512 oneDNN's fp32 products were measured to be faster than MKL's."""
+"""Maker on whose processors with AVX-512 oneDNN's fp32 products were measured: faster than MKL's, or no slower."""
 _matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch's annotations lack it
 _MAX_ERROR = 2.0**-12
 """Rounding to bf16 gives relative errors of 2**-9 and more; those of fp32 sums are some 2**-20."""

@@ -67,7 +67,7 @@ def watching(console: Console) -> Iterator[Path]:
     """Show how far runs are: on a terminal a table, in a log one line each half minute.
 
     Yields:
-        the file in which who trains them lists them (`environment.PLAN`).
+        the file in which the process that trains the runs lists them (`environment.PLAN`).
     """
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "plan.json"
