@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from moelab.bench.train import DEFAULT
 from moelab.paper import claim
 from moelab.report.site.template import number
 
@@ -98,7 +99,9 @@ def gate(rows: list[Row]) -> str:
 def train(rows: list[Row]) -> str:
     """Return thousand tokens a second of each family and width, fp32 / bf16."""
     widths = sorted({row["width"] for row in rows})
-    families = list(dict.fromkeys(row["candidate"].rsplit(", ", 1)[0] for row in rows))
+    families = list(
+        dict.fromkeys(row["candidate"].rsplit(", ", 1)[0] for row in rows if DEFAULT not in row["candidate"])
+    )
     families.sort(key=lambda name: name.endswith("bare loop"))  # the plain loop is not ours: last
     at = {(row["candidate"], row["width"]): row["tokens_per_s"] / 1e3 for row in rows}
     lines = []

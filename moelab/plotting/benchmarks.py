@@ -5,6 +5,7 @@ Rows are those of `moelab.bench.harness.Row.json`, or as read from a file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -153,7 +154,8 @@ def _series(
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
     bottom, top = ax.get_ylim()
-    if top < 2.5 * bottom:  # hardly a 1, 2 or 5 among them
+    decades = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)))
+    if sum(bottom <= m * 10**decade <= top for decade in decades for m in (1, 2, 5)) < 3:
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xticks(range(len(values)), [tick(value) for value in values])
