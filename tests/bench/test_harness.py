@@ -100,6 +100,20 @@ def test_published_rows_are_drawn(name, tmp_path):
     assert (tmp_path / f"{name}.svg").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.98, 1.02), (0.55, 1.8), (0.6, 9.0), (0.9, 150.0)])
+def test_an_axis_has_labels_to_read_it_by(low, high):
+    rows = [
+        {"candidate": name, "against": "a", "experts": 8, "ratio": r, "ratio_min": r, "ratio_max": r, "device": "cpu"}
+        | {"rounds": 1, "inputs": "none"}
+        for name, r in (("a", 1.0), ("b", low), ("c", high))
+    ]
+    (ax,) = benchmarks.ratios(rows, title="").axes
+    bottom, top = ax.get_ylim()
+    ticks = zip(ax.get_yticks(minor=True), ax.get_yticklabels(minor=True), strict=True)
+    ticks = [*ticks, *zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)]
+    assert sum(bottom <= y <= top and label.get_text() != "" for y, label in ticks) >= 3
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
