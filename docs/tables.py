@@ -97,7 +97,7 @@ def gate(rows: list[Row]) -> str:
 
 
 def train(rows: list[Row]) -> str:
-    """Return thousand tokens a second of each family and width, fp32 / bf16."""
+    """Return thousand tokens a second of each family and width, fp32 / bf16, without those of PyTorch's products."""
     widths = sorted({row["width"] for row in rows})
     families = list(
         dict.fromkeys(row["candidate"].rsplit(", ", 1)[0] for row in rows if DEFAULT not in row["candidate"])

@@ -154,7 +154,7 @@ def _series(
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
     bottom, top = ax.get_ylim()
-    decades = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)))
+    decades = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)))  # too few labels at their 1, 2 and 5?
     if sum(bottom <= m * 10**decade <= top for decade in decades for m in (1, 2, 5)) < 3:
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_minor_locator(NullLocator())
