@@ -1,8 +1,8 @@
-"""Provide the operations of a MoE layer, imported as ``moelab.kernels``; imports nothing else of moelab.
+"""Provide the operations of an MoE layer, imported as ``moelab.kernels``; imports nothing else of moelab.
 
 One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors C++, compiled where it is first used;
 ``backend="reference"`` runs the op in plain PyTorch. An op's file (``gating.py``) holds the public function and its
-reference, the files beside it (``_gating_triton.py``, ``_cpp/gating.cpp``) the implementations. A MoE layer is
+reference, the files beside it (``_gating_triton.py``, ``_cpp/gating.cpp``) the implementations. An MoE layer is
 
     g = gate(logits_SE, top_k, capacity, seed=step)             # which experts, which slot, which weight, both losses
     table = row_table(g)                                        # which row holds which token

@@ -51,8 +51,8 @@ def expert_ffn(
     ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). All other tensors have one dtype, or the rows bfloat16 or
     float16 and all weights float32: these are then converted to the rows' dtype, and their gradients back.
     Differentiable (once) in all but the offsets. On CUDA, float32 products are exact unless TF32 is on
-    (``_common.dot_precision``); on CPU, float16 is computed in float32. ``activation`` is a name in ``ACTIVATIONS``.
-    Raises ``ValueError`` for another one, and for shapes or dtypes that do not fit.
+    (``_common.dot_precision``). ``activation`` is a name in ``ACTIVATIONS``. Raises ``ValueError`` for another one, and
+    for shapes or dtypes that do not fit.
     """
     if isinstance(w1_EMF, Packed):
         assert isinstance(w2_EFM, Packed)
@@ -129,7 +129,7 @@ def _check(x, offsets_E1, activation, *layers) -> None:
 
 def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
     """Loop over the experts; return x's dtype, rows past the last offset zero."""
-    wide, bounds = accumulate_dtype(x_RM.dtype), offsets_E1.tolist()
+    bounds = offsets_E1.tolist()
 
     def affine(x, w, b, e):
         return x @ w[e] if b is None else x @ w[e] + b[e]
@@ -139,8 +139,7 @@ def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activ
         for e, (start, end) in enumerate(itertools.pairwise(bounds)):
             hidden = activation.forward(affine(x_RM[start:end], w1_EMF, b1_EF, e))
             parts.append(affine(hidden, w2_EFM, b2_EM, e))
-    tail = x_RM.new_zeros(len(x_RM) - bounds[-1], w2_EFM.shape[2], dtype=wide)
-    return torch.cat([*parts, tail]).to(x_RM.dtype)
+    return torch.cat([*parts, x_RM.new_zeros(len(x_RM) - bounds[-1], w2_EFM.shape[2])])
 
 
 def _grouped(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):

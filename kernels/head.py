@@ -57,5 +57,7 @@ def head(
     dw_VM = torch.empty_like(w_VM, dtype=torch.float32) if for_w else None
     teacher_NV, soft_N = (soft.logits_NV.contiguous(), torch.empty_like(losses_N)) if soft else (None, None)
     how = (soft.temperature, soft.weight) if soft else (1.0, 0.0)
-    operations().head.default(x_NM, w_VM, targets_N.contiguous(), losses_N, dx_NM, dw_VM, teacher_NV, soft_N, *how)
+    operations().head.default(
+        x_NM, w_VM, targets_N.to(torch.int64).contiguous(), losses_N, dx_NM, dw_VM, teacher_NV, soft_N, *how
+    )
     return losses_N, dx_NM, dw_VM, soft_N

@@ -93,7 +93,7 @@ class PackedMix(NamedTuple):
 
 def pack_mix(w_2M: Tensor, b_2: Tensor) -> PackedMix:
     """Return the weights of a learned mix, packed."""
-    w_2M = w_2M.detach().float()
+    w_2M, b_2 = w_2M.detach().float(), b_2.detach().float()
     return PackedMix((w_2M[0] - w_2M[1]).contiguous(), float(b_2[0] - b_2[1]))
 
 

@@ -47,7 +47,8 @@ def residual_mix(
     chosen = pick_backend("residual_mix", backend, moe_SM, mlp_SM, x_SM, w_2M, b_2, fits=fits)
     if chosen == "reference":
         wide = accumulate_dtype(moe_SM.dtype)
-        a_S2 = (x_SM.to(wide) @ w_2M.to(wide).T + b_2.to(wide)).softmax(1)
+        with torch.autocast(moe_SM.device.type, enabled=False):
+            a_S2 = (x_SM.to(wide) @ w_2M.to(wide).T + b_2.to(wide)).softmax(1)
         return (a_S2[:, :1] * moe_SM.to(wide) + a_S2[:, 1:] * mlp_SM.to(wide)).to(moe_SM.dtype)
     return _Mix.apply(*contiguous(moe_SM, mlp_SM, x_SM, w_2M, b_2), chosen)
 

@@ -118,6 +118,11 @@ def test_what_is_not_finite_stays_so(bad, instructions):
     assert not dw.isfinite().all()
 
 
+def test_targets_may_be_of_32_bits(instructions):
+    x, w, targets = case(7, 16, 32)
+    assert torch.equal(head(x, w, targets.int(), True, True)[0], head(x, w, targets, True, True)[0])
+
+
 @pytest.mark.parametrize("wrong", [-100, 32])
 def test_a_target_that_there_is_not_is_one_line(wrong, instructions):
     x, w, targets = case(4, 16, 32)

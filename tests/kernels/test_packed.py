@@ -203,7 +203,7 @@ def test_mix(instructions, S, M, dtype):
     moe, mlp, x, add = (draw(S, M, dtype=dtype, seed=i) for i in range(4))
     w, b = draw(2, M, dtype=dtype) / M**0.5, draw(2, dtype=dtype)
     weights, want = packed.pack_mix(w, b), residual_mix(moe, mlp, x, w, b, backend="cpp")
-    assert torch.equal(packed.mix(moe, mlp, x, weights), want)
+    assert torch.equal(packed.mix(moe, mlp, x, weights), want) and weights.bias == float(b[0].float() - b[1].float())
     wide = residual_mix(*(t.double() for t in (moe, mlp, x, w, b)), backend="reference")
     close(packed.mix(moe, mlp, x, weights, add), wide + add.double(), dtype)
 

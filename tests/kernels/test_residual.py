@@ -56,6 +56,13 @@ def test_the_same_bits_on_any_number_of_threads(instructions, dtype):
     assert_same_bits_on_any_number_of_threads(lambda: run("cpp", tensors))
 
 
+def test_the_reference_mixes_in_float32_under_autocast_too():
+    tensors = [t.float() for t in make(13, 67, torch.bfloat16)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = residual_mix(*tensors[:-1], backend="reference")
+    assert torch.equal(found, residual_mix(*tensors[:-1], backend="reference"))
+
+
 def test_tokens_of_another_dtype_are_left_to_the_reference(instructions):
     moe, mlp, x, w, b, _ = make(9, 16, torch.bfloat16)
     with refused():
