@@ -27,7 +27,7 @@ class Clock:
     Attributes:
         seconds: part -> time since the last `reset`.
         collectives: calls since then, of any kind.
-        distinct: experts that had tokens on this rank, one number for each call of a MoE layer's gate.
+        distinct: experts that had tokens on this rank, one number for each call of an MoE layer's gate.
     """
 
     def __init__(self, device: str = "cpu") -> None:

@@ -44,7 +44,7 @@ from moelab.bench.decode_steps import (
     weight_bytes,
 )
 from moelab.bench.decoders import decoders
-from moelab.bench.harness import Row, Timing, read_rate, reader
+from moelab.bench.harness import Row, Timing, reader
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import parallel as engine
@@ -163,7 +163,7 @@ def measure_rank(
     turns = harness.in_turns(candidates, new_prompts, timing, lambda call, given: call(given))
     shared = {
         "empty_collective_ms": empty_collective(mesh, timing) * 1e3,
-        "read_GB_per_s": read_rate(timing, 1 << 26) / 1e9,
+        "read_GB_per_s": reader(timing)() / 1e9,
     }
     prompts = new_prompts(timing.warm_up + timing.rounds)
     numbers = {mode: {**breakdown(g, prompts, settings), **shared} for mode, g in generators.items()}
@@ -219,8 +219,8 @@ def slowest(
         turns[mode], numbers[mode] = last["turns"][mode], last["numbers"][mode]
         # Each rank reads the shared weights and, on average, its share of the experts that tokens chose.
         share = statistics.mean(a["numbers"][mode]["distinct_experts"] or 0 for a in answers)
-        needed = weight_bytes(config, share) / parallel.tensor
-        needed += cache_bytes(config, -(-batch // parallel.data), settings)
+        needed = weight_bytes(config, share) + cache_bytes(config, -(-batch // parallel.data), settings)
+        needed /= parallel.tensor
         waiting_s = numbers[mode]["collectives"] * numbers[mode]["empty_collective_ms"] / 1e3
         floors[mode] = needed / (numbers[mode]["read_GB_per_s"] * 1e9) + waiting_s
     case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": parallel.ranks}

@@ -326,11 +326,6 @@ def copy_rate(timing: Timing, size: int | None = None) -> float:
     return 2 * size / _best(lambda: b.copy_(a), timing, 5)
 
 
-def read_rate(timing: Timing, size: int | None = None) -> float:
-    """Return bytes/s of reading memory larger than the caches, the best of `reader`."""
-    return reader(timing, size)()
-
-
 def _large(timing: Timing) -> int:
     """Return the bytes of memory larger than the caches, whose reading takes much longer than a launch on a GPU."""
     return 1 << 30 if timing.device == "cuda" else 1 << 28

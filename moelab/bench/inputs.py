@@ -1,6 +1,6 @@
 """Make inputs like a real model's: text, and hidden states with a gate's logits, new ones for every round.
 
-Routing decides what a MoE layer costs: how many experts have tokens and how unevenly. So no benchmark measures one
+Routing decides what an MoE layer costs: how many experts have tokens and how unevenly. So no benchmark measures one
 routing again and again: each round has other text, the same for all candidates.
 """
 

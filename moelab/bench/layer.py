@@ -9,8 +9,11 @@ factor 1.0; and, where installed, DeepSpeed's layer and transformers' expert fun
 device or at this size is left out, ours excepted. At capacity factor 1.0 dropped tokens cost nothing: the share that is
 kept stands in the rows.
 
-Floor: the FLOPs at the measured rate of a large product, plus the weights of the experts that have tokens, read twice,
-and their gradient, written once, at the copy rate.
+moelab's own candidates and plain PyTorch multiply by the library that training uses (`fastest_products`), others by the
+one that their users have.
+
+Floor of each candidate: the FLOPs of the tokens that it keeps, at the measured rate of a large product, or the weights
+of the experts that have tokens, read twice, and their gradient, written once, at the copy rate; whichever takes longer.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from moelab.engine.launch import process
 from moelab.inference.text import DTYPES
 from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
+from moelab.models.products import fastest_products
 from moelab.plotting import benchmarks
 
 Output = tuple[Tensor, Tensor | None]
@@ -149,6 +153,8 @@ DENSE, OURS, DROP_FREE, EINSUM = "dense", "ours, capacity 1.0", "ours, drop-free
 LOOP, GROUPED = "sort and loop, drop-free", "torch grouped_mm, drop-free"
 DEEPSPEED, EAGER, MIXTRAL = "deepspeed, capacity 1.0", "transformers eager", "transformers grouped_mm"
 CANDIDATES = (DENSE, OURS, DROP_FREE, LOOP, GROUPED, EINSUM, DEEPSPEED, EAGER, MIXTRAL)
+LIMITED, PEERS = (OURS, EINSUM, DEEPSPEED), (DEEPSPEED, EAGER, MIXTRAL)
+"""Candidates with a capacity limit, and those of other libraries."""
 MAY_FAIL = tuple(name for name in CANDIDATES if name not in (DENSE, OURS, DROP_FREE))
 """Candidates that are left out where they raise, unless they were asked for by name."""
 Candidate = tuple[nn.Module, Callable[[Tensor], Output]]
@@ -225,22 +231,24 @@ def measure(
     S, M, K, dtype = size.tokens, size.hidden, size.top_k, DTYPES[size.dtype]
     states = inputs.HiddenStates(S, M, size.experts, timing.device)
     kept: list[float] = []
+    used: list[int] = []
 
     def new_round(i: int) -> tuple[Tensor, Tensor]:
         made = states(i)
         chosen_E = made.load_E
         if K > 1:
             chosen_E = torch.bincount(made.logits_SE.topk(K).indices.flatten(), minlength=size.experts)
+        used.append(int(chosen_E.count_nonzero()))
         kept.append(float(chosen_E.clamp(max=slots(S * K, size.experts)).sum()) / (S * K))
         x_SM = made.x_SM.to(dtype)
         return x_SM.requires_grad_(backward), torch.randn_like(x_SM)
 
-    def turn(module: nn.Module, call: Callable[[Tensor], Output]) -> Callable[[tuple[Tensor, Tensor]], None]:
+    def turn(name: str, module: nn.Module, call: Callable[[Tensor], Output]) -> Callable[[tuple[Tensor, Tensor]], None]:
         parameters = list(module.parameters())
 
         def run(given: tuple[Tensor, Tensor]) -> None:
             x_SM, dy_SM = given
-            with torch.set_grad_enabled(backward):
+            with torch.set_grad_enabled(backward), fastest_products(name not in PEERS):
                 y_SM, aux_loss = call(x_SM)
                 if backward:
                     pairs = [(y_SM, dy_SM)] + ([] if aux_loss is None else [(aux_loss, torch.ones_like(aux_loss))])
@@ -251,17 +259,23 @@ def measure(
 
         return run
 
-    made = {name: turn(*pair) for name, pair in candidates(size, states.gate_EM, only).items()}
+    made = {name: turn(name, *pair) for name, pair in candidates(size, states.gate_EM, only).items()}
     slow = {} if slow is None else slow
     made = {name: call for name, call in made.items() if slow.get(name, size.experts + 1) > size.experts}
     times = harness.in_turns(made, new_round, timing, may_fail=() if only else MAY_FAIL)
     slow |= dict.fromkeys(made.keys() - times.keys(), size.experts)
     measured = states.measured()
     passes = 3 if backward else 1
-    used = min(measured["used_experts"] * K, size.experts)
     expert = FeedForward(M, size.ffn)
-    read = passes * used * expert.weights * dtype.itemsize
-    floor_s = passes * S * K * expert.flops / harness.product_rate(dtype, timing) + read / harness.copy_rate(timing)
+    products_s = passes * S * K * expert.flops / harness.product_rate(dtype, timing)
+    expert_s = passes * expert.weights * dtype.itemsize / harness.copy_rate(timing)
+    floor_s = {
+        name: max(
+            products_s * (statistics.median(kept) if name in LIMITED else 1.0),
+            expert_s * (K if name == DENSE else statistics.median(used)),
+        )
+        for name in times
+    }
     case = {"tokens": S, "hidden": M, "ffn": size.ffn, "experts": size.experts, "dtype": size.dtype}
     case |= {"top_k": K} if K > 1 else {}
     case |= {"threads": torch.get_num_threads(), "passes": "forward + backward" if backward else "forward"}

@@ -118,7 +118,7 @@ def _rates(device: str) -> str:
     timing, on_gpu = harness.Timing(device=device), device == "cuda"
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     products = {name: harness.product_rate(kind, timing) / 1e12 for name, kind in kinds.items()}
-    read, copied = harness.read_rate(timing) / 1e9, harness.copy_rate(timing) / 1e9
+    read, copied = harness.reader(timing)() / 1e9, harness.copy_rate(timing) / 1e9
     text = ", ".join(f"{name} products {rate:.3g} TFLOP/s" for name, rate in products.items())
     text += f", memory read at {read:.4g} GB/s, copied at {copied:.4g} GB/s ({harness.device_name(device)})"
     where = simulate.cluster_of_card(torch.cuda.get_device_name(0)) if on_gpu else None

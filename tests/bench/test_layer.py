@@ -53,14 +53,19 @@ def test_rows_are_tidy(dtype):
 
 
 def test_the_floor_counts_products_and_the_weights_of_experts_with_tokens():
-    size = LayerSize(8, 32, 64, 64)
-    for backward, passes in ((True, 3), (False, 1)):
-        row, ours = layer.measure(size, QUICK, backward=backward, only=[layer.DROP_FREE])
-        assert (row.candidate, ours.candidate) == (layer.DENSE, layer.DROP_FREE)
-        used = row.case["used_experts"]
-        assert used <= 8
-        floor_s = passes * (8 * 4 * 32 * 64 / 1e11 + used * 2 * 32 * 64 * 4 / 1e10)
-        assert row.floor_ms == pytest.approx(floor_s * 1e3)
+    weights = 2 * 32 * 64
+    for S, E, top_k, backward, passes in ((8, 64, 1, True, 3), (8, 64, 2, False, 1), (500, 4, 1, True, 3)):
+        size = LayerSize(S, 32, 64, E, top_k=top_k)
+        rows = layer.measure(size, QUICK, backward=backward, only=[layer.OURS, layer.DROP_FREE])
+        assert [row.candidate for row in rows] == [layer.DENSE, layer.OURS, layer.DROP_FREE]
+        case, (dense, limited, free) = rows[0].case, (row.floor_ms / passes / 1e3 for row in rows)
+        products = S * top_k * 2 * weights / 1e11
+        assert dense == pytest.approx(max(products, top_k * weights * 4 / 1e10)), "reads its own weights only"
+        if S == 8:  # few tokens: the experts that have any are read
+            assert limited == free and top_k < free / (weights * 4 / 1e10) <= min(8 * top_k, 64)
+        else:
+            assert case["kept_share"] < 0.99 and free == pytest.approx(products)
+            assert limited == pytest.approx(products * case["kept_share"]), "dropped tokens cost nothing"
 
 
 @pytest.mark.parametrize("name", [layer.DEEPSPEED, layer.EAGER, layer.MIXTRAL])
