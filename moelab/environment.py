@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+LONGEST_S = 1e9
+"""No limit is longer: torch and the operating system count in whole milliseconds."""
+
 
 @dataclass(frozen=True)
 class Variable:
@@ -32,6 +35,14 @@ class Variable:
     def get(self, environment: Mapping[str, str] | None = None) -> str | None:
         """Return its value in `environment` (by default this process's), or None where it is not set or empty."""
         return (os.environ if environment is None else environment).get(self.name) or None
+
+    def seconds(self, environment: Mapping[str, str] | None = None) -> float:
+        """Return its value, or the default, as a number of seconds; ValueError, one line, for what is none."""
+        text = self.get(environment) or self.default
+        with contextlib.suppress(ValueError):
+            if 0 < (value := float(text)) <= LONGEST_S:
+                return value
+        raise ValueError(f"{self.name} must be a number of seconds, got {text!r}")
 
 
 HOME = Variable(

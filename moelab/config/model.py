@@ -75,6 +75,9 @@ class ModelConfig:
             value = getattr(self, what)
             _check(value >= 1, f"{where}: {what} must be at least 1, got {value}")
             _check(value <= MAX_SIZE, f"{where}: {what} must be at most {MAX_SIZE:,}, got {value:,}")
+        for what in ("head_size", "ffn"):
+            value = getattr(self.decoder, what)
+            _check(value <= MAX_SIZE, f"{where}: decoder.{what} must be at most {MAX_SIZE:,}, got {value:,}")
         _check(self.init_std >= 0, f"{where}: init_std must not be negative, got {self.init_std}")
         _check(
             self.decoder.head_size > 0 or self.hidden % self.heads == 0,
@@ -318,7 +321,7 @@ class ModelConfig:
         return self.attention_weights + biases + norms
 
     def mixing_parameters(self) -> int:
-        """Return the parameters that weigh a MoE layer's two branches: residual's learned mix or the shared gate."""
+        """Return the parameters that weigh an MoE layer's two branches: residual's learned mix or the shared gate."""
         if self.residual:
             return 2 * self.hidden + 2 if self.residual_mix == "learned" else 0
         return self.expert.mixing_parameters(self.hidden)

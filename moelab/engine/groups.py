@@ -22,7 +22,8 @@ from moelab.engine.launch import process
 class Group:
     """Some ranks that communicate with each other.
 
-    The methods are torch.distributed's collectives; only `moelab.engine.collectives` calls them.
+    The methods are torch.distributed's collectives; `moelab.engine.collectives` calls them, and `check-cluster`, which
+    times them.
 
     Attributes:
         ranks: the group's global ranks, in the group's order.

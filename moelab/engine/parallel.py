@@ -8,6 +8,7 @@ and checkpoints need to know. Initial weights are those of the model on one rank
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -172,6 +173,8 @@ def _init(model: GPT, config: ModelConfig, seed: int, placements: dict[str, Plac
 def _shard(model: GPT, mesh: Mesh) -> None:
     from torch.distributed.fsdp import fully_shard  # slow to import (see moelab.engine.sharded)
 
+    # A block's output may be a view of what its MoE layer returns; nothing here works on it in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     experts = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     whole = experts | {p for p in model.parameters() if not p.requires_grad}
     for module in (*model.blocks, model):

@@ -47,8 +47,8 @@ def mask_gate(
     limit = capacity if capacity is not None and capacity < S else None
     if limit is not None and seed is not None:
         draw_N = priorities(seed, S, top_k, device=logits_SE.device).T.flatten()
-        # If draws are equal, which is rare, the earlier entry comes first.
-        rank_N = draw_N * (S * top_k) + torch.arange(S * top_k, 0, -1, device=logits_SE.device)
+        # If draws are equal, which is rare, the lower token comes first; it chooses an expert once at most.
+        rank_N = draw_N * S + torch.arange(S, 0, -1, device=logits_SE.device).repeat(top_k)
         top_CE = (chosen_NE * rank_N[:, None]).topk(limit, dim=0).indices
         chosen_NE = chosen_NE * torch.zeros_like(chosen_NE).scatter_(0, top_CE, 1)
     slot_N = (chosen_NE.cumsum(0) * chosen_NE).sum(1) - 1  # -1 for dropped entries

@@ -70,7 +70,7 @@ class Routing(Gate):
 
 
 class Router(nn.Module):
-    """Compute a MoE layer's routing by a linear map M -> E without bias and `RoutingConfig`'s rules.
+    """Compute an MoE layer's routing by a linear map M -> E without bias and `RoutingConfig`'s rules.
 
     Attributes:
         gate: function that computes the routing from logits and rules, by default `moelab.kernels.gate`.
@@ -140,7 +140,8 @@ class Router(nn.Module):
         pool = self.pool if self.training else None
         special = rescored or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None
         if self.losses and special:
-            routing = routing._replace(aux_loss=self._aux_loss(logits_SE, routing.expert_SK, sequences, pool))
+            loss = self._aux_loss(logits_SE, routing.expert_SK, sequences, pool)
+            routing = routing._replace(aux_loss=loss + 0 * routing.aux_loss.detach())  # NaN stays: see _loss
         if self.losses:  # a decoding step, which has none, is spared the copy
             routing = Routing(*routing)
             routing.loss = self._loss(logits_SE, routing)

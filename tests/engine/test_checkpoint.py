@@ -441,9 +441,11 @@ def test_an_error_of_the_block_goes_before_one_of_the_write(tmp_path, monkeypatc
 
 def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
     (tmp_path / "step-00000099").mkdir()  # broken, so training went back
+    for mine in ("step-00000001-mine", "step-before-lr-change"):
+        (tmp_path / mine).mkdir()  # a user's copy is neither removed nor resumed from
     write(tmp_path, range(1, 6), keep=3)
     assert [int(p.name[5:]) for p in format.directories(tmp_path)] == [3, 4, 5, 99]
-    assert checkpoint.latest(tmp_path).step == 5
+    assert checkpoint.latest(tmp_path).step == 5 and (tmp_path / "step-00000001-mine").is_dir()
 
 
 @pytest.mark.multiprocess

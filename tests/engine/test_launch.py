@@ -422,6 +422,10 @@ def test_bad_surroundings_are_one_line():
     with pytest.raises(ValueError, match="death_s must be more than 0"):
         Limits(death_s=0)
     assert Limits.read({"MOELAB_HANG_S": "7"}) == Limits(hang_s=7)
+    assert Limits.read({"MOELAB_HANG_S": "3600"}).collective_s == 7200, "the watch comes first"
+    for text in ("inf", "1e20", "nan", "0", "ten"):
+        with pytest.raises(ValueError, match=f"MOELAB_COLLECTIVE_S must be a number of seconds, got '{text}'"):
+            Limits.read({"MOELAB_COLLECTIVE_S": text})
 
 
 def test_a_kill_for_want_of_memory_is_recognised(monkeypatch):

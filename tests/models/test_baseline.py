@@ -43,6 +43,22 @@ def test_ties_and_all_tokens_to_one_expert():
         assert_same(mask_gate(logits, 2, capacity, seed=seed), gate(logits, 2, capacity, seed=seed))
 
 
+def test_equal_draws_go_to_the_lower_token(monkeypatch):
+    """As the kernels' gate has it, whichever of a token's choices the expert is."""
+    monkeypatch.setattr("moelab.models.baseline.priorities", lambda seed, S, K, device: torch.ones(S, K).long())
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])  # expert 0 is token 0's second choice
+    assert mask_gate(logits, 2, 1, seed=0).slot_SK.tolist() == [[0, 0], [-1, -1], [-1, -1]]
+
+
+def test_a_token_that_cannot_be_routed_shows_in_the_loss():
+    router = Router(4, 4, 1, RoutingConfig(scores="sigmoid"))
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(5, 4)
+    assert router(x).loss.isfinite()
+    x[2] = torch.inf
+    assert router(x).loss.isnan()
+
+
 @pytest.mark.parametrize(
     "routing", [RoutingConfig(), RoutingConfig(choice_noise="gumbel", input_jitter=0.01, aux_scope="step")]
 )

@@ -47,14 +47,13 @@ class Piece:
 
 
 def directories(directory: Path) -> list[Path]:
-    """Return the checkpoints in a directory by step, complete or not."""
-    return sorted(p for p in directory.glob("step-*") if p.is_dir()) if directory.is_dir() else []
+    """Return the checkpoints in a directory by step, complete or not; not what a user has put beside them."""
+    return sorted(p for p in directory.glob("step-" + 8 * "[0-9]") if p.is_dir()) if directory.is_dir() else []
 
 
 def step_of(path: Path) -> int:
-    """Return the steps done in a checkpoint, from the name of its directory; -1 when the name has no number."""
-    number = path.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
+    """Return the steps done in a checkpoint, from the name of its directory."""
+    return int(path.name.removeprefix("step-"))
 
 
 def regular_file(path: Path, name: str) -> Path:

@@ -10,8 +10,8 @@ expert's parameters are by its global id, each a tensor of its own, so that tool
     config.json     {"model_type": "moelab", "format": 1, "model": ModelConfig as JSON}
     *.safetensors   blocks.1.ffn.experts.7.up [M, F] (gated: [M, 2, F]), .up_bias [F], .down [F, M], .down_bias [M]
 
-`hf_formats` and `hf_families` say which tensor holds which parameter. Parameters are read and written one at a time, so
-that no more than one is in memory besides the model; on several ranks, each reads the experts that it holds. The
+`hf_formats` and `hf_families` say which tensor holds which parameter. Parameters are read one at a time and written by
+`SHARD_BYTES`, which is what is in memory besides the model; on several ranks, each reads the experts that it holds. The
 directory may also hold the `tokenizer.json` of the `tokenizers` library. No file is a pickle: reading executes no code.
 """
 
@@ -81,7 +81,7 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None, mode
 def convert(source: Path, directory: Path, model_type: str = "moelab", name: str = "") -> ModelConfig:
     """Write the model in a directory to another one in another format, with its tokenizer; return its configuration.
 
-    Weights keep their dtype and their bits; one parameter at a time is in memory.
+    Weights keep their dtype and their bits; `SHARD_BYTES` of them are in memory at a time.
 
     Args:
         name: the model's name; the default keeps that of the source.
@@ -187,7 +187,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None = None) -> GPT:
-    """Return the model in a directory of any format, or this rank's part of it, on CPU.
+    """Return the model in a directory of any format, or this rank's part of it, on CPU or the mesh's device.
 
     Args:
         mesh: the ranks that share the model; None means this process alone.

@@ -69,9 +69,8 @@ class Files(contextlib.ExitStack):
 
     def whole(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> Tensor:
         """Return one of our parameters."""
-        parts = list(self.kind.parts(name, shape, config))
-        first = self.read(self.prefix + parts[0].name)
-        parameter = torch.empty(shape, dtype=first.dtype)
+        first = next(iter(self.kind.parts(name, shape, config)))
+        parameter = torch.empty(shape, dtype=self.dtype(self.prefix + first.name))
         self.fill(parameter, name, Placement.whole(shape), config)
         return parameter
 

@@ -265,21 +265,19 @@ def main(
         raise ValueError("check-cluster: --mib must be at least 1")
     place = process.join(device=device, timeout=LIMIT_S)
     findings: list[Finding] = []
-    try:
-        hosts = all_gather_json(place.host)
-        for row in check(place, device=device, largest=largest, **options):
-            findings.append(row)
-            if place.rank == 0:  # as they come: a check that never ends is the one after the last line
-                print(f"{row.verdict:>5}  {row.check}", file=sys.stderr, flush=True)
-        good = not any(row.verdict in ("wrong", "slow") for row in findings)
-        if place.rank == 0:
-            _show(findings)
-            line = verdict(findings, place, len(set(hosts)))
-            print(line)
-            if out is not None:
-                write_json(out, {"verdict": line, "checks": [asdict(row) for row in findings]})
-    finally:
-        process.leave()
+    hosts = all_gather_json(place.host)
+    for row in check(place, device=device, largest=largest, **options):
+        findings.append(row)
+        if place.rank == 0:  # as they come: a check that never ends is the one after the last line
+            print(f"{row.verdict:>5}  {row.check}", file=sys.stderr, flush=True)
+    good = not any(row.verdict in ("wrong", "slow") for row in findings)
+    if place.rank == 0:
+        _show(findings)
+        line = verdict(findings, place, len(set(hosts)))
+        print(line)
+        if out is not None:
+            write_json(out, {"verdict": line, "checks": [asdict(row) for row in findings]})
+    process.leave()  # not after an error, which others may not have: they would be waited for
     return good or place.rank != 0
 
 

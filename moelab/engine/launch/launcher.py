@@ -15,7 +15,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -82,14 +82,10 @@ class Limits:
         Raises:
             ValueError: a value is not a number of seconds; the message is one line.
         """
-        signs = {}
-        for field, variable in zip(fields(cls), (HANG_S, DEATH_S, STOP_S, COLLECTIVE_S), strict=True):
-            if text := variable.get(environment):
-                try:
-                    signs[field.name] = float(text)
-                except ValueError:
-                    raise ValueError(f"{variable.name} must be a number of seconds, got {text!r}") from None
-        return cls(**signs)
+        found = cls(*(variable.seconds(environment) for variable in (HANG_S, DEATH_S, STOP_S, COLLECTIVE_S)))
+        if COLLECTIVE_S.get(environment):
+            return found
+        return replace(found, collective_s=max(found.collective_s, 2 * found.hang_s))
 
 
 class RankFailed(RuntimeError):
@@ -337,7 +333,7 @@ class _Watch:
         return self._failure(rank, how, deadline)
 
     def _await_stacks(self, marks: Mapping[int, int]) -> None:
-        """Wait until all ranks have written their stacks, for at most half of the remaining time."""
+        """Wait until all ranks have written their stacks, for at most half of `death_s`."""
         deadline = time.monotonic() + self.limits.death_s / 2
         before: list[int] = []
         while time.monotonic() < deadline:

@@ -139,7 +139,7 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
     if place is None:
         raise RuntimeError("ranks: this process is not a rank; start it through launch, torchrun or srun")
     show_stacks_when_asked()
-    limit = timedelta(seconds=timeout or float(COLLECTIVE_S.get() or COLLECTIVE_S.default))
+    limit = timedelta(seconds=timeout or COLLECTIVE_S.seconds())
     if interface := rendezvous.gloo_interface(os.environ, rendezvous.interfaces()):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     store = rendezvous.meet(place.rank, place.world_size, limit, folder)
