@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moelab import environment, machine, paths
+from moelab.config import DataConfig, from_json
 from moelab.files import write_json
 from moelab.lazy import pd
 from moelab.report.publication import Publication
@@ -37,6 +37,13 @@ Executor = Literal["auto", "inline", "processes", "slurm", "read"]
 
 _SHORT_FLOPS = 1e11
 """Training FLOPs below which a run is short: a core's work of two seconds, as a process takes to begin."""
+
+
+def _fingerprint(data: DataConfig) -> str:
+    """Return the fingerprint that a text has now."""
+    from moelab.data import prepare
+
+    return prepare(data, paths.home() / "data").fingerprint
 
 
 def _short(run: Run, workers: int) -> bool:
@@ -94,7 +101,7 @@ class Lab:
             raise ValueError(f"lab.run: executor must be one of {', '.join(allowed)}, got {executor!r}")
         runs = [self.store.run(spec, write=executor != "read") for spec in closure(specs).values()]
         if asked != "read":
-            Runs(runs).require_same_texts()
+            Runs(runs).require_same_texts(None if executor in ("read", "slurm") else _fingerprint)
         self._announce(runs)
         if executor == "slurm" and (waiting := [run.spec for run in runs if not run.finished]):
             self._on_cluster(waiting, profile)
@@ -203,6 +210,7 @@ class Lab:
         Args:
             run: the run, its id, or a directory of an exported model.
             mode: one of `moelab.inference.modes.MODES`.
+            device: "cpu" or "cuda".
             sampling: fields of `moelab.inference.Sampling`, such as ``max_new_tokens=40, top_p=0.9``.
         """
         from moelab.inference import Sampling
@@ -210,14 +218,10 @@ class Lab:
 
         directory = run.path if isinstance(run, Run) else self.store.find(run)
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        allowed = {f.name for f in fields(Sampling)}
-        if unknown := set(sampling) - allowed:
-            raise ValueError(
-                f"lab.generate: unknown {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(allowed))}"
-            )
+        how = from_json(Sampling, sampling, "lab.generate")
         batch = min(max(len(several), 1), 32)
         writer = open_text(directory, cache=paths.home() / "data", mode=mode, device=device, batch=batch)
-        completions = writer.generate(several, Sampling(**sampling))
+        completions = writer.generate(several, how)
         return completions[0] if isinstance(prompts, str) else completions
 
     def power(

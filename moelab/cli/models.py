@@ -244,12 +244,13 @@ def export(
             kind = format or hf.suitable_format(config)
             hf.convert(source, directory, kind)
         else:
-            config, data = run_configs(source)
+            config, of_data = run_configs(source)
             kind = format or hf.suitable_format(config)
-            model = load_run(source, dtype=dtype or "fp32")
+            data = prepare(of_data, paths.home() / "data")
+            model = load_run(source, data=data, dtype=dtype or "fp32")
             finished = (source / "result.json").is_file()
             card = model_card(source, directory.name, dtype or "fp32") if finished else ""
-            hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
+            hf.export(model, directory, data.tokenizer(), kind)
             if card:
                 write_text(directory / "README.md", card)
     print(f"{config}: {kind} format in {directory}")

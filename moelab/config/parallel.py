@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 Exchange = Literal["flat", "hierarchical", "coordinated", "coordinated-hierarchical"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 
+MAX_RANKS = 1 << 20
+"""No layout has more: a number that is larger comes from a damaged file or a slip."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -73,9 +76,10 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for what in ("tensor", "data", "expert_slicing", "gpus_per_node"):
             value = getattr(self, what)
-            _check(value >= 1, f"{what} must be at least 1, got {value}")
+            _check(1 <= value <= MAX_RANKS, f"{what} must be 1 to {MAX_RANKS:,}, got {value:,}")
         _check(self.expert >= 0, f"expert must be 0 (as many as there are experts for) or more, got {self.expert}")
         check_choices(self, "parallel")
+        _check(self.ranks <= MAX_RANKS, f"{self.ranks:,} ranks (tensor x data) are more than {MAX_RANKS:,}")
         G = self.ranks_per_node
         _check(
             self.ranks % G == 0,
@@ -207,7 +211,7 @@ class ParallelConfig:
 
 
 AXES = ("replica", "slice", "node", "local", "tensor")
-"""Axes of a MoE layer's grid, see the module's docstring."""
+"""Axes of an MoE layer's grid, see the module's docstring."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Describe how a MoE layer's gate sends tokens to experts: `RoutingConfig`."""
+"""Describe how an MoE layer's gate sends tokens to experts: `RoutingConfig`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moelab.config._check import check_choices
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """Describe how a MoE layer's gate sends tokens to experts (paper section 4).
+    """Describe how an MoE layer's gate sends tokens to experts (paper section 4).
 
     The defaults are those of the released training scripts.
 

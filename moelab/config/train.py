@@ -37,7 +37,7 @@ class TrainConfig:
         threads: CPU threads of the run. Part of its identity, because the order of sums depends on it.
         seed: seed of initial weights, data order, dropout and random token selection.
         eval_every: steps between evaluations on at most `eval_tokens` validation tokens per domain. After the last
-            step, all validation tokens are evaluated.
+            step, all validation tokens are, at most 100 million of each domain.
         log_every: steps between metric rows.
         checkpoint_every: steps between checkpoints (0: only at the end or when told to stop). Not part of a run's
             identity.

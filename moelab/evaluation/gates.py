@@ -122,7 +122,7 @@ class Gates:
             raise ValueError(f"gates: {self._config} is dense, it routes nothing")
         self._data = prepare(self._text, paths.home() / "data")
         self._tokenizer = self._data.tokenizer()
-        self._model = (load_run(folder) if initial is None else build(self._config, initial)).eval()
+        self._model = (load_run(folder, data=self._data) if initial is None else build(self._config, initial)).eval()
 
     def on_text(self, text: str) -> list[Choices]:
         """Return one `Choices` per MoE layer, in order.

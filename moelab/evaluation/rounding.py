@@ -34,7 +34,7 @@ def measure(run: Path, tokens: int, cache: Path) -> list[dict[str, Any]]:
     data = prepare(data_config, cache)
     rows: list[dict[str, Any]] = []
     for mode, dtype in VARIANTS:
-        model = set_mode(load_run(run, dtype=dtype), mode)
+        model = set_mode(load_run(run, data=data, dtype=dtype), mode)
         losses = evaluate(model, data, TrainConfig(), data_config.context, max_tokens=tokens)
         row = {"run": run.name, "model": str(config), "mode": mode, "dtype": dtype, "loss": losses["loss"]}
         row["minus_reference"] = losses["loss"] - (rows[0]["loss"] if rows else losses["loss"])

@@ -60,7 +60,7 @@ def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
     train, seed = run.spec.train, {"seed": run.spec.train.seed}
     text = prepare(run.spec.data, paths.home() / "data")
     batches = validation_batches(text, train.batch_size, run.spec.data.context, max_tokens or 0)
-    model = load_run(run.path, device=train.device).eval()
+    model = load_run(run.path, data=text, device=train.device).eval()
     uses = expert_use(model, ((domain, tokens_BT) for domain, tokens_BT, _ in batches))
     layers = [
         {

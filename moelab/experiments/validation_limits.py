@@ -48,6 +48,7 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
     from moelab.data import prepare
     from moelab.data.batches import validation_batches
     from moelab.engine import checkpoint
+    from moelab.inference.text import weights_for
     from moelab.models import build
 
     spec, losses = run.spec, dict[str, Any]()
@@ -67,7 +68,7 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
             losses[name] = losses["by_domain"]  # equal up to rounding
             continue
         model = build(config, spec.train.seed, spec.train.device)
-        checkpoint.load_model(checkpoint.weights_of(run.path), model)
+        checkpoint.load_model(weights_for(run.path, data), model)
         model.eval()
         nats = dropped = 0.0
         for x_BT, y_BT in batches:

@@ -1,7 +1,7 @@
 """Pack a model's weights once for inference on a CPU, for the operations of `moelab.kernels.packed`.
 
 A packed weight replaces that of its module, which is freed; the model's code is that of training. Products of packed
-weights take the activation and the sum with the residual stream with them, and a MoE layer whose experts are all in
+weights take the activation and the sum with the residual stream with them, and an MoE layer whose experts are all in
 this process takes two calls, for the gate and for the rest. A row's result has the same bits whatever the other rows.
 """
 

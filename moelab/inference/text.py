@@ -15,7 +15,7 @@ import torch
 
 from moelab.config import DataConfig, ModelConfig, from_json
 from moelab.config.parallel import ParallelConfig
-from moelab.data import prepare
+from moelab.data import TokenData, prepare
 from moelab.data.tokenizer import Tokenizer
 from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
@@ -139,9 +139,12 @@ def open_model(
     """Return (model, tokenizer) of a directory, before a mode is set; arguments and errors as in `open_text`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where there is a GPU, got {device!r}")
     if (directory / "spec.json").is_file():
-        model = load_run(directory, mesh=mesh, device=device, dtype=dtype)
-        tokenizer = prepare(run_configs(directory)[1], cache).tokenizer()
+        data = prepare(run_configs(directory)[1], cache)
+        model = load_run(directory, data=data, mesh=mesh, device=device, dtype=dtype)
+        tokenizer = data.tokenizer()
     elif (directory / "config.json").is_file():
         model = hf.load(directory, mesh=mesh, dtype=DTYPES[dtype]).to(device)
         tokenizer = hf.load_tokenizer(directory)
@@ -192,10 +195,32 @@ def run_configs(directory: Path) -> tuple[ModelConfig, DataConfig]:
     )
 
 
-def load_run(directory: Path, *, mesh: Mesh | None = None, device: str = "cpu", dtype: str = "fp32") -> GPT:
-    """Return a run's model, or this rank's part of it, with its weights; see `checkpoint.weights_of`."""
-    config, _ = run_configs(directory)
+def weights_for(directory: Path, data: TokenData) -> checkpoint.Checkpoint:
+    """Return a run's weights (see `checkpoint.weights_of`) for its text; ValueError, one line, if that has changed."""
     last = checkpoint.weights_of(directory)
+    if not data.shares_text(last.state["data"]):
+        raise ValueError(
+            f"{directory}: its text or the tokens of it have changed since the training; put the old text back, or "
+            "remove the run and train it again"
+        )
+    return last
+
+
+def load_run(
+    directory: Path,
+    *,
+    data: TokenData | None = None,
+    mesh: Mesh | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
+) -> GPT:
+    """Return a run's model, or this rank's part of it, with its weights; see `checkpoint.weights_of`.
+
+    Args:
+        data: the text that the model is to read, if any: it must be the one that it was trained on (`weights_for`).
+    """
+    config, _ = run_configs(directory)
+    last = checkpoint.weights_of(directory) if data is None else weights_for(directory, data)
     if mesh is not None and mesh.world.size > 1:
         part = engine.build(config, None, mesh, DTYPES[dtype])
         checkpoint.load_model(last, part.module, part.placements)

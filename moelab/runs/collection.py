@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from moelab.config import DataConfig
@@ -65,8 +65,11 @@ class Runs(tuple[Run, ...]):
             self,
         )
 
-    def require_same_texts(self) -> None:
+    def require_same_texts(self, now: Callable[[DataConfig], str] | None = None) -> None:
         """Refuse finished runs on a text of the user's that has changed between them: their ids have its name alone.
+
+        Args:
+            now: returns the fingerprint that a text has now; with it, runs to come are refused, too.
 
         Raises:
             ValueError: one line: the two runs.
@@ -79,10 +82,11 @@ class Runs(tuple[Run, ...]):
                 continue
             before, other = first.setdefault(replace(run.spec.data, context=1), (text, run)) if text else (text, run)
             if text != before:
-                raise ValueError(
-                    f"runs {other.spec.id} and {run.spec.id}: the text {run.spec.data.corpus} has changed between "
-                    f"them; remove the runs on the old one from {run.path.parent} and run again"
-                )
+                raise _changed(other, run)
+        for run in self.missing if now is not None else ():
+            before, other = first.get(replace(run.spec.data, context=1), ("", run))
+            if now is not None and before and now(run.spec.data) != before:
+                raise _changed(other, run)
 
     def explain_missing(self) -> str:
         """One line for each run without a result, and the end of its log; empty when there is none."""
@@ -141,3 +145,10 @@ def _unrepeated(by_pair: Mapping[str, Mapping[str, float]]) -> float:
     others = [part for kind, part in by_pair.items() if kind != "repeated"]
     share = sum(part["share"] for part in others)
     return sum(part["share"] * part["loss"] for part in others) / share if share else math.nan
+
+
+def _changed(other: Run, run: Run) -> ValueError:
+    return ValueError(
+        f"runs {other.spec.id} and {run.spec.id}: the text {run.spec.data.corpus} has changed between them; remove the "
+        f"runs on the old one from {run.path.parent} and run again"
+    )

@@ -144,7 +144,8 @@ def _timed(known: Mapping[str, records.Archive]) -> tuple[list[tuple[RunSpec, fl
     for name in store.ids(file="result.json"):
         with contextlib.suppress(ValueError, RuntimeError, OSError):  # a damaged run tells nothing
             run = store.at(name)
-            if run.spec.train.device == "cpu" and (seconds := run.own_seconds) > 0:
+            trained_here = (run.path / "holder.json").exists()  # no record of another machine's run
+            if trained_here and run.spec.train.device == "cpu" and (seconds := run.own_seconds) > 0:
                 timed.append((run.spec, seconds))
     if timed:
         return timed, "the finished runs here"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -175,7 +176,8 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
         raise
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename or run.path}"
-        reason += " (earlier checkpoints are kept; make room and run again)"
+        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):  # None: safetensors' error of a full disk
+            reason += " (earlier checkpoints are kept; make room and run again)"
         with contextlib.suppress(OSError):  # the disk that is full is the one the status lives on; the log says it
             run.set_status(Status("failed", **state, reason=reason))
         raise

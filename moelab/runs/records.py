@@ -64,8 +64,10 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
         path, whole = directory / f"{model}.zip", io.BytesIO()
         if (there := archives_in(path)) == [path]:  # taken for a record, as it cannot be read as a pack
             raise ValueError(f"{path}: damaged; restore or remove it")
-        for archive in there:
-            records.setdefault(archive.name, archive.read_bytes())
+        try:
+            records = {archive.name: archive.read_bytes() for archive in there if archive.name not in records} | records
+        except (zipfile.BadZipFile, zlib.error, OSError) as error:
+            raise ValueError(f"{path}: damaged ({one_line(error)}); restore or remove it") from None
         with zipfile.ZipFile(whole, "w") as pack:  # records lie as they are, so that git keeps what was added alone
             for name, data in sorted(records.items()):
                 pack.writestr(zipfile.ZipInfo(name, _EPOCH), data)
@@ -81,7 +83,7 @@ def archives_in(source: Path) -> list[Archive]:
         try:
             with zipfile.ZipFile(path) as pack:
                 names = pack.namelist()
-        except (zipfile.BadZipFile, OSError):
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # the latter: of a damaged directory
             names = []
         inner = [zipfile.Path(str(path), name) for name in names if "/" not in name and name.endswith(".zip")]
         archives += inner if inner and len(inner) == len(names) else [path]
@@ -201,6 +203,6 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
                     raise ValueError(f"{archive}: {name} is packed by another method than deflate")
                 with packed.open(entries[name]) as file:
                     content[name] = file.read(entries[name].file_size + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: encrypted
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, UnicodeError, RuntimeError) as error:  # encrypted, too
         raise ValueError(f"{archive}: unreadable ({one_line(error)})") from None
     return content

@@ -222,7 +222,7 @@ class RunSpec:
     @property
     def cost(self) -> float:
         """Training FLOPs of its own tokens, with a teacher's forward passes, for estimates of the time left."""
-        return self._cost_of_a_token * self.own_tokens
+        return self._cost_of(self.train.tokens - self.own_tokens, self.train.tokens)
 
     @property
     def total_cost(self) -> float:
@@ -231,15 +231,15 @@ class RunSpec:
 
     def _cost_until(self, tokens: int) -> float:
         begin, before = (self.start.tokens, self.start.run._cost_until(self.start.tokens)) if self.start else (0, 0.0)
-        return before + self._cost_of_a_token * (tokens - begin)
+        return before + self._cost_of(begin, tokens)
 
-    @property
-    def _cost_of_a_token(self) -> float:
+    def _cost_of(self, begin: int, end: int) -> float:
         context = self.data.context
-        a_token = self.model.flops_per_token(context=context)
+        cost = self.model.flops_per_token(context=context) * (end - begin)
         if self.teacher is not None and self.distill is not None and self.distill.schedule != "off":
-            a_token += self.teacher.model.flops_per_token(training=False, context=context)
-        return a_token
+            taught = end if self.distill.schedule == "constant" else min(end, self.distill.stop)
+            cost += self.teacher.model.flops_per_token(training=False, context=context) * max(0, taught - begin)
+        return cost
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values."""

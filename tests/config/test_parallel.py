@@ -56,7 +56,9 @@ def test_grid_and_position_agree(exchange, tensor, data, slicing, node, experts)
     [
         (lambda: P(tensor=3, data=8), "tensor 3 does not divide the 8 ranks of a node"),
         (lambda: P(data=12), "12 ranks .* do not fill nodes of 8"),
-        (lambda: P(tensor=0), "tensor must be at least 1"),
+        (lambda: P(tensor=0), "tensor must be 1 to 1,048,576, got 0"),
+        (lambda: P(data=10**30), "data must be 1 to 1,048,576"),
+        (lambda: P(tensor=8, data=1 << 20), "8,388,608 ranks"),
         (lambda: P(exchange="ring"), "exchange must be one of .flat"),
         (lambda: P(tensor=2, data=4, shard=True), "shard needs tensor = 1"),
         (lambda: P(data=8, expert_slicing=3), r"expert_slicing 3 does not divide 8 ranks; allowed: \[1, 2, 4, 8\]"),

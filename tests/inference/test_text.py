@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from moelab.cli import app
 from moelab.cli._options import run_names
+from moelab.data import prepare
 from moelab.engine.checkpoint import hf
 from moelab.inference import Sampling
 from moelab.inference.text import load_run, open_text
@@ -56,8 +57,28 @@ def test_one_line_in_a_notebook(trained):
     text = lab.generate(trained, "wave", max_new_tokens=5, temperature=0)
     assert str(text).startswith("wave") and text.tokens <= 5
     assert lab.generate(trained.spec.id[:8], ["wave", "corn"], max_new_tokens=5, temperature=0)[0] == text
-    with pytest.raises(ValueError, match=r"lab\.generate: unknown topp; allowed: max_new_tokens"):
-        lab.generate(trained, "wave", topp=0.5)
+    for wrong, said in (({"topp": 0.5}, r"topp.*max_new_tokens"), ({"top_k": 2.5}, r"top_k must be .* got 2\.5")):
+        with pytest.raises(ValueError, match=rf"lab\.generate.*{said}"):
+            lab.generate(trained, "wave", **wrong)
+    with pytest.raises(ValueError, match="device must be cpu, or cuda where there is a GPU, got 'gpu'"):
+        lab.generate(trained, "wave", device="gpu")
+
+
+def test_a_text_that_has_changed_is_refused(trained, tmp_path, monkeypatch):
+    """The folder's name is in the run's id, its files are not: the tokens would mean others."""
+    changed = tmp_path / "text"
+    shutil.copytree(trained.spec.data.corpus.removeprefix("folder:"), changed)
+    (changed / "sea" / "new.txt").write_text("kelp and brine, brine and kelp. " * 400)
+    other = prepare(replace(trained.spec.data, corpus=f"folder:{changed}"), tmp_path / "data")
+    monkeypatch.setattr("moelab.inference.text.prepare", lambda *_: other)
+    with pytest.raises(ValueError, match="its text or the tokens of it have changed since the training") as error:
+        Lab().generate(trained, "wave")
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr("moelab.data.prepare", lambda *_: other)
+    later = replace(trained.spec, train=replace(trained.spec.train, seed=7))
+    with pytest.raises(ValueError, match="has changed between them"):
+        Lab().run([trained.spec, later], executor="inline")
+    assert not Lab().store.run(later).finished, "it is said before hours of training"
 
 
 def moelab(*arguments):

@@ -59,6 +59,28 @@ def test_a_damaged_pack_is_not_packed_into_the_new_one(finished, tmp_path):
         records.write([finished], tmp_path)
 
 
+def test_a_damaged_neighbour_in_a_pack_is_one_line_unless_it_is_replaced(finished, store, result, tmp_path):
+    other = store.run(replace(finished.spec, train=replace(finished.spec.train, seed=9)))
+    write_json(other.path / "result.json", result())
+    (pack,) = records.write([finished, other], tmp_path)
+    data = bytearray(pack.read_bytes())
+    data[data.index(b"spec.json")] ^= 1  # in the first record, whose checksum is then wrong
+    pack.write_bytes(data)
+    broken, whole = sorted([finished, other], key=lambda run: run.spec.id)
+    with pytest.raises(ValueError, match=r"damaged .*; restore or remove it") as error:
+        records.write([whole], tmp_path)
+    assert "\n" not in str(error.value)
+    assert records.write([broken], tmp_path) == [pack] and len(records.archives_in(pack)) == 2
+
+
+def test_a_directory_that_zipfile_cannot_read_keeps_no_other_from_being_found(finished, tmp_path):
+    (pack,) = records.write([finished], tmp_path)
+    data = bytearray(pack.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 6] = 200  # the version of zip that is needed
+    (tmp_path / "a.zip").write_bytes(data)
+    assert [archive.name for archive in records.archives_in(tmp_path)] == [f"{finished.spec.id}.zip", "a.zip"]
+
+
 def test_a_run_whose_status_is_just_looked_at_is_taken_over(finished, tmp_path, theirs):
     archive = record(finished, tmp_path)
     (lock := theirs.run(finished.spec).path / "run.lock").touch()
@@ -120,6 +142,9 @@ def test_a_dry_run_says_how_long_it_takes_and_what_is_published(finished, tmp_pa
     assert published.startswith("1 of these are published (PR-MoE-32/64): `moelab runs import`")
     records.read(record(finished, tmp_path), RunStore())
     (took,) = on_this_machine(others)
+    assert "at the speed of the published runs" in took, "another machine's numbers say nothing of this one"
+    write_json(RunStore().run(finished.spec).path / "holder.json", {})
+    (took,) = on_this_machine(others)
     assert "at the speed of the finished runs here" in took
 
 
@@ -129,6 +154,7 @@ def test_a_dry_run_goes_by_runs_of_nearly_the_cost_of_each(result):
     ours, others = ([pr_moe.EXPERIMENT.specs(scale, 2, arms=["Dense"])[n] for scale in hours] for n in (0, -1))
     for spec, took in zip(ours, hours.values(), strict=True):
         write_json(store.run(spec).path / "result.json", result(seconds=took * 3600.0))
+        write_json(store.run(spec).path / "holder.json", {})
     line, *_ = on_this_machine(others)
     assert line == "about 33.0 hours on one core, at the speed of the finished runs here"
     steps = others[-1].train.steps(others[-1].data.context)

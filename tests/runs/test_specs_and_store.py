@@ -229,7 +229,17 @@ def test_full_disk_is_told_in_the_status(tiny_spec, monkeypatch):
         Lab().run([tiny_spec], executor="inline")
     runs = error.value.runs
     assert runs[0].status.state == "failed"
-    assert "No space left on device" in runs[0].status.reason and "run again" in runs[0].status.reason
+    assert "No space left on device" in runs[0].status.reason and "make room" in runs[0].status.reason
+
+
+def test_another_error_of_the_system_is_no_full_disk(tiny_spec, monkeypatch):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied", "/texts/secret.txt")
+
+    monkeypatch.setattr("moelab.data.prepare", closed)
+    with pytest.raises(NoResult) as error:
+        Lab().run([tiny_spec], executor="inline")
+    assert error.value.runs[0].status.reason == "Permission denied: /texts/secret.txt"
 
 
 def test_an_arm_with_one_result_is_enough_and_reading_asks_for_none(tiny_spec):
@@ -327,7 +337,10 @@ def test_a_students_identity_includes_its_teachers(tiny_spec):
     grandchild = student_of(student)
     assert grandchild.requires() == [tiny_spec, student]
     assert RunSpec.from_json(json.loads(json.dumps(grandchild.to_json()))) == grandchild
-    assert student.cost > replace(student, teacher=None, distill=None).cost
+    alone, half = replace(student, teacher=None, distill=None), student.train.tokens // 2
+    staged = replace(student, distill=DistillConfig(schedule="stop", stop=half))
+    assert student.cost > staged.cost > alone.cost
+    assert staged.cost - alone.cost == pytest.approx((student.cost - alone.cost) / 2, rel=0.01)
 
 
 def on_two_ranks_with_an_odd_teacher(spec: RunSpec) -> RunSpec:
