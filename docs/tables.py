@@ -229,7 +229,7 @@ def before_and_after(rows: list[Row]) -> str:
         takes = re.search(r"With this spread it takes (.*?) with 80 %", now["note"])
         adjusted = re.search(r"p-value is (\S+) and, adjusted for all tests, ([\d.e-]+)", now["note"])
         shared = re.search(r"p-value adjusted for all tests is (\d[\d.e-]*\d)", now["note"])
-        missing = re.search(r"Missing: (.*)\.", now["note"])
+        missing = re.search(r"Without a value: (.*)\.", now["note"])
         outlook = "–"
         if takes:
             outlook = takes[1]

@@ -17,7 +17,7 @@ from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
-from moelab.statistics import interval
+from moelab.statistics import ALPHA, interval
 
 TWINS = "Twins, paired by seed."
 RAISED = (
@@ -128,7 +128,11 @@ def judge_loss(
     share = share_of_training([claim.left, claim.right], final, arms, scale)
     if claim.quantity != "final validation loss" or not len(final):
         return judge(claim, [], scale=scale, share=share)
-    return judge(claim, **compared(claim, by_arm(final), arms), note=note, scale=scale, share=share, looks=looks)
+    table = by_arm(final)
+    values = compared(claim, table, arms)
+    if values.get("missing"):  # not of a seed that counts at the next look only
+        values = compared(claim, table.head(max((n for n in looks if n <= len(table)), default=len(table))), arms)
+    return judge(claim, **values, note=note, scale=scale, share=share, looks=looks)
 
 
 def compared(
@@ -196,11 +200,16 @@ def size_ratio(left: str, right: str) -> float:
 
 
 def interval_text(values: Sequence[float], looks: Sequence[int] = ()) -> str:
-    """Return the 95 % interval of a mean, the repeated one of a plan's look, and the number of seeds, in words."""
+    """Return the 95 % interval of a mean, the repeated one of a plan's look, and the number of seeds, in words.
+
+    An interval that is wider because all of a plan's looks are right together says over how many.
+    """
     if len(values) < 2:
         return "1 seed, no spread"
-    _, low, high = interval(values, sequential.level(len(values), tuple(looks)))
-    return f"95 % interval {low:+.3f} to {high:+.3f}, {len(values)} seeds"
+    level = sequential.level(len(values), tuple(looks))
+    _, low, high = interval(values, level)
+    over = f" over {len(looks)} looks" if level < ALPHA else ""
+    return f"95 % interval{over} {low:+.3f} to {high:+.3f}, {len(values)} seeds"
 
 
 def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] = ()) -> str:

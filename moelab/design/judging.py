@@ -181,13 +181,12 @@ def agreed(own: Verdict, other: Verdict) -> Verdict:
 
     Args:
         other: its note says in a few words which settings those are, such as "At one shared rate". With the same values
-            it is the same comparison, which is said.
+            it is the same comparison.
     """
     if own.kind != MEASURED or own.verdict in NOT_JUDGED:
         return own
     if own.values and (own.values, own.gain) == (other.values, other.gain):
-        why = f"{own.why} {other.note} these are the same runs: no second comparison.".strip()
-        return replace(own, why=why, other=other)
+        return replace(own, other=other)
     if other.ours is None:
         why = f"{own.why} {other.note} there are no values.".strip()
         return replace(own, verdict=INCOMPLETE, p=None, why=why, other=other)
@@ -235,7 +234,9 @@ def _measured(claim: Claim, estimate: Estimate | None, note: str, stored: dict[s
             )
         return stated.row(claim, estimate, NOT_TESTABLE, note, stored | {"why": why})
     if missing or estimate is None:
-        return stated.row(claim, estimate, INCOMPLETE, note, stored | {"why": f"Missing: {', '.join(missing)}."})
+        return stated.row(
+            claim, estimate, INCOMPLETE, note, stored | {"why": f"Without a value: {', '.join(missing)}."}
+        )
     n = max((look for look in looks if look <= estimate.samples), default=0 if looks else estimate.samples)
     if n < MIN_SAMPLES:
         return stated.row(claim, estimate, FEW_SESSIONS if claim.timed else FEW_SEEDS, note, stored)
@@ -255,7 +256,7 @@ def _measured(claim: Claim, estimate: Estimate | None, note: str, stored: dict[s
         p = _p(claim, estimate, low, high, of)
         why = _why(claim, estimate, low, high, of, number, share)
     p = None if p is None else sequential.repeated_p(p, estimate.samples, looks)
-    why = " ".join(text for text in (why, after, _progress(claim, estimate, of, looks)) if text)
+    why = " ".join(text for text in (why, after, _progress(claim, estimate, judged, of)) if text)
     return stated.row(claim, estimate, of, note, stored | {"p": p, "why": why})
 
 
@@ -280,9 +281,11 @@ def _rule(claim: Claim, mean: float, low: float, high: float, *, number: bool = 
 
 
 def _p(claim: Claim, estimate: Estimate, low: float, high: float, of: str) -> float | None:
-    """Return the p-value of what `_rule` tests: no effect, an effect that matters, or a mean at the bound."""
+    """Return the p-value of what `_rule` tests: no effect, an effect that matters, a bound, or a range."""
+    if claim.kind == "bound" and claim.direction == "equal":  # inside the range or outside: the nearer end decides
+        return max(estimate.p(end) for end in stated.paper_range(claim))
     if claim.kind == "bound":
-        return None if claim.direction == "equal" or claim.value is None else estimate.p(claim.value)
+        return None if claim.value is None else estimate.p(claim.value)
     if of == NO_DIFFERENCE and claim.smallest:
         return max(estimate.p(stated.neutral(claim) + side * claim.smallest) for side in (-1, 1))
     return estimate.p(
@@ -303,15 +306,14 @@ def _equality(claim: Claim, estimate: Estimate, stored: dict[str, Any], level: f
         measured = f"{what} gains {gained.mean:.3g} ({low:.3g} to {high:.3g})."
         if low <= 0:
             return CANNOT_TELL, None, f"It is about a gain that these runs do not show: {measured}"
-        margins, p_gain = [MARGIN * g for g in gain], gained.p()
+        margins, p_gain = _margins(claim, stored), gained.p()
         margin = f"{MARGIN:.0%} of the gain ({MARGIN * gained.mean:.2g}{stated.unit(claim)}): {measured}"
     elif claim.smallest and differences:
-        margins, p_gain = [claim.smallest] * len(values), 0.0
+        margins, p_gain = _margins(claim, stored), 0.0
         margin = f"the smallest effect of interest, {claim.smallest:g}{stated.unit(claim)}."
     else:
         return CANNOT_TELL, None, "No gain is stored by which two arms could be called equal."
-    # The difference beyond the upper margin, and beyond the lower one.
-    over, under = (Estimate.of([d + side * m for d, m in zip(differences, margins, strict=True)]) for side in (-1, 1))
+    over, under = _beyond(differences, margins)
     (over_low, over_high), (under_low, under_high) = over.interval(level), under.interval(level)
     if over_high < 0 < under_low:
         equal, p = f"Equal within {margin}", max(over.p(), under.p(), p_gain)
@@ -331,6 +333,19 @@ def _equality(claim: Claim, estimate: Estimate, stored: dict[str, Any], level: f
     if over_low > 0 or under_high < 0:
         return NOT_REPRODUCED, max(over.p() if over_low > 0 else under.p(), p_gain), f"Margin: {margin}"
     return UNDECIDED, max(over.p(), under.p(), p_gain), f"Margin: {margin}"
+
+
+def _margins(claim: Claim, stored: dict[str, Any]) -> list[float]:
+    """Return, per seed, by how much two arms may differ and be equal; nothing where no gain or effect says it."""
+    if claim.gain_of:
+        return [MARGIN * gain for gain in stored["gain"]]
+    return [claim.smallest] * len(stored["values"]) if claim.smallest else []
+
+
+def _beyond(differences: Sequence[float], margins: Sequence[float]) -> tuple[Estimate, Estimate]:
+    """Return how far differences lie above the upper margin, and the lower one: below and above 0 they are equal."""
+    over, under = (Estimate.of([d + side * m for d, m in zip(differences, margins, strict=True)]) for side in (-1, 1))
+    return over, under
 
 
 def _why(claim: Claim, estimate: Estimate, low: float, high: float, of: str, number: bool, share: float | None) -> str:
@@ -363,18 +378,36 @@ def _beside(claim: Claim) -> str:
     return f"Our mean lies outside the paper's {claim.value:g} ({low:g} to {high:g})."
 
 
-def _progress(claim: Claim, estimate: Estimate, of: str, looks: Sequence[int]) -> str:
+def _progress(claim: Claim, estimate: Estimate, stored: dict[str, Any], of: str) -> str:
     """Return where a plan stands: its next look, and whether that is advised.
 
     A decided claim has a next look as well, because Holm's adjustment may need more seeds than it does.
     """
-    n = estimate.samples
+    n, looks = estimate.samples, tuple(stored["looks"])
     if not looks or n >= looks[-1]:
         return ""
-    planned = stated.effect(claim)
-    if of in (UNDECIDED, CANNOT_TELL) and planned:
-        seen = estimate.mean - stated.neutral(claim)
-        likely = seen if abs(seen) > abs(planned) and seen * planned > 0 else planned
-        if sequential.chance(estimate, likely, tuple(looks), within=claim.smallest or 0.0) < sequential.FUTILE:
-            return f"More seeds are futile: the chance that {looks[-1]} decide is below {sequential.FUTILE:.0%}."
+    if of in (UNDECIDED, CANNOT_TELL) and _chance(claim, estimate, stored, looks) < sequential.FUTILE:
+        return f"More seeds are futile: the chance that {looks[-1]} decide is below {sequential.FUTILE:.0%}."
     return f"The next look is at {min(look for look in looks if look > n)} seeds."
+
+
+def _chance(claim: Claim, estimate: Estimate, stored: dict[str, Any], looks: tuple[int, ...]) -> float:
+    """Return the chance that the last look decides an undecided claim; 1 where no effect is named.
+
+    A difference is decided by the planned effect, or by the seen one where that is larger, or by none at all. An
+    equality is decided by arms that are equal and a gain as seen, or by a difference as seen beyond the margin.
+    """
+    seen = estimate.mean - stated.neutral(claim)
+    if planned := stated.effect(claim):
+        likely = seen if abs(seen) > abs(planned) and seen * planned > 0 else planned
+        return sequential.chance(estimate, likely, looks, within=claim.smallest or 0.0)
+    margins = _margins(claim, stored) if claim.direction == "equal" and claim.kind != "bound" else []
+    if len(margins) != estimate.samples or (margin := statistics.fmean(margins)) <= 0:
+        return 1.0
+    over, under = _beyond([value - stated.neutral(claim) for value in stored["values"]], margins)
+    gained = Estimate.of(stored["gain"] or margins)
+    needed = ((over, -margin), (under, margin), (gained, gained.mean))
+    equal = min(sequential.chance(part, effect, looks) for part, effect in needed)
+    outer = over if seen > 0 else under
+    beyond = sequential.chance(outer, outer.mean, looks) if abs(seen) > margin else 0.0
+    return max(equal, beyond)

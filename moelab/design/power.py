@@ -96,8 +96,8 @@ def of_claim(claim: Claim, verdict: Verdict, looks: bool = True) -> tuple[Need |
 def outlook(claim: Claim, verdict: Verdict) -> str:
     """Return, for an undecided verdict, its interval's half-width, the effect to be seen, and the seeds that takes.
 
-    Of two rates that must agree, for the one that takes more. The seeds decide the claim alone, without Holm's
-    adjustment. Empty for other verdicts, and where no effect can be named.
+    Of two rates that must agree, for the one that takes more. The seeds decide the claim alone, in one look and
+    without Holm's adjustment. Empty for other verdicts, and where no effect can be named.
     """
     if verdict.kind != MEASURED or verdict.verdict not in (UNDECIDED, CANNOT_TELL):
         return ""
@@ -116,8 +116,8 @@ def outlook(claim: Claim, verdict: Verdict) -> str:
     seen = f"{'equality within' if claim.direction == 'equal' else 'an effect of'} {effect:.2g}{unit} ({why})"
     count = f"{seeds if seeds <= MAX_SEEDS else f'more than {MAX_SEEDS}'} {'sessions' if claim.timed else 'seeds'}"
     return (
-        f"The interval is ±{half:.2g}{unit}. With this spread it takes {count} to show {seen} with 80 % probability, "
-        "before Holm's adjustment."
+        f"The interval is ±{half:.2g}{unit}. With this spread it takes {count} to show {seen} with 80 % probability "
+        "in one look, before Holm's adjustment."
     )
 
 

@@ -40,22 +40,18 @@ def gaps(curves: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def paper_gaps(pairs: Sequence[tuple[str, str]], models: Mapping[str, str] | None = None) -> dict[str, pd.DataFrame]:
+def paper_gaps(pairs: Sequence[tuple[str, str]]) -> dict[str, pd.DataFrame]:
     """Return the same from the paper's Fig 1, for the pairs of which it has both curves: pair -> points.
 
     Columns: share, gap, low, high.
-
-    Args:
-        models: arm -> the paper's model, where an arm has another name.
     """
     known, by_pair = {point.model for point in paper.loss_points()}, {}
-    for pair in pairs:
-        left, right = ((models or {}).get(arm, arm) for arm in pair)
+    for left, right in pairs:
         if {left, right} <= known:
             whole = paper.training_settings(left).train_tokens / 1e9
             curve = paper.loss_curve(left).minus(paper.loss_curve(right))
             rows = [[billions / whole, *gap] for billions, *gap in curve]
-            by_pair[_named(*pair)] = pd.DataFrame(rows, columns=["share", "gap", "low", "high"])
+            by_pair[_named(left, right)] = pd.DataFrame(rows, columns=["share", "gap", "low", "high"])
     return by_pair
 
 
@@ -148,14 +144,16 @@ def judge_crossing(
 
 
 def headline(table: pd.DataFrame) -> str:
-    """Return, in one line, from which share of the training on each pair stays below zero: the mean over seeds."""
+    """Return, in one line, from which share of the training on each pair stays below zero, and on how many seeds."""
     shares = crossings(table)
     said = []
     for pair, part in shares.groupby("pair", sort=False):
         crossed = part["share"].dropna()
-        where = f"from {crossed.mean():.0%} of the training on" if len(crossed) else "never"
-        seeds = f" ({len(crossed)} of {len(part)} seeds)" if 0 < len(crossed) < len(part) else ""
-        said.append(f"{pair} below zero {where}{seeds}")
+        below = f"below zero from {crossed.mean():.0%} of the training on"
+        if len(crossed) < len(part):
+            others = f", on the other{'s' if len(crossed) > 1 else ''} {below}" if len(crossed) else ""
+            below = f"ends above zero on {len(part) - len(crossed)} of {len(part)} seeds{others}"
+        said.append(f"{pair} {below}")
     return "; ".join(said) or "no pair has finished"
 
 

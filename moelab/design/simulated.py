@@ -65,4 +65,4 @@ def simulated(claim: Claim, ours: float) -> str:
     if near or low <= ours <= high:
         return SIMULATED_WITHIN
     directed = ours < stated.neutral(claim) if lower else ours > stated.neutral(claim)
-    return SIMULATED_DIRECTION if directed else SIMULATED_FAILS
+    return SIMULATED_DIRECTION if directed and claim.direction != "equal" else SIMULATED_FAILS

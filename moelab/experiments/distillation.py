@@ -19,7 +19,8 @@ over the last fifth of the tokens.
 At `full` all read the same text once, and rates follow the paper's cosine, both as published; the teacher is PR-MoE of
 the experiment `pr-moe` (on the 350M base). The arm of equal cost, which is not the paper's, is left out there.
 
-Fixed before the first run: 3 seeds, all arms on each.
+Fixed before the first run: 3 seeds, all arms on each. At `full` they are the first of looks at 3, 6 and 9 seeds, and
+intervals are as wide as that takes; we train no further ones.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
     from moelab.inference.text import load_run
 
     spec, loss = run.spec, {}
-    model = load_run(run.path, device=spec.train.device).eval()
+    text = prepare(spec.data, paths.home() / "data")
+    model = load_run(run.path, data=text, device=spec.train.device).eval()
     for part in ("even blocks", "odd blocks"):
         data = prepare(replace(spec.data, part=part), paths.home() / "data")
         batches = TrainBatches(data, spec.train.batch_size, spec.data.context, spec.train.seed)

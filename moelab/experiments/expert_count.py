@@ -26,9 +26,10 @@ def headline(final: pd.DataFrame) -> str:
     """Return the result in one line."""
     if not len(final):
         return "no run has finished"
-    means = final.groupby("arm")["validation_loss"].mean()
-    best = means.idxmin()
-    return f"Lowest mean loss at {best} experts: {comparison.difference(final, best, '1 (dense)')}"
+    means = final.groupby("arm")["validation_loss"].mean().sort_values()
+    best, others = means.index[0], dict.fromkeys([*means.index[1:2], "1 (dense)"])
+    said = [comparison.difference(final, best, other) for other in others]
+    return f"Lowest mean loss at {best} experts: {'; '.join(said)}"
 
 
 EXPERIMENT = Experiment(

@@ -8,7 +8,8 @@ the number of experts and their spacing; 32 and every second layer are assumed. 
 parameter, at each arm's own peak rate and at a shared one.
 
 Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds at `cpu` had left the
-halves 0.065 nats apart with an interval of ±0.119: seeds 3 and 4 for all arms. Five is the end.
+halves 0.065 nats apart with an interval of ±0.119: seeds 3 and 4 for all arms. Five is the end at `cpu`; `full` has the
+looks of `pr-moe`.
 """
 
 from __future__ import annotations

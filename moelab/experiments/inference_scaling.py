@@ -65,7 +65,7 @@ EXPERIMENT = Experiment(
     number=10,
     title="Serving 52B on 8 to 64 GPUs",
     paper="Fig 10 (section 5.5)",
-    question="Does a MoE get faster, and each GPU more productive, when GPUs are added?",
+    question="Does an MoE get faster, and each GPU more productive, when GPUs are added?",
     paper_answer="Yes: from 8 to 64 GPUs latency falls from 27.3 to 12.7 ms while throughput per GPU doubles.",
     scales={
         "smoke": Scale("simulated cluster; a tiny twin on 1, 2, 4 gloo ranks", "seconds"),

@@ -132,9 +132,9 @@ def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
         lead = ""
         if len(means) > 1:
             second = means.drop(best)
-            lead = f", {second.min() - means.min():.3f} nats below {second.idxmin():g}"
+            lead = f", {second.min() - means.min():.3f} nats below the next, {second.idxmin():g}"
         also = "" if best == used[arm] else f" (in use: {used[arm]:g}, {cost})"
-        said.append(f"{arm} ends lowest at {best:g}{lead}{also}")
+        said.append(f"{arm} ends lowest on average at rate {best:g}{lead}{also}")
     seeds = table["seed"].nunique()
     edges = "".join(f"; not bracketed: {edge}" for edge in unbracketed(table))
     return f"{base} base: {'; '.join(said)} ({seeds} seed{'' if seeds == 1 else 's'}){edges}"

@@ -80,7 +80,7 @@ EXPERIMENT = Experiment(
     number=14,
     title="MoE against dense at inference",
     paper="Figs 14 and 15 (section 5.5.4)",
-    question="Is a MoE cheaper to serve than the dense model it matches?",
+    question="Is an MoE cheaper to serve than the dense model it matches?",
     paper_answer="On PyTorch it is slower; as PR-MoE with the staged student on DeepSpeed-MoE 2.4 times faster and "
     "cheaper, and 4.5 and 9 times at 1.5T.",
     scales={

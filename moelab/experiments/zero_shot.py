@@ -5,7 +5,7 @@ headline: they change long before accuracy does); accuracy on six tasks beside c
 the paper's table.
 
 Fixed before the first run: 3 seeds, all arms on each; at `cpu` seeds 3 to 5, because of the seeds before only numbers
-were kept (decided before any was scored). Expect: accuracy at chance, because twins of 0.2 to 4.4 M parameters that
+were kept (decided before any was scored). Expect: accuracy at chance, because twins of 0.2 to 17 M parameters that
 read 16 M or 102 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from a package,
 so no network is needed; other data sets replace RACE-h and WebQs, under their own names.
 
@@ -320,7 +320,7 @@ EXPERIMENT = Experiment(
     number=7,
     title="Zero-shot tasks",
     paper="Tables 2, 4 and 5",
-    question="Does a MoE answer like a dense model several times its base?",
+    question="Does an MoE answer like a dense model several times its base?",
     paper_answer="Yes: 350M+MoE-128 scores like dense 1.3B, 1.3B+MoE-128 like 6.7B.",
     scales={
         "smoke": Scale(

@@ -56,7 +56,7 @@ class Axis:
         low, high = max(min([*values, 1.0]), LOWEST), max([*values, 1.0])
         low, high = min(low / 1.05, 0.8), max(high * 1.05, 1.25)
         coarse = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0) if low <= t <= high]
-        fine = [t for t in (0.6, 0.8, 1.0, 1.2) if low <= t <= high]
+        fine = [t for t in (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0) if low <= t <= high]
         return cls(name, True, low, high, tuple(coarse if len(coarse) > 1 else fine))
 
     @classmethod
@@ -112,5 +112,6 @@ def mark(style: str, y: float = 19) -> str:
         "good": f'<circle class="ours full" cx="0" cy="{y}" r="4.2"/>',
         "part": f'<path class="ours full" d="M0 {y - 5}l5 9h-10z"/>',
         "bad": f'<path class="ours full" d="M-4.2 {y - 4.2}h8.4v8.4h-8.4z"/>',
+        "none": f'<path class="ours" d="M-3.4 {y - 3.4}l6.8 6.8m0 -6.8l-6.8 6.8"/>',
     }
     return shapes.get(style, f'<circle class="ours open" cx="0" cy="{y}" r="3.8"/>')

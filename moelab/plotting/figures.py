@@ -149,7 +149,7 @@ def loss_curves(
             apart = [at * (1 + 0.015 * i) for at in x]  # beside one another, not on one another
             our_points(ax, apart, means, low, high, label=arm, color=palette[arm])
             continue
-        dash = DASHES[every.index(arm) % len(DASHES)] if along == "tokens" else ""
+        dash = DASHES[every.index(arm) % len(DASHES)]
         ax.plot(x, means, color=palette[arm], dashes=dash or (None, None), label=arm)
         if len(arms) <= BANDS and not log:
             ax.fill_between(x, low, high, color=palette[arm], alpha=0.12, linewidth=0)
@@ -289,6 +289,7 @@ def gaps(
         ratio: values are ratios: their geometric mean on a logarithmic axis, on which a line marks 1 instead of 0.
     """
     palette = dict.fromkeys(arms, color) if color else colors(arms)
+    over = " over all looks" if alpha < ALPHA else ""
     for row, arm in enumerate(arms):
         values = results.loc[results["arm"] == arm, value]
         if len(values):
@@ -304,7 +305,7 @@ def gaps(
                 capsize=4,
                 markersize=6,
                 zorder=3,
-                label="ours" if len(values) == 1 else f"ours: mean of {len(values)} {of}, 95 % interval",
+                label="ours" if len(values) == 1 else f"ours: mean of {len(values)} {of}, 95 % interval{over}",
             )
         if arm in paper:
             at, low, high = paper[arm]

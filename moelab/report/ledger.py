@@ -159,8 +159,13 @@ def ledger(*results: Path) -> list[Entry]:
 
 
 def of_the_plan(summary: Summary) -> bool:
-    """Return whether a result has the settings and, from 0 on, the seeds for which the looks at `full` were planned."""
-    return summary.scale != "full" or not (summary.parameters.get("overrides") or summary.parameters.get("first_seed"))
+    """Return whether a result has the settings and, from 0 on, the seeds for which the looks at `full` were planned.
+
+    A student whose distillation stops elsewhere than the paper's, at 70 %, is another student.
+    """
+    given = summary.parameters
+    changed = given.get("overrides") or given.get("first_seed") or given.get("stop", 0.7) != 0.7
+    return summary.scale != "full" or not changed
 
 
 def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
@@ -210,14 +215,14 @@ class Family:
         wrong: how many of them a level of 95 % lets be wrong by chance, at most, on average.
         held: verdicts other than undecided.
         standing: how many of those are left after Holm's adjustment.
-        withdrawn: ids of the others.
+        withdrawn: ids of the others -> what each says by itself.
     """
 
     verdicts: int
     wrong: float
     held: int
     standing: int
-    withdrawn: tuple[str, ...]
+    withdrawn: dict[str, str]
 
     @property
     def counts(self) -> str:
@@ -236,7 +241,7 @@ def family(entries: Sequence[Entry]) -> Family:
     """Return the note on all measured verdicts together."""
     tested = [entry for entry in distinct(entries) if entry.tested]
     held = [entry for entry in tested if entry.verdict not in (UNDECIDED, CANNOT_TELL)]
-    withdrawn = tuple(entry.claim for entry in held if entry.adjusted == UNDECIDED)
+    withdrawn = {entry.claim: entry.verdict for entry in held if entry.adjusted == UNDECIDED}
     return Family(len(tested), ALPHA * len(tested), len(held), len(held) - len(withdrawn), withdrawn)
 
 

@@ -1,4 +1,4 @@
-"""Measure how evenly a router uses its experts; every training row of a MoE run has these numbers.
+"""Measure how evenly a router uses its experts; every training row of an MoE run has these numbers.
 
 For one MoE layer, c_e is the number of tokens that chose expert e (all K choices, before dropping) since the last row,
 of all ranks, and m their mean over the E experts:

@@ -57,9 +57,16 @@ def test_a_seed_that_diverged_or_is_missing_is_named_and_not_dropped(lost):
     frame = frame[~bad] if lost is None else frame.assign(validation_loss=frame["validation_loss"].mask(bad, lost))
     found = {v.claim: v for v in pr_moe.verdicts(frame, "cpu")}["moe128-beats-moe32"]
     assert found.verdict == claims.INCOMPLETE
-    assert found.why == ("Missing: value 4." if lost == math.inf else "Missing: seed 3 of MoE-128.")
+    assert found.why == ("Without a value: value 4." if lost == math.inf else "Without a value: seed 3 of MoE-128.")
     said = comparison.difference(frame, "MoE-128", "Dense", pr_moe.EXPERIMENT.looks_at("cpu"))
     assert said.endswith("without seed 3 of MoE-128)") or lost == math.inf
+
+
+def test_a_seed_beyond_the_last_look_does_not_void_it():
+    frame = final(fig4(0.3, 4))
+    frame = frame[(frame["arm"] != "MoE-128") | (frame["seed"] < 3)]
+    found, first = ({v.claim: v for v in pr_moe.verdicts(f, "cpu")} for f in (frame, frame[frame["seed"] < 3]))
+    assert found["moe128-beats-moe32"] == first["moe128-beats-moe32"]
 
 
 def test_holm_with_a_p_value_that_is_nan_rejects_nothing_by_it():

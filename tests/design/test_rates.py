@@ -55,8 +55,11 @@ def test_crossings_by_share_of_the_training():
     assert list(table[table["seed"] == 0]["share"]) == pytest.approx([1 / 3, 2 / 3, 1])
     found = shares.crossings(table).set_index("seed")["share"]
     assert found[0] == pytest.approx(2 / 3 + 1 / 3 * 0.5 / 1.5) and pd.isna(found[1])
-    assert shares.headline(table) == "A − B below zero from 78% of the training on (1 of 2 seeds)"
-    assert shares.headline(table[table["seed"] == 1]) == "A − B below zero never"
+    assert (
+        shares.headline(table)
+        == "A − B ends above zero on 1 of 2 seeds, on the other below zero from 78% of the training on"
+    )
+    assert shares.headline(table[table["seed"] == 1]) == "A − B ends above zero on 1 of 1 seeds"
     assert shares.crossing(pd.DataFrame({"share": [0.5, 1.0], "gap": [-1.0, -2.0]})) == 0.5, "from its first point on"
     assert not len(shares.gaps(curves({("A", 0): (9, 5)}), [("A", "B")]))
 
@@ -81,8 +84,7 @@ def test_the_papers_curves_cross_where_its_claims_say():
         at = 300 * shares.crossing(theirs)
         assert at == pytest.approx(claim.value, abs=1) and claim.value_low <= at <= claim.value_high
         assert (theirs["gap"][theirs["share"] * 300 < at] > 0).all()
-    named = shares.paper_gaps([("M", "D"), ("N", "D")], {"M": "350M+MoE-128", "D": "350M"})
-    assert list(named) == ["M − D"], "Fig 1 has the pair"
+    assert not shares.paper_gaps([("350M+MoE-32", "350M")]), "Fig 1 has no such pair"
 
 
 def test_parts_sum_to_the_difference(tmp_path, result):
@@ -130,7 +132,10 @@ def test_differences_by_domain_are_paired_by_seed_and_a_text_of_one_domain_has_n
     assert list(table["pair"].unique()) == ["A − B", "B − A"] and list(table["arm"][:4]) == ["sea"] * 2 + ["field"] * 2
     assert list(table["gap"][:4]) == pytest.approx([-1.0, -0.5, 0.5, 0.5])
     first = table[table["pair"] == "A − B"]
-    assert targets.domain_headline(first) == "A is below B in 1 of 2 domains, -0.75 (sea) to +0.50 (field)"
+    assert (
+        targets.domain_headline(first)
+        == "A is below B in 1 of 2 domains, in 0 by its interval, -0.75 (sea) to +0.50 (field)"
+    )
     drawn = figures.in_panels(table)
     rows = [[label.get_text() for label in ax.get_yticklabels()] for ax in drawn.axes]
     assert rows == [["sea", "field"], ["field", "sea"]] and [

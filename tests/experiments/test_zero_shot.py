@@ -111,7 +111,7 @@ def test_claims_are_shown_at_this_scale_and_judged_at_the_papers():
     assert "350M+MoE-128 over 350M+MoE-32" in level.why
     lost = {key: value if key != ("MoE-128", 1) else {"piqa": 0.5} for key, value in three.items()}
     level = next(v for v in zero_shot.verdicts(scores(lost, stand_in=False), "paper") if v.claim == level.claim)
-    assert level.verdict == claims.INCOMPLETE and level.why == "Missing: seed 1 of MoE-128."
+    assert level.verdict == claims.INCOMPLETE and level.why == "Without a value: seed 1 of MoE-128."
     incomplete = {key: {"piqa": 0.5} for key in BOTH}
     assert all(v.samples == 0 for v in zero_shot.verdicts(scores(incomplete), "cpu"))
 

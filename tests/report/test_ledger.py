@@ -119,7 +119,7 @@ def test_the_measured_verdicts_together(tmp_path):
     assert found["pr-moe-matches-moe128"].adjusted == claims.CANNOT_TELL
     assert found["pr-moe-size"].adjusted == found["pr-moe-size"].verdict
     together = ledger.family(list(found.values()))
-    assert together == ledger.Family(4, pytest.approx(0.2), 2, 1, ("pyramid-shrinks-gap",))
+    assert together == ledger.Family(4, pytest.approx(0.2), 2, 1, {"pyramid-shrinks-gap": claims.REPRODUCED})
     assert str(together) == (
         "4 measured verdicts at 95 %: up to 0.2 expected wrong by chance; 1 of 2 that decide stand after Holm's "
         "adjustment, not pyramid-shrinks-gap"
@@ -137,7 +137,7 @@ def test_a_row_that_shares_its_claim_is_adjusted_with_it(tmp_path):
     assert {found[name].adjusted for name in (own, shared)} == {claims.UNDECIDED}
 
 
-@pytest.mark.parametrize("changed", [{"first_seed": 40}, {"overrides": {"train.lr": 0.1}}])
+@pytest.mark.parametrize("changed", [{"first_seed": 40}, {"overrides": {"train.lr": 0.1}}, {"stop": 0.5}])
 def test_at_full_length_only_the_planned_settings_and_seeds_decide(changed, tmp_path):
     publish(tmp_path, "pr-moe", "full", "2026-01-01", [LOWER], first_seed=0, overrides={}, seeds=3)
     publish(tmp_path, "pr-moe", "full", "2026-01-02", [HIGHER], **changed)

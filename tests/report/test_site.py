@@ -372,8 +372,9 @@ def test_the_page_counts_as_the_ledger_does_and_names_the_family(published):
 def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():
     def run(label, lr, seed, loss):
         spec = {"train": {"lr": lr, "min_lr": lr / 10, "seed": seed}}
-        return {"id": f"{label}{seed}", "label": label, "spec": spec, "result": {"validation_loss": loss}}
+        return {"id": f"{label[0]}{lr}{seed}", "label": label, "spec": spec, "result": {"validation_loss": loss}}
 
     runs = [run("A", 0.1, 0, 4.0), run("A", 0.1, 1, 5.0), run("A", 0.2, 0, 6.0), run("B", 0.1, 0, 3.0)]
+    runs.append(run("B, shared rate", 0.1, 0, 3.0))  # the same run once more
     told = [(a["arm"], a["seeds"], a["validation_loss"]) for a in result(runs=runs).arms]
     assert told == [("A, lr 0.1", 2, 4.5), ("A, lr 0.2", 1, 6.0), ("B", 1, 3.0)]

@@ -44,14 +44,11 @@ def forest(rows: Iterable[ClaimRow], tally: dict[str, list[TallyItem]]) -> list[
 def sizes(results: Sequence[Result]) -> dict[str, str]:
     """Return scale -> a text: how large its twins are and how long they trained, beside the paper's models.
 
-    It is about the runs behind the newest result of every experiment but the tour (`start`), which compares nothing.
+    It is about the runs of every experiment but the tour (`start`), which compares nothing.
     """
-    newest: dict[tuple[str, str], Result] = {}
-    for result in (result for result in results if result.experiment != "start"):
-        newest.setdefault((result.scale, result.experiment), result)
     by_scale: dict[str, list[Result]] = {}
-    for (scale, _), result in newest.items():
-        by_scale.setdefault(scale, []).append(result)
+    for result in (result for result in results if result.experiment != "start"):
+        by_scale.setdefault(result.scale, []).append(result)
     return {scale: text for scale, found in by_scale.items() if (text := _size(found))}
 
 

@@ -94,12 +94,13 @@ class Result:
 
     @cached_property
     def figures(self) -> Sequence[FigureRow]:
-        """The figures, their texts typeset; the first that shows a judged claim leads."""
+        """The figures, their texts typeset: first the one that shows the finding, else one with a judged claim."""
         judged = {v.claim for v in self.summary.claims if v.ours is not None}
         found = [
             FigureRow(f.name, typeset(f.title), typeset(f.caption), f.claims, f.data) for f in self.summary.figures
         ]
-        lead = next((f for f in found if judged & set(f.claims)), None)
+        leads = [f for f in found if f.title == self.title] or [f for f in found if judged & set(f.claims)]
+        lead = next(iter(leads), None)
         return sorted(found, key=lambda f: f is not lead)
 
     @property
@@ -206,7 +207,8 @@ class Result:
     def arms(self) -> list[dict[str, Any]]:
         """The runs by arm: label, seeds, and the mean of every number that all results of the arm have.
 
-        Runs of one label that were trained differently (a sweep) are arms of their own, named by what differs.
+        Runs of one label that were trained differently (a sweep) are arms of their own, named by what differs. A run
+        that stands for two arms, as its own rate is the shared one, counts for the first.
         """
         settings: dict[str, dict[str, set[str]]] = {}  # label -> field of TrainConfig -> its values
         for run in self.summary.runs:
@@ -218,9 +220,14 @@ class Result:
             return ", ".join([run.label, *differing])
 
         results: dict[str, list[Mapping[str, Any]]] = {}
+        seen: set[str] = set()
         for run in self.summary.runs:
-            results.setdefault(name(run), []).append(run.result)
-        return [{"arm": arm, "seeds": len(rows), **_means(rows)} for arm, rows in results.items()]
+            if run.id not in seen:
+                results.setdefault(name(run), []).append(run.result)
+            seen.add(run.id)
+        rows = [{"arm": arm, "seeds": len(of_arm), **_means(of_arm)} for arm, of_arm in results.items()]
+        loss = "validation_loss"  # what a reader looks for, on a narrow screen too
+        return [{"arm": row["arm"], **({loss: row[loss]} if loss in row else {}), **row} for row in rows]
 
     @property
     def curves_note(self) -> str:
