@@ -184,7 +184,7 @@ def train(
     """Show a training step of one layout: time by part, samples/s, memory with optimizer, days of the training."""
     from moelab import simulate
 
-    parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, "flat")
+    parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, simulate.system(system).exchange)
     got = simulate.training(
         _opened(model),
         replace(parallel, recompute=recompute),

@@ -130,7 +130,7 @@ SYSTEMS = {
             once=0,
             transform=0,
             step=8,
-            exchange="flat",
+            exchange="coordinated",
             min_capacity=0,
             grouped=True,
             graph=True,
@@ -159,7 +159,11 @@ SYSTEMS = {
     )
 }
 SYSTEMS["engine-tp"] = replace(
-    SYSTEMS["engine"], name="engine-tp", sliced=True, source="As engine, with every expert sliced over all GPUs."
+    SYSTEMS["engine"],
+    name="engine-tp",
+    exchange="flat",
+    sliced=True,
+    source="As engine, with every expert sliced over all GPUs.",
 )
 
 

@@ -39,6 +39,10 @@ def test_decode_train_clusters_and_score(tmp_path):
     assert one.output != two.output
     done = moelab("simulate", "train", "6.7B", "--tensor", "8", "--batch", "1024", "--micro-batch", "4")
     assert "samples/s" in done.output and "days for 300 billion tokens" in done.output
+    layout = ("simulate", "train", "1.3B+MoE-128", "--tensor", "8", "--json", "--system")
+    systems = ("pytorch", "deepspeed", "megatron")
+    exchanges = [json.loads(moelab(*layout, name).output)["parallel"]["exchange"] for name in systems]
+    assert exchanges == ["flat", "coordinated-hierarchical", "coordinated"], "the system's own"
     assert "a100-80gb" in moelab("simulate", "clusters").output
     assert "median absolute error, predicted" in moelab("simulate", "score").output
 

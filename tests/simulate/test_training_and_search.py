@@ -28,8 +28,9 @@ def test_states_of_mixed_precision_adam():
     got = dense()
     state = sum(got.memory_gib[k] for k in ("weights", "gradients", "optimizer")) * 2**30
     assert state == pytest.approx(16 * ModelConfig.parse("6.7B").parameters() / 8)
-    two = dense(zero=2)
-    assert two.memory_gib["optimizer"] == pytest.approx(got.memory_gib["optimizer"] / 16)
+    one, two = dense(zero=1), dense(zero=2)
+    assert one.memory_gib["optimizer"] == two.memory_gib["optimizer"] == pytest.approx(got.memory_gib["optimizer"] / 16)
+    assert one.memory_gib["gradients"] == got.memory_gib["gradients"] == pytest.approx(16 * two.memory_gib["gradients"])
     assert two.memory_gib["weights"] == got.memory_gib["weights"]
     whole = simulate.training("6.7B", ParallelConfig(data=128, shard=True), "a100", batch=128)
     state = sum(whole.memory_gib[k] for k in ("weights", "gradients", "optimizer")) * 2**30
