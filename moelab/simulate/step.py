@@ -132,6 +132,8 @@ def training(
     model = named(model)
     where, code = cluster(on), system(program)
     known = constants or (_constants.modern() if code.modern else _constants.fitted())
+    if code.only == "inference":
+        raise ValueError(f"simulate: system {code.name} is for inference alone")
     model.check_layout(parallel)
     share = batch / (parallel.data * micro_batch) if micro_batch >= 1 else 0
     if share < 1 or share != int(share):
