@@ -270,6 +270,7 @@ def test_cancel_takes_the_hash_that_status_shows(submitted, slurm, monkeypatch):
     assert done.exit_code == 0 and "cancelled 1 job: 7_1" in done.output and slurm.commands() == ["scancel 7_1"]
     done = invoke("nothing-so")
     assert done.exit_code == 1 and "nothing in the queue is named so: nothing-so" in done.stderr
+    assert str(invoke("").exception).startswith("a name is empty") and slurm.commands() == []
     monkeypatch.setattr("moelab.cli.slurm.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
     done = invoke("tiny", input="n\n")
     assert done.exit_code == 1 and slurm.commands() == []
