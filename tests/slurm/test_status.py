@@ -322,6 +322,12 @@ def test_a_machine_without_a_cluster_is_told_as_such(slurm, monkeypatch, tmp_pat
         queue.jobs()
 
 
+def test_looks_of_watch_are_a_second_apart_at_least(workshop):
+    for every in ("0", "-1"):
+        done = CliRunner().invoke(app, ["status", "--watch", "--every", every])
+        assert done.exit_code == 2 and "'--every'" in done.output
+
+
 def test_a_full_queue_is_asked_for_once_and_read_right(slurm):
     slurm.says(
         "12_0|RUNNING|None|node1|1:00|2:00|moelab s runs-0",
