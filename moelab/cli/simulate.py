@@ -192,6 +192,8 @@ def train(
     """Show a training step of one layout: time by part, samples/s, memory with optimizer, days of the training."""
     from moelab import simulate
 
+    if not 0 < tokens < float("inf"):
+        raise ValueError(f"--tokens must be a positive number, got {tokens:g}")
     parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, simulate.system(system).exchange)
     got = simulate.training(
         _opened(model),
@@ -235,11 +237,11 @@ def score(
     public: Annotated[
         bool, typer.Option("--public", help="public measurements of today's systems, with ranges")
     ] = False,
-    group: Annotated[str, typer.Option(help="with --public: every row of a group, such as decode")] = "",
+    group: Annotated[str, typer.Option(help="of --public, every row of a group, such as decode")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Show the simulator beside every number of the paper, or beside public measurements of today's systems."""
-    if public:
+    if public or group:
         _score_public(group, as_json)
         return
     from moelab.simulate.scoreboard import median_error, rows

@@ -43,6 +43,9 @@ def test_decode_train_clusters_and_score(tmp_path):
     systems = ("pytorch", "deepspeed", "megatron")
     exchanges = [json.loads(moelab(*layout, name).output)["parallel"]["exchange"] for name in systems]
     assert exchanges == ["flat", "coordinated-hierarchical", "coordinated"], "the system's own"
+    for tokens in ("nan", "-1", "inf"):
+        done = moelab("simulate", "train", "6.7B", "--tokens", tokens)
+        assert str(done.exception) == f"--tokens must be a positive number, got {tokens}"
     assert "a100-80gb" in moelab("simulate", "clusters").output
     assert "median absolute error, predicted" in moelab("simulate", "score").output
 
@@ -64,8 +67,9 @@ def test_a_program_of_today_has_a_range_and_a_nearest_measurement():
 def test_the_public_scoreboard_by_group():
     done = moelab("simulate", "score", "--public", "--group", "prefill")
     assert done.exit_code == 0 and "deepseek-v3-prefill-1" in done.output and "sealed" in done.output
-    done = moelab("simulate", "score", "--public", "--group", "prefil")
-    assert "no group 'prefil'; did you mean prefill?" in str(done.exception)
+    for public in (["--public"], []):
+        done = moelab("simulate", "score", *public, "--group", "prefil")
+        assert "no group 'prefil'; did you mean prefill?" in str(done.exception)
 
 
 def test_fit_writes_what_it_found(tmp_path):
