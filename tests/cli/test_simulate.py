@@ -60,6 +60,8 @@ def test_a_program_of_today_has_a_range_and_a_nearest_measurement():
     assert "ms a token: ranges like it" in done.output and "nearest" not in done.output
     done = moelab("simulate", "decode", "1.3B+MoE-128")
     assert "ranges like it" not in done.output
+    done = moelab("simulate", "decode", "qwen3-30b", "--system", "engine", "--tensor", "4", "--json")
+    assert json.loads(done.output)["parallel"]["exchange"] == "coordinated", "a token goes to an expert once"
     done = moelab("simulate", "decode", "qwen3-30b", "--system", "engine-tp", "--expert", "8")
     assert str(done.exception).endswith("over the tensor group; leave out --expert, --slicing, --exchange")
 
