@@ -154,7 +154,8 @@ class Lab:
             cluster: "local" needs neither Slurm nor a profile: it starts processes of this machine, two runs at a time.
 
         Raises:
-            ValueError: a bad profile, runs that cannot be trained there, or Slurm refuses the job; nothing was queued.
+            ValueError: a bad profile, runs that cannot be trained there, or Slurm refuses; the message names the jobs
+                that were queued before, if any.
         """
         from moelab.slurm import jobs, preflight, profiles, submit
 

@@ -25,7 +25,10 @@ Gpus = Annotated[int, typer.Option(help="GPUs")]
 ClusterName = Annotated[str, typer.Option(help="a100, a100-40gb, a100-80gb, h100, h200, h800, or a YAML file")]
 SystemName = Annotated[
     str,
-    typer.Option(help="pytorch (the paper's baseline), deepspeed (its full system), moelab; today: engine, engine-tp"),
+    typer.Option(
+        help="pytorch (the paper's baseline), deepspeed (its full system), moelab; "
+        "today: engine, engine-tp (inference), megatron (training)"
+    ),
 ]
 Tensor = Annotated[int, typer.Option(help="ranks of tensor slicing")]
 Context = Annotated[int, typer.Option(help="tokens a sequence, for the cache")]
@@ -134,7 +137,12 @@ def decode(
     """Show one decoding step of one layout: latency by part, memory, throughput, cost."""
     from moelab import simulate
 
-    parallel = _parallel(simulate, cluster, gpus, tensor, expert, slicing, exchange or simulate.system(system).exchange)
+    code = simulate.system(system)
+    if code.sliced and (expert or slicing != 1 or exchange):
+        raise ValueError(
+            f"--system {code.name} slices every expert over the tensor group; leave out --expert, --slicing, --exchange"
+        )
+    parallel = _parallel(simulate, cluster, gpus, tensor, expert, slicing, exchange or code.exchange)
     options = {"program": system, "batch": batch, "context": context, "dtype": dtype, "imbalance": imbalance}
     got = simulate.decode(_opened(model), parallel, cluster, **options)
     if as_json:
@@ -184,7 +192,9 @@ def train(
     """Show a training step of one layout: time by part, samples/s, memory with optimizer, days of the training."""
     from moelab import simulate
 
-    parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, "flat")
+    if not 0 < tokens < float("inf"):
+        raise ValueError(f"--tokens must be a positive number, got {tokens:g}")
+    parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, simulate.system(system).exchange)
     got = simulate.training(
         _opened(model),
         replace(parallel, recompute=recompute),
@@ -227,11 +237,11 @@ def score(
     public: Annotated[
         bool, typer.Option("--public", help="public measurements of today's systems, with ranges")
     ] = False,
-    group: Annotated[str, typer.Option(help="with --public: every row of a group, such as decode")] = "",
+    group: Annotated[str, typer.Option(help="of --public, every row of a group, such as decode")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Show the simulator beside every number of the paper, or beside public measurements of today's systems."""
-    if public:
+    if public or group:
         _score_public(group, as_json)
         return
     from moelab.simulate.scoreboard import median_error, rows

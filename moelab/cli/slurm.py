@@ -133,7 +133,7 @@ def status(
     names: Names = None,
     watch: Annotated[bool, typer.Option("--watch", help="keep looking until all is over")] = False,
     everything: Annotated[bool, typer.Option("--all", help="submissions in which all is over, too")] = False,
-    every: Annotated[float, typer.Option(help="seconds between two looks of --watch")] = 10.0,
+    every: Annotated[float, typer.Option(min=1, help="seconds between two looks of --watch")] = 10.0,
     as_json: AsJson = False,
 ) -> None:
     """Show what was submitted: state, step, loss, time left.

@@ -307,10 +307,16 @@ class ModelConfig:
         """Return the elements of one layer's attention matrices: query, key, value and output."""
         return self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
 
-    def check_layout(self, parallel: ParallelConfig) -> None:
-        """Check that the model can be distributed in a layout; ValueError, one line, if not."""
+    def check_layout(self, parallel: ParallelConfig, *, copies: bool = False) -> None:
+        """Check that the model can be distributed in a layout; ValueError, one line, if not.
+
+        Args:
+            copies: whether a head of keys and values may be copied to several ranks of a tensor group.
+        """
+        heads = self.heads if copies and parallel.tensor % self.kv_heads == 0 else self.kv_heads
+        kind = "attention" if heads == self.heads else "key-value"
         for ffn in self.ffn_sizes:
-            parallel.check(self.experts, heads=self.kv_heads, ffn=ffn)
+            parallel.check(self.experts, heads=heads, ffn=ffn, kind=kind)
 
     def attention_parameters(self) -> int:
         """Return the parameters of one layer's attention, with the norms of queries and keys."""

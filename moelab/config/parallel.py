@@ -182,12 +182,12 @@ class ParallelConfig:
             token_replicas=tp // senders,
         )
 
-    def check(self, experts: tuple[int, ...], *, heads: int, ffn: int) -> None:
+    def check(self, experts: tuple[int, ...], *, heads: int, ffn: int, kind: str = "attention") -> None:
         """Check that a model can be distributed in this layout; called before any process is started.
 
         Args:
             experts: number of experts of each layer, 0 for dense layers.
-            heads: attention heads H.
+            heads: heads that the tensor ranks share out, of this kind: attention or key-value.
             ffn: feed-forward size F.
 
         Raises:
@@ -195,7 +195,7 @@ class ParallelConfig:
         """
         _check(
             heads % self.tensor == 0,
-            f"tensor {self.tensor} does not divide the model's {heads} attention heads; allowed: {_divisors(heads)}",
+            f"tensor {self.tensor} does not divide the model's {heads} {kind} heads; allowed: {_divisors(heads)}",
         )
         _check(ffn % self.tensor == 0, f"tensor {self.tensor} does not divide the feed-forward size {ffn}")
         _check(

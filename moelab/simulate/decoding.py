@@ -43,7 +43,7 @@ from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Array, Layouts
 from moelab.simulate.memory import inference_memory
 from moelab.simulate.published import named
-from moelab.simulate.systems import System, slots, system
+from moelab.simulate.systems import System, check_layout, slots, system
 
 WEIGHT_BYTES = {**DTYPE_BYTES, "fp8": 1, "int8": 1}
 """Bytes of a weight. With fp8, weights and products have 8 bits and products twice the rate; with int8, weights alone.
@@ -170,6 +170,7 @@ def decode_sweep(
         constants: by default the fitted ones.
     """
     where, code = cluster(on), system(program)
+    _check(code.only != "training", f"system {code.name} is for training alone")
     _check(batch >= 1 and context >= 1, f"batch and context must be at least 1, got {batch} and {context}")
     _check(imbalance >= 1, f"imbalance must be at least 1 (even), got {imbalance}")
     _check(dtype in WEIGHT_BYTES, f"dtype must be one of {', '.join(WEIGHT_BYTES)}, got {dtype!r}")
@@ -312,8 +313,8 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
         ValueError: the model cannot be spread so, or an option is wrong; the message is one line.
     """
     model = named(model)
-    where = cluster(on)
-    model.check_layout(parallel)
+    where, code = cluster(on), system(options.get("program", "deepspeed"))
+    check_layout(code, model, parallel)
     _check(
         not model.is_moe or parallel.ranks_per_node <= where.gpus_per_node,
         f"gpus_per_node {parallel.gpus_per_node} is more than the {where.gpus_per_node} of cluster {where.name}",
@@ -321,7 +322,7 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
     sweep = decode_sweep(model, Layouts([parallel]), where, **options)
     return DecodeEstimate(
         model=str(model),
-        system=system(options.get("program", "deepspeed")).name,
+        system=code.name,
         cluster=where.name,
         parallel=parallel,
         batch=options.get("batch", 8),

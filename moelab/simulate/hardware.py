@@ -99,8 +99,13 @@ def cluster(name: str | Cluster) -> Cluster:
 
 
 def cluster_of_card(card: str) -> Cluster | None:
-    """Return the package's cluster of a GPU, by its name as CUDA gives it; None if there is none."""
+    """Return the package's cluster of a GPU, by its name as CUDA gives it; None if there is none.
+
+    The clusters' GPUs are SXM modules; cards of PCIe (NVL, too) and slices (MIG) have other memory and rates.
+    """
     words = card.lower().replace("-", " ").split()
+    if {"pcie", "nvl", "mig"} & {*words}:
+        return None
     known = (name for name in clusters() if all(word in words for word in name.split("-")))
     return next(map(cluster, known), None)
 

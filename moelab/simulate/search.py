@@ -18,7 +18,7 @@ from moelab.simulate.decoding import DecodeEstimate, DecodeSweep, decode, decode
 from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Layouts
 from moelab.simulate.published import named
-from moelab.simulate.systems import System, system
+from moelab.simulate.systems import System, check_layout, system
 
 Objective = Literal["latency", "throughput", "cost"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -26,17 +26,22 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 @functools.lru_cache(maxsize=32)  # plans of one model and several batches or clusters share them
-def layouts(model: ModelConfig, gpus: tuple[int, ...], gpus_per_node: int) -> Layouts:
-    """Return every valid layout on each of these numbers of GPUs.
+def layouts(
+    model: ModelConfig, gpus: tuple[int, ...], gpus_per_node: int, program: str | System = "deepspeed"
+) -> Layouts:
+    """Return every layout of a program on each of these numbers of GPUs.
 
-    They have tensor slicing inside a node, expert parallelism over any divisor, expert slicing by any power of two, and
-    for MoE models all four exchanges.
+    They have tensor slicing inside a node and, unless the program slices experts over the tensor group, expert
+    parallelism over any divisor, expert slicing by any power of two, and for MoE models all four exchanges.
     """
+    code = system(program)
+    # Other programs of today would copy heads of keys and values, too; the grid of notebook 16 was published without.
+    check = functools.partial(check_layout, code, model) if code.sliced else model.check_layout
     found = []
     for P in gpus:
         G = min(gpus_per_node, P)
         slicing, parallel, exchanges = [1], [0], EXCHANGES[:1]
-        if model.is_moe:
+        if model.is_moe and not code.sliced:
             slicing = [w for w in (1, 2, 4, 8, 16) if P % w == 0]
             parallel = [x for x in range(1, min(P, max(model.experts)) + 1) if P % x == 0]
             exchanges = EXCHANGES
@@ -44,7 +49,7 @@ def layouts(model: ModelConfig, gpus: tuple[int, ...], gpus_per_node: int) -> La
         for L, W, X, exchange in product(tensor, slicing, parallel, exchanges):
             with contextlib.suppress(ValueError):  # the model cannot be distributed so
                 config = ParallelConfig(L, P // L, X, W, gpus_per_node, exchange)
-                model.check_layout(config)
+                check(config)
                 found.append(config)
     return Layouts(found)
 
@@ -77,7 +82,7 @@ def least_gpus(
     model = named(model)
     where = cluster(on)
     for n in sizes(most, where.gpus_per_node):
-        options = layouts(model, (n,), where.gpus_per_node)
+        options = layouts(model, (n,), where.gpus_per_node, program)
         if not len(options):
             continue
         sweep = decode_sweep(model, options, where, program=program, batch=batch, context=context, dtype=dtype)
@@ -211,7 +216,7 @@ def plan(
         raise ValueError(f"plan: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if gpus < 1 or not batches:
         raise ValueError(f"plan: needs at least one GPU and one batch, got {gpus} and {list(batches)}")
-    options = layouts(model, sizes(gpus, where.gpus_per_node), where.gpus_per_node)
+    options = layouts(model, sizes(gpus, where.gpus_per_node), where.gpus_per_node, code)
     settings: dict[str, Any] = {"program": code, "context": context, "dtype": dtype}
     sweeps = {b: decode_sweep(model, options, where, batch=b, **settings) for b in batches}
     latency = _table(sweeps, "latency_ms")

@@ -120,8 +120,8 @@ def training(
         batch: sequences per step, over all ranks.
         micro_batch: sequences in a forward pass of one data rank.
         program: gives the dispatch ("pytorch": einsums; the others: table-driven); the exchange is that of `parallel`.
-        zero: 2 splits gradients and optimizer state over the ranks that hold the same parameters; 0 and 1 do as the
-            paper's scripts.
+        zero: 1 splits the optimizer state over the ranks that hold the same parameters, 2 also the gradients; 0, as
+            in the paper's scripts, neither.
         pipeline, chunks: stages of a pipeline, and chunks of layers of each; all stages take the same time.
         dtype: of products: bf16 (or fp16), or fp8, at twice the rate, but for attention's scores.
         overlap: of exchanges and gradients with computation, in programs of today.
@@ -132,6 +132,8 @@ def training(
     model = named(model)
     where, code = cluster(on), system(program)
     known = constants or (_constants.modern() if code.modern else _constants.fitted())
+    if code.only == "inference":
+        raise ValueError(f"simulate: system {code.name} is for inference alone")
     model.check_layout(parallel)
     share = batch / (parallel.data * micro_batch) if micro_batch >= 1 else 0
     if share < 1 or share != int(share):
@@ -321,22 +323,21 @@ def _memory(
 ) -> dict[str, float]:
     """Return the bytes on a GPU: states by `STATE_BYTES`, activations of a micro-batch, workspace."""
     L, M = parallel.tensor, model.hidden
-    everything = parallel.data if parallel.shard else 1
-    late = max(everything, parallel.data if zero == 2 else 1)
+    copies = _expert_copies(model, parallel)
 
-    def split(divisor: int, expert_divisor: float) -> float:
-        return outside / divisor + experts / expert_divisor
+    def state(what: str, split: bool) -> float:
+        data = parallel.data if split or parallel.shard else 1
+        return STATE_BYTES[what] * (outside / data + experts / (copies if split else 1))
 
-    copies = _expert_copies(model, parallel) if zero == 2 else 1.0
     layer = _kept(model, tokens, L, code)
     slots = max((e * training_slots(model, tokens, e) for e in model.experts if e), default=0)
     # Rows in and out of experts, and between their two products.
     layer += 2 * slots * (2 * M + model.expert_feed_forward.inner)
     kept = model.layers * tokens * M * 2 + layer if parallel.recompute else model.layers * layer
     return {
-        "weights": STATE_BYTES["weights"] * split(everything, 1),
-        "gradients": STATE_BYTES["gradients"] * split(late, copies),
-        "optimizer": STATE_BYTES["optimizer"] * split(late, copies),
+        "weights": state("weights", False),
+        "gradients": state("gradients", zero == 2),
+        "optimizer": state("optimizer", zero >= 1),
         "activations": kept + tokens * model.vocab * 6 / L,
         "reserved": known.reserved_gib * 2**30,
     }

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from moelab.config import ModelConfig, unknown
-from moelab.config.parallel import Exchange
+from moelab.config.parallel import Exchange, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class System:
             paper, fused attention, which keeps no scores, and links that work at the same time.
         sliced: whether tensor parallelism slices every expert like a dense feed-forward, so that nothing is exchanged.
         scheduler: whether the host schedules between two steps while the GPU waits (`Constants.step_us`).
+        only: the work that it alone does, training or inference; empty: both.
         source: where the counts come from.
     """
 
@@ -59,6 +61,7 @@ class System:
     modern: bool = False
     sliced: bool = False
     scheduler: bool = False
+    only: Literal["", "training", "inference"] = ""
     source: str = ""
 
 
@@ -130,11 +133,12 @@ SYSTEMS = {
             once=0,
             transform=0,
             step=8,
-            exchange="flat",
+            exchange="coordinated",
             min_capacity=0,
             grouped=True,
             graph=True,
             modern=True,
+            only="inference",
             source="An inference engine of today (vLLM, SGLang, TensorRT-LLM): a CUDA graph; norm, rotation, write "
             "into the cache and attention; top-k and alignment, two grouped products, an activation between them, sum.",
         ),
@@ -153,13 +157,18 @@ SYSTEMS = {
             exchange="coordinated",
             min_capacity=0,
             modern=True,
+            only="training",
             source="Training with Megatron-Core: eager kernels of Transformer Engine, one product for each expert of a "
             "GPU in several streams (README of megatron/core/transformer/moe); small kernels estimated.",
         ),
     )
 }
 SYSTEMS["engine-tp"] = replace(
-    SYSTEMS["engine"], name="engine-tp", sliced=True, source="As engine, with every expert sliced over all GPUs."
+    SYSTEMS["engine"],
+    name="engine-tp",
+    exchange="flat",
+    sliced=True,
+    source="As engine, with every expert sliced over all GPUs.",
 )
 
 
@@ -177,6 +186,16 @@ def system(name: str | System) -> System:
     if name not in SYSTEMS:
         raise ValueError(unknown(f"no system {name!r}", name, SYSTEMS))
     return SYSTEMS[name]
+
+
+def check_layout(system: System, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check that a program can distribute a model in a layout; ValueError, one line, if not.
+
+    Programs of today copy a head of keys and values to several ranks where a tensor group has more ranks than heads.
+    """
+    if system.sliced:  # no rank has experts of its own
+        parallel = replace(parallel, expert=1, expert_slicing=1, exchange="flat")
+    model.check_layout(parallel, copies=system.modern)
 
 
 def slots(system: System, model: ModelConfig, tokens: int, experts: int) -> int:

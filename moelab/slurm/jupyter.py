@@ -66,8 +66,9 @@ def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
         The exit code: 0 when the user stopped it, 1 when the job ended by itself.
 
     Raises:
-        queue.SlurmError: Slurm is not available or refuses the job.
+        ValueError: one line; the profile is not of a Slurm cluster, Slurm is not available or refuses the job.
     """
+    profile.require_slurm("moelab lab --profile")
     console = Console(highlight=False, soft_wrap=True)
     folder = paths.home() / "lab" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
     folder.mkdir(parents=True, mode=0o700)

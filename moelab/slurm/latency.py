@@ -44,7 +44,11 @@ def main(profile: Profile, *, rounds: int, runs: int, out: Path | None) -> None:
         rounds: how often the ways of running take turns.
         runs: number of runs that are submitted at once, held, and cancelled again.
         out: folder of the results; None writes none.
+
+    Raises:
+        ValueError: one line; the profile is not of a Slurm cluster.
     """
+    profile.require_slurm("moelab bench submit")
     parts = {
         "time to the first step": lambda: _first_step(profile, rounds),
         "a notebook batch beside the same work in one process": lambda: _notebook(profile, rounds),

@@ -13,8 +13,11 @@ from typing import Literal
 from moelab import environment, paths
 from moelab.config import from_json, unknown
 
-_OWN = ("array", "signal", "requeue", "no-requeue", "dependency", "output", "open-mode", "kill-on-invalid-dep")
-"""Options of sbatch on which moelab's jobs depend."""
+_OWN = (
+    *("array", "signal", "requeue", "no-requeue", "dependency", "output", "open-mode", "kill-on-invalid-dep"),
+    *("time", "nodes", "ntasks-per-node", "cpus-per-task", "job-name"),
+)
+"""Options of sbatch on which moelab's jobs depend, and those that it makes from a profile and a run's layout."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ class Profile:
                     raise ValueError(f"{where}: {what} takes --name=value or --name, got {argument!r}")
                 if what == "sbatch" and argument[2:].partition("=")[0] in _OWN:
                     raise ValueError(f"{where}: sbatch may not have {argument!r}, which moelab itself sets")
+
+    def require_slurm(self, command: str) -> None:
+        """Refuse a command that needs Slurm where the profile has none; ValueError, one line."""
+        if self.cluster != "slurm":
+            raise ValueError(f"{command} needs Slurm; profile {self.name} has cluster: {self.cluster}")
 
     def _check_characters(self, where: str) -> None:
         """Refuse texts that would end a line of the batch script: the rest would be read as options or commands."""

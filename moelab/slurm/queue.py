@@ -186,8 +186,8 @@ def explain(command: str, stderr: str, code: int) -> SlurmError:
             f"{command}: no slurm.conf here: this machine belongs to no Slurm cluster; for the development cluster: "
             'eval "$(slurm/local/cluster.sh env)"'
         )
-    lines = [line.removeprefix(f"{command}: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith("Batch job submission failed")] or lines
+    prefixes = re.compile(rf"({command}: )?(error: )?(Batch job submission failed: )?")
+    said = [prefixes.sub("", line, count=1) for line in stderr.splitlines() if line.strip()]
     return SlurmError(f"{command}: {'; '.join(said) or f'exit code {code}'}")
 
 
@@ -215,8 +215,8 @@ def _left_out(job: str, node: str) -> str:
     with contextlib.suppress(SlurmError):
         nodes = _nodes("-p", partition)
         alike = {devices for name, _, devices in nodes if name == node}
-        before = re.search(r"ExcNodeList=(\S+)", _run("scontrol", "show", "job", job))
-        out = {node} | ({*before[1].split(",")} - {"(null)"} if before else set())
+        before = re.search(r"ExcNodeList=(?!\(null\))(\S+)", _run("scontrol", "show", "job", job))
+        out = {node, *(_run("scontrol", "show", "hostnames", before[1]).split() if before else ())}
         others = {name for name, state, devices in nodes if state in _USABLE and devices in alike} - out
         if alike and len(others) >= int(os.environ.get("SLURM_JOB_NUM_NODES", 1)):
             return ",".join(sorted(out))

@@ -41,7 +41,12 @@ def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunS
         names: only experiments, runs or submissions whose name begins with one of these.
         everything: also show submissions in which all is over; the newest one is always shown.
         store: where the runs are; by default the store of MOELAB_HOME.
+
+    Raises:
+        ValueError: a name is empty, which every name begins with.
     """
+    if "" in names:
+        raise ValueError("a name is empty: name experiments, runs or submissions")
     store = store or RunStore()
     known = list(records())
     readable = [record for record in known if isinstance(record, Submission)]

@@ -99,8 +99,8 @@ def submit(
 
     Raises:
         ValueError: a run does not fit the profile, or Slurm refuses a script; nothing has been queued.
-        queue.SlurmError: Slurm is not available or does not answer. What was queued before is recorded; submit again
-            for the rest.
+        queue.SlurmError: Slurm is not available, does not answer, or refuses a job whose script it had accepted. The
+            message names what was queued before, which is recorded; submit again for the rest.
     """
     store = store or RunStore()
     if dry_run:
@@ -237,6 +237,9 @@ def _queue(plan: Plan, store: RunStore) -> None:
             alone = [(str(submission.folder), part.name)]
             arguments = alone if part.values is not None else [(str(path),) for path in directories[part.name]]
             ids[part.name] = part.job = queued.queue(plan.calls[part.name], arguments)
+    except queue.SlurmError as error:
+        before = f"; queued before: {', '.join(ids.values())}; submit again for the rest" if ids else ""
+        raise queue.SlurmError(f"{error}{before}") from None
     finally:
         submission.write()
 

@@ -39,6 +39,13 @@ def test_decode_train_clusters_and_score(tmp_path):
     assert one.output != two.output
     done = moelab("simulate", "train", "6.7B", "--tensor", "8", "--batch", "1024", "--micro-batch", "4")
     assert "samples/s" in done.output and "days for 300 billion tokens" in done.output
+    layout = ("simulate", "train", "1.3B+MoE-128", "--tensor", "8", "--json", "--system")
+    systems = ("pytorch", "deepspeed", "megatron")
+    exchanges = [json.loads(moelab(*layout, name).output)["parallel"]["exchange"] for name in systems]
+    assert exchanges == ["flat", "coordinated-hierarchical", "coordinated"], "the system's own"
+    for tokens in ("nan", "-1", "inf"):
+        done = moelab("simulate", "train", "6.7B", "--tokens", tokens)
+        assert str(done.exception) == f"--tokens must be a positive number, got {tokens}"
     assert "a100-80gb" in moelab("simulate", "clusters").output
     assert "median absolute error, predicted" in moelab("simulate", "score").output
 
@@ -53,13 +60,18 @@ def test_a_program_of_today_has_a_range_and_a_nearest_measurement():
     assert "ms a token: ranges like it" in done.output and "nearest" not in done.output
     done = moelab("simulate", "decode", "1.3B+MoE-128")
     assert "ranges like it" not in done.output
+    done = moelab("simulate", "decode", "qwen3-30b", "--system", "engine", "--tensor", "4", "--json")
+    assert json.loads(done.output)["parallel"]["exchange"] == "coordinated", "a token goes to an expert once"
+    done = moelab("simulate", "decode", "qwen3-30b", "--system", "engine-tp", "--expert", "8")
+    assert str(done.exception).endswith("over the tensor group; leave out --expert, --slicing, --exchange")
 
 
 def test_the_public_scoreboard_by_group():
     done = moelab("simulate", "score", "--public", "--group", "prefill")
     assert done.exit_code == 0 and "deepseek-v3-prefill-1" in done.output and "sealed" in done.output
-    done = moelab("simulate", "score", "--public", "--group", "prefil")
-    assert "no group 'prefil'; did you mean prefill?" in str(done.exception)
+    for public in (["--public"], []):
+        done = moelab("simulate", "score", *public, "--group", "prefil")
+        assert "no group 'prefil'; did you mean prefill?" in str(done.exception)
 
 
 def test_fit_writes_what_it_found(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moelab.config import ModelConfig
+from moelab.config import DecoderConfig, ModelConfig
 from moelab.config.parallel import EXCHANGES, ParallelConfig
 
 P = ParallelConfig
@@ -68,6 +68,10 @@ def test_grid_and_position_agree(exchange, tensor, data, slicing, node, experts)
         (lambda: P(tensor=4, data=3, gpus_per_node=4).experts(6), "must divide one another"),
         (lambda: P(data=24, exchange="hierarchical").experts(12), "needs whole nodes of 8"),
         (lambda: P(tensor=8).check((0, 0), heads=12, ffn=64), r"tensor 8 .* 12 attention heads; allowed: \[1, 2, 3"),
+        (
+            lambda: ModelConfig(1, hidden=32, heads=4, decoder=DecoderConfig(kv_heads=2)).check_layout(P(tensor=4)),
+            r"tensor 4 does not divide the model's 2 key-value heads; allowed: \[1, 2\]",
+        ),
         (lambda: P(data=8).check((0, 6), heads=8, ffn=64), r"\(layer 2\)"),
     ],
 )

@@ -107,8 +107,9 @@ def test_paper_and_simulator_load_no_torch():
 def test_a_card_has_the_cluster_of_its_kind_and_memory():
     cards = {
         "NVIDIA A100-SXM4-40GB": "a100-40gb",
-        "NVIDIA A100 80GB PCIe": "a100-80gb",
+        "NVIDIA A100-SXM4-80GB": "a100-80gb",
         "NVIDIA H100 80GB HBM3": "h100",
     }
     assert {card: simulate.cluster_of_card(card).name for card in cards} == cards
-    assert simulate.cluster_of_card("NVIDIA GeForce RTX 4090") is None
+    others = ("A100 80GB PCIe", "A100-PCIE-40GB", "H200 NVL", "H100 80GB HBM3 MIG 1g.10gb", "GeForce RTX 4090")
+    assert [simulate.cluster_of_card(f"NVIDIA {card}") for card in others] == [None] * 5

@@ -15,6 +15,7 @@ from moelab.simulate.constants import MODERN_FREE, MODERN_START, modern
 from moelab.simulate.decoding import decode_sweep
 from moelab.simulate.layouts import Layouts
 from moelab.simulate.published import MODELS, named
+from moelab.simulate.search import describe
 from moelab.simulate.step import expert_row_bytes
 from moelab.simulate.systems import System, system
 from tests.simulate.toy import ROUND, TOY
@@ -54,6 +55,20 @@ def test_published_shapes_have_their_sizes():
     layout = ParallelConfig(tensor=2, gpus_per_node=2)
     one = simulate.decode("mixtral-8x7b", layout, "h100", program="engine-tp", batch=1)
     assert one.model == "Mixtral-8x7B" and one.fits
+
+
+def test_eight_ranks_copy_the_four_key_value_heads_of_qwen3():
+    four, eight = ParallelConfig(tensor=4), ParallelConfig(tensor=8)
+    caches = {
+        simulate.decode("qwen3-30b", p, "h100", program=program).memory_gib["cache"]
+        for p, program in ((four, "engine-tp"), (eight, "engine-tp"), (eight, "engine"))
+    }
+    assert len(caches) == 1, "a rank keeps one head"
+    with pytest.raises(ValueError, match="tensor 8 does not divide the model's 4 key-value heads"):
+        simulate.decode("qwen3-30b", eight, "h100", program="moelab")
+    found = simulate.plan("qwen3-30b", 8, "h100", program="engine-tp", batches=(1,))
+    assert found.considered == 1 + 2 + 3 + 4, "tensor slicing alone"
+    assert describe(found.best) == "4 GPUs, tensor 4 x data 1, 1 sequence a tensor group"
 
 
 def test_a_row_for_each_node_each_gpu_and_each_choice():

@@ -28,8 +28,9 @@ def test_states_of_mixed_precision_adam():
     got = dense()
     state = sum(got.memory_gib[k] for k in ("weights", "gradients", "optimizer")) * 2**30
     assert state == pytest.approx(16 * ModelConfig.parse("6.7B").parameters() / 8)
-    two = dense(zero=2)
-    assert two.memory_gib["optimizer"] == pytest.approx(got.memory_gib["optimizer"] / 16)
+    one, two = dense(zero=1), dense(zero=2)
+    assert one.memory_gib["optimizer"] == two.memory_gib["optimizer"] == pytest.approx(got.memory_gib["optimizer"] / 16)
+    assert one.memory_gib["gradients"] == got.memory_gib["gradients"] == pytest.approx(16 * two.memory_gib["gradients"])
     assert two.memory_gib["weights"] == got.memory_gib["weights"]
     whole = simulate.training("6.7B", ParallelConfig(data=128, shard=True), "a100", batch=128)
     state = sum(whole.memory_gib[k] for k in ("weights", "gradients", "optimizer")) * 2**30
@@ -72,6 +73,8 @@ def test_pr_moe_needs_less_memory_in_training():
         (lambda: dense(batch=1000), "not a multiple of 16 data ranks x micro_batch 4"),
         (lambda: dense(micro_batch=0), "not a multiple"),
         (lambda: dense(zero=3), "zero must be 0, 1 or 2"),
+        (lambda: dense(program="engine-tp"), "system engine-tp is for inference alone"),
+        (lambda: simulate.plan("1.3B", 8, program="megatron"), "system megatron is for training alone"),
         (lambda: dense(dtype="fp32"), "training's dtype must be one of bf16, fp16, fp8, got 'fp32'"),
         (lambda: simulate.plan("24B+MoE-128", 8), "does not fit 8 GPUs of a100-40gb; it needs 64"),
         (lambda: simulate.plan("1.3B", 8, objective="speed"), "objective must be one of latency"),

@@ -39,7 +39,7 @@ def slurm(tmp_path, monkeypatch):
     for name in ("srun", "scancel"):
         (folder / name).write_text(head)
     (folder / "scontrol").write_text(
-        f'{head}test "$1" = show && echo "   ReqNodeList=(null) ExcNodeList=node7"\nexit 0\n'
+        f'{head}case "$2" in job) echo "   ReqNodeList=(null) ExcNodeList=node[7-8]" ;; hostnames) echo node7 node8 ;; esac\n'
     )
     nodes = "".join(f"{line}\\n" for line in ("node1|mixed|gpu:a100:8", "node2|idle~|gpu:a100:8", *OTHERS))
     (folder / "sinfo").write_text(f"{head}printf '{nodes}'\n")

@@ -96,8 +96,8 @@ def test_a_requeued_job_leaves_out_the_node_that_killed_it_if_there_are_others(s
         return [line for line in slurm.commands() if line.startswith("scontrol")]
 
     slurm.says("RUNNING")
-    asked, again = "scontrol show job 12_3", "scontrol requeue 12_3"
-    assert requeue("node1") == [asked, again, "scontrol update JobId=12_3 ExcNodeList=node1,node7"]
-    assert requeue("node1", nodes=2) == requeue("node9") == [asked, again] and requeue("") == [again]
+    asked, again = ["scontrol show job 12_3", "scontrol show hostnames node[7-8]"], "scontrol requeue 12_3"
+    assert requeue("node1") == [*asked, again, "scontrol update JobId=12_3 ExcNodeList=node1,node7,node8"]
+    assert requeue("node1", nodes=2) == requeue("node9") == [*asked, again] and requeue("") == [again]
     slurm.says("COMPLETING")
     assert requeue("node1") == [], "it has been cancelled meanwhile"

@@ -162,6 +162,14 @@ def test_a_notebook_that_works_on_a_gpu_is_refused_here(name, scale):
     assert dry.exit_code == 0 and dry.output.startswith("nothing to train")
 
 
+@pytest.mark.parametrize("command", [("bench", "submit"), ("lab",)])
+def test_what_needs_slurm_is_refused_for_a_profile_without(command, monkeypatch):
+    monkeypatch.setattr("moelab.slurm.latency.announced", lambda *_: [])
+    monkeypatch.setattr("moelab.slurm.jupyter.executor.for_jupyter", lambda *_: 1 / 0)
+    failed = call(*command, "--profile", "processes")
+    assert str(failed.exception).endswith("needs Slurm; profile processes has cluster: local")
+
+
 def test_an_experiment_that_only_measures_queues_its_notebook_alone():
     done = call("submit", "throughput", "--scale", "smoke", "--profile", "example", "--dry-run")
     assert done.exit_code == 0 and "1 notebook" in done.output, done.output

@@ -39,6 +39,7 @@ def test_a_bad_profile_is_one_line(tmp_path):
         ('gpu_type: "a\\0"', "gpu_type must be one line"),
         ('sbatch: ["--comment=a\\nb"]', "sbatch must be one line"),
         ('sbatch: ["--signal=B:USR1@60"]', "sbatch may not have '--signal=B:USR1@60', which moelab itself sets"),
+        *((f"sbatch: [--{o}=4]", f"may not have '--{o}=4'") for o in ("time", "nodes", "cpus-per-task", "job-name")),
         ("cluster: moon", "cluster must be 'slurm' or 'local', got 'moon'"),
         ("a: [", "not valid YAML"),
         ("- a", "expected `field: value` lines"),

@@ -270,6 +270,7 @@ def test_cancel_takes_the_hash_that_status_shows(submitted, slurm, monkeypatch):
     assert done.exit_code == 0 and "cancelled 1 job: 7_1" in done.output and slurm.commands() == ["scancel 7_1"]
     done = invoke("nothing-so")
     assert done.exit_code == 1 and "nothing in the queue is named so: nothing-so" in done.stderr
+    assert str(invoke("").exception).startswith("a name is empty") and slurm.commands() == []
     monkeypatch.setattr("moelab.cli.slurm.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
     done = invoke("tiny", input="n\n")
     assert done.exit_code == 1 and slurm.commands() == []
@@ -319,6 +320,12 @@ def test_a_machine_without_a_cluster_is_told_as_such(slurm, monkeypatch, tmp_pat
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(queue.SlurmError, match="squeue is not installed here"):
         queue.jobs()
+
+
+def test_looks_of_watch_are_a_second_apart_at_least(workshop):
+    for every in ("0", "-1"):
+        done = CliRunner().invoke(app, ["status", "--watch", "--every", every])
+        assert done.exit_code == 2 and "'--every'" in done.output
 
 
 def test_a_full_queue_is_asked_for_once_and_read_right(slurm):

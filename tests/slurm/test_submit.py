@@ -18,7 +18,7 @@ from moelab.experiments import EXPERIMENTS
 from moelab.files import read_json, write_json
 from moelab.runs.branching import token_budgets
 from moelab.runs.store import RunStore
-from moelab.slurm import callables, executor, profiles, queue, snapshot, status, submit
+from moelab.slurm import callables, executor, profiles, queue, snapshot, status, submission, submit
 from moelab.slurm.executor import Size
 from moelab.slurm.queue import Job
 
@@ -94,6 +94,19 @@ def test_nodes_that_are_down_refuse_no_job(slurm, tmp_path):
         sbatch.write_text(f"#!/bin/sh\ncat > /dev/null\necho 'allocation failure: {said}' >&2\nexit 1\n")
         with refused:
             queue.check("#!/bin/sh")
+
+
+def test_a_refusal_half_way_names_what_was_queued(workshop, tiny_spec, slurm, tmp_path):
+    sbatch = tmp_path / "bin" / "sbatch"
+    says = "QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates accounting/QOS policy"
+    sbatch.write_text(
+        '#!/bin/sh\ncase "$1" in --test-only) cat > /dev/null; exit 0 ;; esac\n'
+        f"grep -q notebook $1 || exec echo Submitted batch job 7\nprintf 'sbatch: error: {says}' >&2\nexit 1\n"
+    )
+    said = "sbatch: QOSMaxSubmitJobPerUserLimit; Job violates accounting/QOS policy; queued before: 7; submit again"
+    with pytest.raises(queue.SlurmError, match=f"^{said} for the rest$"):
+        submit.submit("x", [({}, [tiny_spec])], profiles.load("local"))
+    assert [part.job for part in submission.submissions()[0].parts] == ["7", None]
 
 
 def test_a_folder_that_slurm_and_submitit_would_rewrite_is_refused(tiny_spec, monkeypatch):
