@@ -105,12 +105,12 @@ OUTCOMES = {
     SIMULATED_FAILS: Outcome("✗", "bad", "the simulator’s value breaks the limit, or lies on the other side"),
     DISAGREES: Outcome("≠", "open", "the paper gives this number twice and differently, and no result judges it"),
     INCOMPLETE: Outcome(
-        "○",
+        "×",
         "none",
         "a seed has no result in one of the arms, one that is no number, or curves that never cross; the note names it",
     ),
-    FEW_SEEDS: Outcome("○", "none", "one or two seeds do not tell an effect from chance"),
-    FEW_SESSIONS: Outcome("○", "none", "the rounds of one session share a process, so sessions are the samples"),
+    FEW_SEEDS: Outcome("×", "none", "one or two seeds do not tell an effect from chance"),
+    FEW_SESSIONS: Outcome("×", "none", "the rounds of one session share a process, so sessions are the samples"),
     NOT_TESTED: Outcome("–", "none", "the result has no value for the claim"),
     NOT_TESTABLE: Outcome(
         "–",

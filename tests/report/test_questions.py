@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -67,6 +68,10 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
         paper.claim("moe128-350m-beats-own-base"), UNDECIDED, scaling, "cpu", -0.3, -0.5, -0.1, 3, decides=True
     )
     assert questions.answers([scaling], [row])[0].line.startswith("Yes, if tested alone: −0.300 ")
+    larger = replace(row, claim=paper.claim("moe128-1.3b-beats-own-base"), verdict="direction only", ours=-0.4)
+    answer = questions.answers([scaling], [row, larger])[0]
+    assert answer.line == "Yes: −0.400 [−0.500, −0.100] on the 1.3B base (paper −0.21)"
+    assert answer.claims == [larger, row] and "; on the 350M base, if tested alone: −0.300 nats" in answer.short
     (scaling.folder / "equal-cost.jsonl").write_text('{"at": "time", "seed": 0}\n')
     assert questions.answers([scaling], []) == [], "a column is missing"
     for text in ("\n", "torn"):

@@ -175,15 +175,19 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     claims = sorted((decided[id] for id in ids if id in decided), key=lambda row: row.verdict.startswith(UNDECIDED))
     if short == "Yes" and claims and claims[0].verdict.startswith(UNDECIDED):
         short, line = (text.replace("Yes", "Yes, if tested alone", 1) for text in (short, line))
-    elif claims and claims[0].claim.right != BASE:
-        stands = f"{claims[0].ours:+.3f} nats [{claims[0].low:+.3f}, {claims[0].high:+.3f}]"
-        line = _line(f"{short}: {stands} on the {claims[0].claim.right} base", f"{claims[0].claim.number:+.2f}")
-        more += typeset(f"; on the {claims[0].claim.right} base {stands} at equal tokens")
+    beside = _beside(result, BASE)
+    if short == "Yes" and claims and claims[0].claim.right != BASE:
+        other, number = claims[0].claim.right, f"{claims[0].claim.number:+.2f}"
+        stands = typeset(
+            f"{claims[0].ours:+.3f} nats [{claims[0].low:+.3f}, {claims[0].high:+.3f}] on the {other} base"
+        )
+        line = _line(f"Yes: {stands}", number)
+        short, beside = f"Yes: {stands}; on the {BASE} base, if tested alone", typeset(f"{number} and {beside}")
     return Answer(
         "Does an MoE beat its dense base?",
         line,
         f"{short}: {', '.join(said)}{more}.",
-        _beside(result, BASE),
+        beside,
         basis(result),
         claims,
         f"{result.path}/index.html#{'gap-over-tokens' if result.has('gap-over-tokens.svg') else 'against-dense'}",
