@@ -125,9 +125,9 @@ def test_the_search_finds_the_fastest_tile_that_runs(interpreted, folder):
             raise RuntimeError("out of resources")
         return first.call()
 
-    routed = replace(first, call=lambda: (torch.tensor([100 + 2 * (tile() != 16)]),))
-    wrong = tune.tune(routed, math.inf, lambda call: call() and 1.0)
-    assert wrong.wrong == wrong.tried > 0, "numbers of experts and slots are equal or wrong"
+    routed = replace(first, call=lambda: (first.call(), [torch.tensor([100 + 2 * (tile() != 16)])])[1])
+    wrong = tune.tune(routed, math.inf, lambda call: 0.5 if tile() == 16 else 0.1)
+    assert wrong.wrong > 0 and not wrong.best, "numbers of experts and slots are equal or wrong"
     one = tune.tune(replace(first, call=call), math.inf, timer)
     assert (one.best, one.refused, one.own_ms, one.best_ms) == ({"BM": 32}, 1, 1000.0, 500.0)
     tune.write([one], folder / "x.json", "X")

@@ -178,11 +178,9 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     beside = _beside(result, BASE)
     if short == "Yes" and claims and claims[0].claim.right != BASE:
         other, number = claims[0].claim.right, f"{claims[0].claim.number:+.2f}"
-        stands = typeset(
-            f"{claims[0].ours:+.3f} nats [{claims[0].low:+.3f}, {claims[0].high:+.3f}] on the {other} base"
-        )
-        line = _line(f"Yes: {stands}", number)
-        short, beside = f"Yes: {stands}; on the {BASE} base, if tested alone", typeset(f"{number} and {beside}")
+        stands = typeset(f"Yes, {row.claim.right} base: {row.ours:+.3f} nats [{row.low:+.3f}, {row.high:+.3f}]")
+        line = _line(stands, number)
+        short, beside = f"{stands}; {BASE} base, if tested alone", typeset(f"{number} and {beside}")
     return Answer(
         "Does an MoE beat its dense base?",
         line,
