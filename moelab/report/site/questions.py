@@ -177,7 +177,7 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
         short, line = (text.replace("Yes", "Yes, if tested alone", 1) for text in (short, line))
     beside = _beside(result, BASE)
     if short == "Yes" and claims and claims[0].claim.right != BASE:
-        other, number = claims[0].claim.right, f"{claims[0].claim.number:+.2f}"
+        row, number = claims[0], f"{claims[0].claim.number:+.2f}"
         stands = typeset(f"Yes, {row.claim.right} base: {row.ours:+.3f} nats [{row.low:+.3f}, {row.high:+.3f}]")
         line = _line(stands, number)
         short, beside = f"{stands}; {BASE} base, if tested alone", typeset(f"{number} and {beside}")
