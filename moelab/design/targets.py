@@ -80,7 +80,7 @@ def domain_headline(table: pd.DataFrame) -> str:
         ends = f"{by.min():+.2f} ({by.idxmin()}) to {by.max():+.2f} ({by.idxmax()})"
         gaps = [list(part["gap"]) for _, part in table[table["pair"] == pair].groupby("arm")]
         clear = sum(len(values) > 1 and interval(values)[2] < 0 for values in gaps)
-        sure = f", in {clear} by its interval" if len(gaps[0]) > 1 else ""
+        sure = f", in {clear} with an interval below zero" if len(gaps[0]) > 1 else ""
         said.append(f"{left} is below {right} in {(by < 0).sum()} of {len(by)} domains{sure}, {ends}")
     return "; ".join(said)
 

@@ -132,7 +132,7 @@ def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
         lead = ""
         if len(means) > 1:
             second = means.drop(best)
-            lead = f", {second.min() - means.min():.3f} nats below the next, {second.idxmin():g}"
+            lead = f", {second.min() - means.min():.3f} nats below the next best, {second.idxmin():g}"
         also = "" if best == used[arm] else f" (in use: {used[arm]:g}, {cost})"
         said.append(f"{arm} ends lowest on average at rate {best:g}{lead}{also}")
     seeds = table["seed"].nunique()

@@ -83,9 +83,11 @@ class Runs(tuple[Run, ...]):
             before, other = first.setdefault(replace(run.spec.data, context=1), (text, run)) if text else (text, run)
             if text != before:
                 raise _changed(other, run)
-        for run in self.missing if now is not None else ():
+        if now is None:
+            return
+        for run in self.missing:
             before, other = first.get(replace(run.spec.data, context=1), ("", run))
-            if now is not None and before and now(run.spec.data) != before:
+            if before and now(run.spec.data) != before:
                 raise _changed(other, run)
 
     def explain_missing(self) -> str:

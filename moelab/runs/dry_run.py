@@ -144,7 +144,7 @@ def _timed(known: Mapping[str, records.Archive]) -> tuple[list[tuple[RunSpec, fl
     for name in store.ids(file="result.json"):
         with contextlib.suppress(ValueError, RuntimeError, OSError):  # a damaged run tells nothing
             run = store.at(name)
-            trained_here = (run.path / "holder.json").exists()  # no record of another machine's run
+            trained_here = (run.path / "holder.json").exists()  # an imported run has no holder
             if trained_here and run.spec.train.device == "cpu" and (seconds := run.own_seconds) > 0:
                 timed.append((run.spec, seconds))
     if timed:

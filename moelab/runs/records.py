@@ -83,7 +83,7 @@ def archives_in(source: Path) -> list[Archive]:
         try:
             with zipfile.ZipFile(path) as pack:
                 names = pack.namelist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # the latter: of a damaged directory
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # damaged: zipfile raises any of these
             names = []
         inner = [zipfile.Path(str(path), name) for name in names if "/" not in name and name.endswith(".zip")]
         archives += inner if inner and len(inner) == len(names) else [path]
@@ -203,6 +203,13 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
                     raise ValueError(f"{archive}: {name} is packed by another method than deflate")
                 with packed.open(entries[name]) as file:
                     content[name] = file.read(entries[name].file_size + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, UnicodeError, RuntimeError) as error:  # encrypted, too
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        UnicodeError,
+        RuntimeError,
+    ) as error:  # encrypted: RuntimeError
         raise ValueError(f"{archive}: unreadable ({one_line(error)})") from None
     return content

@@ -134,7 +134,7 @@ def test_differences_by_domain_are_paired_by_seed_and_a_text_of_one_domain_has_n
     first = table[table["pair"] == "A − B"]
     assert (
         targets.domain_headline(first)
-        == "A is below B in 1 of 2 domains, in 0 by its interval, -0.75 (sea) to +0.50 (field)"
+        == "A is below B in 1 of 2 domains, in 0 with an interval below zero, -0.75 (sea) to +0.50 (field)"
     )
     drawn = figures.in_panels(table)
     rows = [[label.get_text() for label in ax.get_yticklabels()] for ax in drawn.axes]

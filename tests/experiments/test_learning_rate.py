@@ -58,7 +58,7 @@ def test_the_sweep_at_full_is_of_four_families_and_names_an_optimum_at_an_edge()
     assert line.endswith(f"; not bracketed: {edges[0]}; not bracketed: {edges[1]}")
     other = learning_rate.headline(table, dict.fromkeys(losses, 16e-3), "350M")
     assert (
-        "A ends lowest on average at rate 0.004, 0.100 nats below the next, 0.002 (in use: 0.016, not among these)"
+        "A ends lowest on average at rate 0.004, 0.100 nats below the next best, 0.002 (in use: 0.016, not among these)"
         in other
     )
 
