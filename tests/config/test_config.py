@@ -98,6 +98,7 @@ def test_wrong_names_say_what_is_allowed_in_one_line(text, part):
         ("model", {"residual": True}, "residual needs MoE layers"),
         ("model", {"experts": (1,) * 24}, "at least 2 experts"),
         ("model", {"dropout": 1.0}, "dropout must be in [0, 1)"),
+        ("model", {"decoder": DecoderConfig(ffn=10**30)}, "decoder.ffn must be at most 16,777,216"),
         ("train", {"betas": (2, 2)}, "train: betas must be two numbers from 0 up to, not including, 1, got [2, 2]"),
         ("train", {"betas": (0.9, 1.0)}, "train: betas must be two"),
         ("train", {"betas": (0.9,)}, "train: betas must be two"),
