@@ -131,6 +131,7 @@ class Publication:
                 "tables": [asdict(row) for row in self.tables],
                 "claims": [asdict(verdict) for verdict in self.verdicts],
                 "missing": list(dict.fromkeys(run.spec.id for run in runs.missing)) if runs is not None else [],
+                "broken_down": runs.broken_down if runs is not None else [],
                 "runs": [
                     {
                         "id": run.spec.id,

@@ -155,6 +155,7 @@ class Summary:
         notebook_seconds, training_seconds: time of the notebook, and of the training runs behind it; a trunk's part
             counts once.
         missing: ids of runs that the notebook asked for and that have no result.
+        broken_down: a line for each run that ends far above its lowest validation loss (`Runs.broken_down`).
     """
 
     experiment: str
@@ -170,6 +171,7 @@ class Summary:
     tables: tuple[TableRow, ...] = ()
     claims: tuple[Verdict, ...] = ()
     missing: tuple[str, ...] = ()
+    broken_down: tuple[str, ...] = ()
     runs: tuple[RunRow, ...] = ()
     measurements: tuple[MeasurementRow, ...] = ()
     provenance: Provenance = field(default_factory=Provenance)

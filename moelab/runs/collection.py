@@ -11,6 +11,10 @@ from moelab.lazy import pd
 from moelab.runs.store import Run
 
 
+BROKEN_DOWN = 0.05
+"""Nats above its lowest validation loss at which a run that ends there is named (`Runs.broken_down`)."""
+
+
 class NoResult(RuntimeError):
     """An arm has no result of any seed; the message is one line with the reason of the first run that failed.
 
@@ -40,6 +44,23 @@ class Runs(tuple[Run, ...]):
     def missing(self) -> Runs:
         """Runs without a result; `status.reason` and `log_tail()` say why."""
         return Runs(run for run in self if not run.finished)
+
+    @property
+    def broken_down(self) -> list[str]:
+        """A line for each finished run that ends far above the lowest loss of its validations, say after a divergence.
+
+        Such a run counts like any other: leaving it out would choose seeds by their results.
+        """
+        lines = {}
+        for run in self.finished:
+            rows = run.rows("validation.jsonl")
+            if len(rows) and (rise := rows["loss"].iloc[-1] - rows["loss"].min()) > BROKEN_DOWN:
+                lowest = rows.loc[rows["loss"].idxmin()]
+                lines[run.spec.id] = (
+                    f"{run.spec.title}, seed {run.spec.train.seed}: {rise:.2f} nats, lowest after "
+                    f"{lowest['tokens'] / rows['tokens'].iloc[-1]:.0%} of its training"
+                )
+        return list(lines.values())
 
     def require_results(self, before: Sequence[Run] = (), *, every_arm: bool = True) -> None:
         """Check that every arm, the runs of one title, has a result of at least one seed, and that texts are the same.

@@ -1,5 +1,7 @@
 """`moelab check-cluster` on gloo ranks: a healthy machine, and faults that it must find."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,13 +10,31 @@ import torch.distributed as dist
 
 from moelab import simulate
 from moelab.engine.cluster import check, shared_folder
-from moelab.engine.cluster.findings import Nodes
+from moelab.engine.cluster.findings import LIMIT_S, Nodes
 from moelab.engine.cluster.links import Links
 from moelab.engine.launch.process import Place
 from moelab.simulate.exchange import collective_us
 
 pytestmark = pytest.mark.multiprocess
 LINE = "MOELAB_TEST_LINE=here"
+FAILS_ON_ONE_RANK = """
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moelab.engine.cluster import check
+
+
+def rates():
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 cannot measure")
+    return 1.0, 10.0
+
+
+check.main(
+    device="cpu", largest=1 << 20, out=None, links=None, rates=rates, commit=None, gpus_per_node=0, environment=(), folder=Path()
+)
+"""
 
 
 def rows(folder, nodes, fault, links, options):
@@ -36,6 +56,8 @@ def rows(folder, nodes, fault, links, options):
             patch.setattr(shared_folder.fcntl, "flock", lambda *_: None)
         if fault == "no locks" and rank == 0:
             patch.setattr(shared_folder.fcntl, "flock", no_locks)
+        if fault == "error":
+            patch.setattr(shared_folder, "_visible", unreadable)
         if fault == "stale":
             patch.setattr(shared_folder, "VISIBLE_S", 1.0)
         if fault == "stale" and rank == 3:
@@ -46,6 +68,10 @@ def rows(folder, nodes, fault, links, options):
 
 def no_locks(*_):
     raise OSError(37, "No locks available")
+
+
+def unreadable(*_):
+    raise OSError("cannot be read")
 
 
 @pytest.fixture
@@ -115,3 +141,19 @@ def test_outside_of_ranks_it_says_how_to_start_it(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="no rank; start it with srun"):
         check.main(device="cpu", largest=1 << 20, out=None)
+
+
+def test_what_fails_on_one_rank_is_said_before_the_others_time_out(tmp_path):
+    """The others are in a collective then, and would be waited for."""
+    (tmp_path / "script.py").write_text(FAILS_ON_ONE_RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=2 * LIMIT_S)
+    assert done.returncode and "ValueError: rank 1 cannot measure" in done.stderr
+    assert time.monotonic() - started < LIMIT_S
+
+
+def test_an_error_leaves_no_folder_behind(on_ranks, tmp_path):
+    with pytest.raises(Exception, match="cannot be read"):
+        on_ranks(2, rows, tmp_path, 1, "error", None, {})
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """A publication empties the folder of its own draft and touches nothing else."""
 
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -71,6 +72,20 @@ def test_a_run_that_stands_for_both_rates_counts_once(result):
     publication.finish(Runs(runs), title="There")
     summary = read_json(publication.path / SUMMARY)
     assert summary["training_seconds"] == 1 and [run["label"] for run in summary["runs"]] == [s.title for s in specs]
+
+
+@pytest.mark.parametrize(("losses", "named"), [((5.0, 3.0, 3.04), False), ((5.0, 3.0, 3.3, 3.2), True), ((), False)])
+def test_a_run_that_broke_down_is_named_and_counts(result, losses, named):
+    run = RunStore().run(EXPERIMENTS["pr-moe"].specs("full")[0])
+    write_json(run.path / "result.json", result())
+    write_json(run.path / "provenance.json", {})
+    rows = [{"step": i, "tokens": 50 * i, "loss": loss} for i, loss in enumerate(losses)]
+    (run.path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    publication = Publication.open("pr-moe", "full", {})
+    publication.finish(Runs([run, run]), title="There")
+    summary = read_json(publication.path / SUMMARY)
+    assert summary["broken_down"] == named * ["Dense, seed 0: 0.20 nats, lowest after 33% of its training"]
+    assert len(summary["runs"]) == 2
 
 
 def test_no_published_file_names_a_host():
