@@ -35,8 +35,6 @@ def layouts(
     parallelism over any divisor, expert slicing by any power of two, and for MoE models all four exchanges.
     """
     code = system(program)
-    # Other programs of today would copy heads of keys and values, too; the grid of notebook 16 was published without.
-    check = functools.partial(check_layout, code, model) if code.sliced else model.check_layout
     found = []
     for P in gpus:
         G = min(gpus_per_node, P)
@@ -49,7 +47,7 @@ def layouts(
         for L, W, X, exchange in product(tensor, slicing, parallel, exchanges):
             with contextlib.suppress(ValueError):  # the model cannot be distributed so
                 config = ParallelConfig(L, P // L, X, W, gpus_per_node, exchange)
-                check(config)
+                check_layout(code, model, config)
                 found.append(config)
     return Layouts(found)
 

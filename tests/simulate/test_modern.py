@@ -69,6 +69,7 @@ def test_eight_ranks_copy_the_four_key_value_heads_of_qwen3():
     found = simulate.plan("qwen3-30b", 8, "h100", program="engine-tp", batches=(1,))
     assert found.considered == 1 + 2 + 3 + 4, "tensor slicing alone"
     assert describe(found.best) == "4 GPUs, tensor 4 x data 1, 1 sequence a tensor group"
+    assert simulate.plan("qwen3-30b", 8, "h100", program="engine", batches=(64,)).best.parallel.tensor == 8
 
 
 def test_a_row_for_each_node_each_gpu_and_each_choice():
