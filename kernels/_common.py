@@ -1,6 +1,7 @@
 """Choose backends and precisions for every op.
 
-Backends: ``auto`` is Triton on CUDA tensors and C++ on CPU tensors, or the reference where there is no C++ compiler.
+Backends: ``auto`` is Triton on CUDA tensors and C++ on CPU tensors, or the reference where there is no C++ compiler and
+for float64.
 ``reference`` is the operation in plain PyTorch, on any device, written for readability. ``triton`` on CPU tensors needs
 Triton's interpreter, that is ``TRITON_INTERPRET=1`` set before Triton is imported (for tests only, because it is slow).
 ``cpp`` is C++ for CPU tensors (``_cpp``) of float32 or bfloat16.
@@ -41,11 +42,12 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None, fits:
         devices = ", ".join(sorted({str(t.device) for t in present}))
         raise ValueError(f"{op}: tensors are on different devices: {devices}")
     narrow = all(t.dtype in CPP_DTYPES for t in present)
-    if backend == "auto":
-        if device.type != "cpu":
-            return "triton" if device.type == "cuda" else "reference"
+    if backend == "auto" and device.type == "cpu":
         usable = narrow and fits and _get_current_dispatch_mode() is None
         return "cpp" if usable and _cpp.available() else "reference"
+    if backend == "auto":
+        floats = all(t.dtype in FLOATS for t in present if t.is_floating_point())
+        backend = "triton" if device.type == "cuda" and floats else "reference"
     if backend == "cpp":
         if device.type != "cpu":
             raise ValueError(f"{op}: backend 'cpp' is for CPU tensors, these are on {device.type}")
@@ -63,6 +65,10 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None, fits:
         for t in present:
             if t.is_floating_point() and t.dtype not in FLOATS:
                 raise ValueError(f"{op}: Triton kernels take float32, bfloat16 or float16, not {t.dtype}")
+        if device.type == "cuda" and device.index != (current := torch.cuda.current_device()):
+            raise ValueError(  # Triton launches on the current one
+                f"{op}: tensors are on {device}, the current device is cuda:{current}; call torch.cuda.set_device"
+            )
     elif backend != "reference":
         raise ValueError(f"{op}: unknown backend {backend!r}; know {', '.join(get_args(Backend))}")
     return backend

@@ -301,7 +301,8 @@ class TritonGate(torch.autograd.Function):
         BE, BK = next_power_of_2(E), next_power_of_2(K)
         eps = torch.finfo(torch.float32).eps
 
-        expert_SK, slot_SK = torch.empty(2, S, K, dtype=torch.int32, device=device).unbind()
+        # Each its own memory: Triton compiles anew for an address that is no multiple of 16 bytes.
+        expert_SK, slot_SK = (torch.empty(S, K, dtype=torch.int32, device=device) for _ in range(2))
         weight_SK = torch.empty(S, K, dtype=torch.float32, device=device)
         first_E, load_E, kept_E = torch.empty(3, E, dtype=torch.int32, device=device).unbind()
         losses = torch.empty(2, dtype=torch.float32, device=device)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
-matplotlib.use("Agg")
+os.environ.setdefault("MPLBACKEND", "Agg")  # matplotlib is not installed everywhere that `moelab gpu` runs tests
 HERE = Path(__file__).parent
 # `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [

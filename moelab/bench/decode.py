@@ -148,25 +148,39 @@ def simulated(
 
 
 def measure_rank(
-    config: ModelConfig, parallel: ParallelConfig, batch: int, settings: DecodeSettings, device: str = "cpu"
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    batch: int,
+    settings: DecodeSettings,
+    device: str = "cpu",
+    dtype: str = "fp32",
 ) -> dict[str, Any]:
     """Return, on each rank, the turns of each mode and what was measured beside them; `batch` is over all ranks."""
     mesh, timing = Mesh(parallel, config.experts, device), settings.timing(device)
-    generators = {
-        mode: Generator(
-            set_mode(engine.build(config, 0, mesh).module, mode), batch=-(-batch // mesh.data.size), mesh=mesh
-        )
-        for mode in MODES
-    }
+    models: dict[str, GPT] = {}
+    for mode in MODES:
+        # Where no mode packs the weights, they are there once: two copies of a large model may not fit.
+        there = models.get(MODES[0]) if device == "cuda" else None
+        models[mode] = there or set_mode(engine.build(config, 0, mesh, DTYPES[dtype]).module, mode)
+    generators = {mode: Generator(m, batch=-(-batch // mesh.data.size), mesh=mesh) for mode, m in models.items()}
+
+    def generator(mode: str) -> Generator:
+        if device == "cuda":
+            set_mode(models[mode], mode)
+        return generators[mode]
+
+    def turn(mode: str, given: list[list[int]]) -> Turns:
+        return our_turns(generator(mode), given, settings.output)
+
     new_prompts = round_prompts(config, batch, settings)
-    candidates = {mode: lambda given, g=g: our_turns(g, given, settings.output) for mode, g in generators.items()}
+    candidates = {mode: functools.partial(turn, mode) for mode in MODES}
     turns = harness.in_turns(candidates, new_prompts, timing, lambda call, given: call(given))
     shared = {
         "empty_collective_ms": empty_collective(mesh, timing) * 1e3,
         "read_GB_per_s": reader(timing)() / 1e9,
     }
     prompts = new_prompts(timing.warm_up + timing.rounds)
-    numbers = {mode: {**breakdown(g, prompts, settings), **shared} for mode, g in generators.items()}
+    numbers = {mode: {**breakdown(generator(mode), prompts, settings), **shared} for mode in MODES}
     return {"turns": turns, "numbers": numbers}
 
 
@@ -181,26 +195,28 @@ def empty_collective(mesh: Mesh, timing: Timing) -> float:
     )
 
 
-def measure_ranks(config: ModelConfig, ranks: list[int], batch: int, settings: DecodeSettings) -> list[Row]:
+def measure_ranks(
+    config: ModelConfig, ranks: list[int], batch: int, settings: DecodeSettings, dtype: str = "fp32"
+) -> list[Row]:
     """Return the rows of one model over numbers of ranks of this machine; its experts are spread over all of them."""
     inputs.text()  # once, before the ranks ask for it
     measured = []
     for size in ranks:
         parallel = ParallelConfig(data=size)
         with Ranks(size, threads=1) as pool:
-            answers = pool.run(measure_rank, config, parallel, batch, settings, timeout_s=900)
+            answers = pool.run(measure_rank, config, parallel, batch, settings, "cpu", dtype, timeout_s=900)
         name = f"{machine.cpu()}, {size} ranks of 1 thread"
-        measured += slowest(answers, config, parallel, batch, settings, "cpu", name)
+        measured += slowest(answers, config, parallel, batch, settings, "cpu", dtype, name)
     return measured
 
 
 def measure_joined(
-    config: ModelConfig, parallel: ParallelConfig, batch: int, settings: DecodeSettings, device: str
+    config: ModelConfig, parallel: ParallelConfig, batch: int, settings: DecodeSettings, device: str, dtype: str
 ) -> list[Row]:
     """On ranks that have met (`process.join`): return the rows, on every rank."""
-    answers = all_gather_json(measure_rank(config, parallel, batch, settings, device))
+    answers = all_gather_json(measure_rank(config, parallel, batch, settings, device, dtype))
     name = harness.device_name(device) if device == "cuda" else machine.cpu()
-    return slowest(answers, config, parallel, batch, settings, device, f"{name}, {parallel.ranks} ranks")
+    return slowest(answers, config, parallel, batch, settings, device, dtype, f"{name}, {parallel.ranks} ranks")
 
 
 def slowest(
@@ -210,6 +226,7 @@ def slowest(
     batch: int,
     settings: DecodeSettings,
     device: str,
+    dtype: str,
     name: str,
 ) -> list[Row]:
     """Return the rows of what the ranks measured: of each mode the slowest rank's times, with the floor."""
@@ -219,11 +236,13 @@ def slowest(
         turns[mode], numbers[mode] = last["turns"][mode], last["numbers"][mode]
         # Each rank reads the shared weights and, on average, its share of the experts that tokens chose.
         share = statistics.mean(a["numbers"][mode]["distinct_experts"] or 0 for a in answers)
-        needed = weight_bytes(config, share) + cache_bytes(config, -(-batch // parallel.data), settings)
+        width = DTYPES[dtype].itemsize
+        needed = weight_bytes(config, share, width) + cache_bytes(config, -(-batch // parallel.data), settings, width)
         needed /= parallel.tensor
         waiting_s = numbers[mode]["collectives"] * numbers[mode]["empty_collective_ms"] / 1e3
         floors[mode] = needed / (numbers[mode]["read_GB_per_s"] * 1e9) + waiting_s
     case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": parallel.ranks}
+    case |= {"dtype": dtype}
     case |= {"parameters": config.parameters(), "exchange": parallel.exchange, "tensor": parallel.tensor}
     return decode_rows(case, turns, numbers, floors, settings, device, name)
 
@@ -252,7 +271,7 @@ def main(
         ranks: numbers of ranks for the models with experts; empty leaves that part out.
         rank_batch: sequences over all ranks there.
         tensor, exchange: the layout where torchrun or srun started the ranks; otherwise it is flat and data parallel.
-        dtype: of weights and activations, "fp32" or "bf16"; ranks are measured in fp32 only.
+        dtype: of weights and activations, "fp32" or "bf16".
     """
     known = decoders()
     configs = [known[name] if name in known else named(name) for name in models or known]
@@ -268,12 +287,10 @@ def main(
         raise ValueError(f"bench decode: batch must be at least 1, got {min(batches)}")
     place = process.find()
     joined = place if place is not None and place.world_size > 1 else None
-    if (ranks or joined) and dtype != "fp32":
-        raise ValueError("bench decode: ranks are measured in fp32; another dtype needs one process and --ranks 0")
     stem = "decode" if dtype == "fp32" else f"decode-{dtype}"
     torch.set_num_threads(threads)
     if joined:
-        _on_ranks(configs, joined, tensor, exchange, rank_batch, settings, device, out)
+        _on_ranks(configs, joined, tensor, exchange, rank_batch, settings, device, dtype, out and out / f"{stem}.jsonl")
         return
     if ranks and rank_batch < max(ranks):
         raise ValueError(f"bench decode: {rank_batch} sequences do not give each of {max(ranks)} ranks one")
@@ -287,7 +304,7 @@ def main(
     for config in terminal.announced(configs, lambda config: f"decoding with {config}, {many}{_ranks(config, ranks)}"):
         case = measure(config, batches, settings, device, dtype)
         if config.is_moe and ranks:
-            case += measure_ranks(config, ranks, rank_batch, settings)
+            case += measure_ranks(config, ranks, rank_batch, settings, dtype)
         show(case)
         measured += case
         if out is not None:  # after each model: what was measured is kept
@@ -308,24 +325,26 @@ def _on_ranks(
     batch: int,
     settings: DecodeSettings,
     device: str,
-    out: Path | None,
+    dtype: str,
+    file: Path | None,
 ) -> None:
     if tensor < 1 or place.world_size % tensor:
         raise ValueError(f"bench decode: --tensor {tensor} does not divide {place.world_size} ranks")
     parallel = ParallelConfig(tensor=tensor, data=place.world_size // tensor, exchange=exchange)  # type: ignore[arg-type]  # the class checks it
     if batch < parallel.data:
         raise ValueError(f"bench decode: {batch} sequences do not give each of {parallel.data} data ranks one")
+    process.join(device=device)
+    parallel = replace(parallel, gpus_per_node=all_gather_json(place.host).count(place.host))
     for config in configs:
         config.check_layout(parallel)
-    process.join(device=device)
     measured: list[Row] = []
     for config in configs:
-        case = measure_joined(config, parallel, batch, settings, device)
+        case = measure_joined(config, parallel, batch, settings, device, dtype)
         measured += case
         if place.rank == 0:
             show(case)
-            if out is not None:
-                harness.write(measured, out / "decode.jsonl")
+            if file is not None:
+                harness.write(measured, file)
     process.leave()
 
 

@@ -192,10 +192,11 @@ def show(measured: Sequence[Row]) -> None:
     harness.show(title, measured, columns)
 
 
-def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: Path | None) -> None:
+def main(*, ranks: list[int] | None, sizes: list[int], rounds: int, device: str, out: Path | None) -> None:
     """Measure, print and, with `out` (a folder), write `exchange.jsonl` and its figure.
 
-    On the ranks that torchrun or srun started `ranks` does not count: there are as many as there are.
+    On the ranks that torchrun or srun started `ranks` does not count: there are as many as there are. None is 4, 8 and
+    16, on GPUs as many as there are.
 
     Raises:
         ValueError: ranks that are no power of two from 4, or more than there are GPUs; sizes below 1 KiB; no rounds.
@@ -203,6 +204,8 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
     place = process.find()
     joined = place if place is not None and place.world_size > 1 else None
     most = 1 << 20 if joined else torch.cuda.device_count() if device == "cuda" else 64
+    if ranks is None:
+        ranks = [P for P in (4, 8, 16) if P <= most] or [4]
     for P in [joined.world_size] if joined else ranks:
         if P < 4 or P & (P - 1) or P > most:
             raise ValueError(f"--ranks must be powers of two from 4 to {most} here, got {P}")

@@ -102,7 +102,7 @@ def side_by_side(
     """
     torch.set_num_threads(config.threads)
     made = {name: training_loop(model, config, model.context) for name, model in models.items()}
-    times = turns(made, steps, Timing(rounds=rounds, warm_up=1))
+    times = turns(made, steps, Timing(rounds=rounds, device=config.device, warm_up=1))
     return {name: [config.batch_size * models[name].context / t for t in times[name]] for name in models}
 
 

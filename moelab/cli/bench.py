@@ -153,7 +153,7 @@ def bench_decode(
     device: Device = "cpu",
     tensor: Annotated[int, typer.Option(help="under torchrun or srun: tensor slicing")] = 1,
     exchange: Annotated[str, typer.Option(help="under torchrun or srun: the optimised mode's exchange")] = "flat",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16; bf16 with --ranks 0")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     out: Out = None,
 ) -> None:
     """Measure decoding: our modes, the paper's baseline and, with the extra peers, transformers and llama.cpp.
@@ -223,7 +223,7 @@ def bench_exchange(
     from moelab.bench.exchange import main as bench_main
 
     sizes = size or [1 << 10, 1 << 14, 1 << 18, 1 << 22]
-    bench_main(ranks=ranks or [4, 8, 16], sizes=sizes, rounds=rounds, device=device, out=out)
+    bench_main(ranks=ranks, sizes=sizes, rounds=rounds, device=device, out=out)
     write_provenance(out, "exchange")
 
 

@@ -50,7 +50,8 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
         config: everything except `context` and `part` decides which folder it is. `context` is only checked against the
             lengths; `part` chooses from what is there.
         cache: folder for prepared corpora and downloaded packages; created if missing.
-        progress: called with a line of text at each stage.
+        progress: called with a line of text at each stage, and each time that what is encoded so far is saved. It may
+            raise an exception to stop; the next call goes on from there.
 
     Raises:
         ValueError: an unknown corpus or tokenizer, no training or validation text, or a context that is too long.
@@ -170,7 +171,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
             tokenizer = _make_tokenizer(config, documents, folder.parent)
             tokenizer.save(scratch / "tokenizer.json")
             say(f"{corpus.name}: encoding")
-        meta = _encode(config, _spooled(spool) if spool.exists() else corpus.documents(), tokenizer, scratch, done)
+        meta = _encode(config, _spooled(spool) if spool.exists() else corpus.documents(), tokenizer, scratch, done, say)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
             for file in sorted(scratch.iterdir())
@@ -309,7 +310,12 @@ class _Part:
 
 
 def _encode(
-    config: DataConfig, documents: Iterable[Document], tokenizer: "Tokenizer", folder: Path, done: dict[str, Any] | None
+    config: DataConfig,
+    documents: Iterable[Document],
+    tokenizer: "Tokenizer",
+    folder: Path,
+    done: dict[str, Any] | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the token files, and return the part of `meta.json` about them; `done` is the progress of a dead build."""
     done = done or {"documents": 0, "train": None, "validation": {}}
@@ -337,6 +343,7 @@ def _encode(
             }
             write_json(folder / PROGRESS, progress, durable=True)
             saved = time.monotonic()
+            say(f"{config.corpus}: {read:,} documents encoded")
     for part in [train, *validation.values()]:
         part.close()
     if not train.size or not validation:

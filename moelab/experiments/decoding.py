@@ -87,7 +87,7 @@ def decode(
     measured = []
     for name, model in models.items():
         if scale == "gpu":
-            rows = [r for r in measure(model, list(batches), DecodeSettings(), "cuda") if r.candidate in MODES]
+            rows = [r for r in measure(model, list(batches), DecodeSettings(), "cuda", "bf16") if r.candidate in MODES]
         else:
             rows = measure_ranks(model, list(ranks), 8, settings)
         measured += [{**row.json(), "name": name} for row in rows]

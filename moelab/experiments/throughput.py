@@ -109,7 +109,7 @@ EXPERIMENT = Experiment(
     scales={
         "smoke": Scale("twins 64 and 128 wide", "seconds (tests)"),
         "cpu": Scale("twins 64 and 128 wide, 8 and 11 layers", "about a minute on one core"),
-        "gpu": Scale("twins 512 and 1024 wide", "not yet run; one GPU"),
+        "gpu": Scale("twins 256 and 512 wide", "not yet run; one GPU"),
     },
     arms=ARMS,
     trains=False,

@@ -142,6 +142,6 @@ EXPERIMENT = Experiment(
     scales=twin_scales(3, "350M base with 32 experts; 300 B tokens", full=3),
     arms=ARMS,
     measures=True,
-    measures_on_gpu=("gpu", "paper"),
+    measures_on_gpu=("gpu",),
     looks={"cpu": (3, 5)},
 )

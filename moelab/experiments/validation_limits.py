@@ -50,6 +50,7 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
     from moelab.engine import checkpoint
     from moelab.inference.text import weights_for
     from moelab.models import build
+    from moelab.training.precision import autocast
 
     spec, losses = run.spec, dict[str, Any]()
     data = prepare(spec.data, paths.home() / "data")
@@ -74,7 +75,7 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
         for x_BT, y_BT in batches:
             with (
                 torch.no_grad(),
-                torch.autocast(spec.train.device, torch.bfloat16, enabled=spec.train.dtype == "bf16"),
+                autocast(spec.train),
             ):
                 output = model(x_BT.to(spec.train.device), targets_BT=y_BT.to(spec.train.device), reduction="none")
             nats += float(output.loss.sum())

@@ -16,7 +16,6 @@ attention treats tokens independently, and attention is computed prompt by promp
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 
@@ -108,17 +107,21 @@ class _Layer:
         cache, keys, values = self._cache, self._keys, self._values
         if cache._fused and cache._spans is None and cache._mask_B11T is None:
             return packed.attend(q, k, v, keys, values, cache.positions_BT)
-        attention = functools.partial(F.scaled_dot_product_attention, enable_gqa=cache._gqa)
+        attention = F.scaled_dot_product_attention
         if cache._spans is not None:
             y = torch.empty_like(q)
             for slot, a, b in cache._spans:
                 keys[slot, :, : b - a], values[slot, :, : b - a] = k[0, :, a:b], v[0, :, a:b]
-                y[:, :, a:b] = attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True)
+                part = q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]
+                y[:, :, a:b] = attention(*part, is_causal=True, enable_gqa=cache._gqa)
             return y
         B = len(q)
         at = (cache._rows[:B], slice(None), cache.positions_BT[:, 0])
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]
+        # Of one token, the query heads that share keys are rows of one product. With `enable_gqa` and a mask CUDA has
+        # no fused kernel, and PyTorch would repeat the cache in fp32.
+        q_BNGD = q.reshape(B, keys.shape[1], -1, q.shape[-1])
         if cache._mask_B11T is not None:
-            return attention(q, keys, values, attn_mask=cache._mask_B11T)
-        parts = [attention(q[a:b], keys[a:b, :, :n], values[a:b, :, :n]) for a, b, n in cache._runs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else q
+            return attention(q_BNGD, keys, values, attn_mask=cache._mask_B11T).reshape(q.shape)
+        parts = [attention(q_BNGD[a:b], keys[a:b, :, :n], values[a:b, :, :n]) for a, b, n in cache._runs]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts) if parts else q).reshape(q.shape)

@@ -146,7 +146,7 @@ def open_model(
         model = load_run(directory, data=data, mesh=mesh, device=device, dtype=dtype)
         tokenizer = data.tokenizer()
     elif (directory / "config.json").is_file():
-        model = hf.load(directory, mesh=mesh, dtype=DTYPES[dtype]).to(device)
+        model = hf.load(directory, mesh=mesh, dtype=DTYPES[dtype], device=device)
         tokenizer = hf.load_tokenizer(directory)
     else:
         raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")

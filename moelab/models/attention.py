@@ -116,6 +116,9 @@ class Attention(nn.Module):
             y_BHTD = past.attend(q, k, v)
         else:
             grouped, dropout = self.heads != self.kv_heads, self.dropout if self.training else 0.0
+            if grouped and q.is_cuda and q.dtype == torch.float32:  # no fused kernel takes both
+                k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+                grouped = False
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
         return self.out.forward(y_BHTD.transpose(1, 2).flatten(2), add=add)
 

@@ -16,7 +16,6 @@ from moelab.kernels.head import SoftTargets, has_kernel, head
 
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits per softmax; on a CPU they stay in a core's cache
 _WITH_SOFT_TARGETS = 4  # with a teacher, about so many more arrays of this size are in use
-_MIN_PROBABILITY = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
 
 
 def linear_losses(
@@ -124,7 +123,7 @@ def _forward(
         ctx.save_for_backward(*gradients)
         return losses_N, losses_N.new_zeros(()) if soft_N is None else soft_N.sum()
     w_MV, targets_N1 = w_VM.to(dtype).T.contiguous(), targets_N[:, None]
-    p_N1 = x_NM.new_empty(N, 1, dtype=wide)  # the targets' probabilities
+    losses_N1 = x_NM.new_empty(N, 1, dtype=wide)
     dx_NM = torch.empty_like(x_NM) if for_x else None
     dw_MV = torch.zeros_like(w_MV, dtype=wide) if for_w else None
     more = x_NM.new_zeros((), dtype=wide)
@@ -143,11 +142,14 @@ def _forward(
             if soft is not None:
                 value, gradient_CV = divergence(soft.logits_NV[at:end], p_CV, soft.temperature)
                 more += value * soft.weight
-            torch.softmax(p_CV, -1, out=p_CV)
             target_C1 = targets_N1[at:end]
-            p_C1 = torch.gather(p_CV, 1, target_C1, out=p_N1[at:end])
+            # The loss is taken from the largest logit on: the logarithm of the target's own probability may be inexact.
+            top_C1, likeliest_C1 = p_CV.max(-1, keepdim=True)
+            behind_C1 = top_C1 - p_CV.gather(1, target_C1)
+            torch.softmax(p_CV, -1, out=p_CV)
+            torch.sub(behind_C1, p_CV.gather(1, likeliest_C1).log_(), out=losses_N1[at:end])
             if for_x or for_w:  # softmax - one-hot is the gradient of the logits
-                p_CV.scatter_(1, target_C1, p_C1 - 1)
+                p_CV.scatter_(1, target_C1, p_CV.gather(1, target_C1) - 1)
                 if soft is not None:
                     p_CV.add_(gradient_CV, alpha=soft.weight)
                 if dtype != wide:
@@ -159,8 +161,4 @@ def _forward(
         elif dw_MV is not None:
             dw_MV += x_GM.T @ logits_GV
     ctx.save_for_backward(dx_NM, None if dw_MV is None else dw_MV.T)
-    losses_N = p_N1[:, 0].log().neg_()
-    if len(unlikely := (p_N1[:, 0] < _MIN_PROBABILITY).nonzero()[:, 0]):
-        logits_UV = (x_NM[unlikely] @ w_MV).to(wide)
-        losses_N[unlikely] = F.cross_entropy(logits_UV, targets_N[unlikely], reduction="none")
-    return losses_N, more
+    return losses_N1[:, 0], more

@@ -10,7 +10,6 @@ from moelab.config import DataConfig
 from moelab.lazy import pd
 from moelab.runs.store import Run
 
-
 BROKEN_DOWN = 0.05
 """Nats above its lowest validation loss at which a run that ends there is named (`Runs.broken_down`)."""
 

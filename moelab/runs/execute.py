@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import shutil
 import socket
@@ -71,6 +72,10 @@ def execute(
 
     from moelab.training.loop import TrainingStopped
 
+    if run.spec.parallel.recompute and run.spec.parallel.tensor > 1:
+        # NCCL's sums inside NVLink switches (from H100 on) may differ in the last bit between two calls. Then a token
+        # may choose another expert when its block is computed again, and shapes differ.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     place = process.join(device=run.spec.train.device, folder=run.path)
     try:
         if place.rank == 0:
@@ -166,7 +171,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
     try:
         sessions.begin(run.path, record)
         _stop_others(run, should_stop)
-        data = prepare(spec.data, paths.home() / "data")
+        data = prepare(spec.data, paths.home() / "data", lambda _: _stop_early(run, should_stop))
         _stop_others(run, should_stop)
         if spec.parallel.ranks > 1:
             process.publish("data", data.fingerprint)
@@ -201,8 +206,15 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
 
 def _stop_others(run: Run, should_stop: ShouldStop) -> None:
     """Stop with the ranks that wait for the data, if that is asked; a run on one rank stops after its first step."""
-    if run.spec.parallel.ranks > 1 and should_stop():
-        process.publish("data", _STOP)
+    if run.spec.parallel.ranks > 1:
+        _stop_early(run, should_stop)
+
+
+def _stop_early(run: Run, should_stop: ShouldStop) -> None:
+    """Stop before the training, if that is asked: preparing a large text may take longer than a job has."""
+    if should_stop():
+        if run.spec.parallel.ranks > 1:
+            process.publish("data", _STOP)
         raise StoppedAtStart("stopped before the training began")
 
 
@@ -228,6 +240,7 @@ def _call_train(run: Run, data: TokenData, should_stop: ShouldStop, on_progress:
             on_progress(replace(p, steps=steps))
 
         _train_in(trunk, folder, runs, data, start=start, until=step, on_progress=progress, should_stop=should_stop)
+        gc.collect()  # recomputation and FSDP2 make cycles, which would keep the trunk on the GPU beside the branch
 
     def say(line: str) -> None:
         if (place := process.find()) is None or place.rank == 0:

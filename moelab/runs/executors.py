@@ -50,11 +50,14 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
 
     They go seed by seed, so that a batch that is stopped early has whole seeds, and of a seed the longest first.
     A run waits until those of the others that it requires have ended, a branch for its trunk's checkpoint alone. A run
-    on P ranks counts as P workers. One always goes, even if it wants more than there are.
+    on P ranks counts as P workers. One always goes, even if it wants more than there are; on GPUs one at a time,
+    because each takes the first ones.
 
     Ends when all have ended. An exception here (Ctrl-C in a notebook, say) asks the processes to write a checkpoint and
     go, waits for them, and is raised again. Those that take much longer than `Limits.stop_s` are killed.
     """
+    if any(run.spec.train.device == "cuda" for run in runs):
+        workers = 1
     waiting = sorted(runs, key=lambda run: (run.spec.train.seed, -run.spec.cost))
     going: dict[subprocess.Popen[bytes], _Session] = {}
     try:

@@ -44,7 +44,6 @@ def start(
         "workers": 1 if cuda else profile.array_parallelism,  # each run takes the first GPUs
         "failures": profile.failures,
         "restarts": profile.restarts,
-        "cuda": cuda,
     }
     write_json(submission.folder / "local.json", plan)
     code = {"PYTHONPATH": submission.snapshot, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
@@ -124,7 +123,7 @@ def main(folder: Path) -> None:
     executor = submitit.AutoExecutor(folder, cluster="local")
     executor.update_parameters(timeout_min=_YEAR_MIN, stderr_to_stdout=True)
     limits = Limits(plan["failures"], plan["restarts"])
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") if plan["cuda"] else ""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")  # also where no run trains on one: notebooks measure on GPUs
     batch = LocalBatch(plan["runs"], plan["notebooks"], plan["workers"], limits, str(folder), gpus)
     write_json(folder / "local.id.json", int(executor.submit(batch).job_id))
 

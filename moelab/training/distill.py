@@ -23,6 +23,7 @@ from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.kernels.head import SoftTargets
+from moelab.training.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -79,5 +80,5 @@ class Distiller:
         if weight == 0.0:
             return None
         t = self.distill.temperature
-        with torch.no_grad(), torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.dtype == "bf16"):
+        with torch.no_grad(), autocast(self.config):
             return SoftTargets(self.model(tokens_BT).logits_BTV.flatten(0, 1), t, weight * t**2)

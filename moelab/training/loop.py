@@ -33,13 +33,13 @@ from moelab.engine import parallel as engine
 from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
-from moelab.models import Routing
 from moelab.models.attention import uses_kernel
 from moelab.models.moe import MoE
 from moelab.models.products import fastest_products
 from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, objection
 from moelab.training.optimizer import make_optimizer
+from moelab.training.precision import autocast
 from moelab.training.schedule import rewarmed
 from moelab.training.validation import evaluate
 
@@ -168,7 +168,8 @@ def train(
 
     def diverged(what: str, value: float, at: int) -> TrainingDiverged:
         checkpoints.wait()
-        good = checkpoint.latest(run_dir / "checkpoints")
+        with process.unwatched():  # it reads whole checkpoints
+            good = checkpoint.latest(run_dir / "checkpoints")
         where = f"the last good checkpoint is {good.path}" if good else "no checkpoint was written before"
         return TrainingDiverged(f"{what} is {value} at step {at}; {where}")
 
@@ -306,7 +307,7 @@ class Trainer:
 
     def step(self, step: int, window: Window, should_stop: Callable[[], bool] = lambda: False) -> StepDone:
         """Run one optimizer step on the batch of `step` (counting from 0), and add its metrics to `window`."""
-        with fastest_products(uses_kernel(self.model_config, self.context)):
+        with fastest_products(self.config.device == "cpu" and uses_kernel(self.model_config, self.context)):
             return self._step(step, window, should_stop)
 
     def _step(self, step: int, window: Window, should_stop: Callable[[], bool]) -> StepDone:
@@ -323,13 +324,13 @@ class Trainer:
                 router.entropies = []
         module.train()
         sums = torch.zeros(3, dtype=torch.float64, device=config.device)  # read once a step: a GPU need not wait before
-        counts: list[tuple[Routing, ...]] = []
+        counts: list[list[tuple[Tensor, Tensor]]] = []
         for part in range(parts):
             number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
             torch.manual_seed(draw_seed(config.seed, step, number))
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
             soft = self.distiller.targets(tokens_BT[rows], step) if self.distiller else None
-            with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
+            with autocast(config):
                 output = module(tokens_BT[rows], targets_BT=targets_BT[rows], soft=soft)
             routing_loss = output.routing_loss()
             if part == parts - 1:
@@ -338,7 +339,8 @@ class Trainer:
             with torch.no_grad():
                 routed, other = torch.as_tensor(routing_loss, device=sums.device), output.soft_loss
                 sums += torch.stack([x.double() for x in (output.loss - other, routed, other)]) / parts
-            counts.append(output.routing)
+            counts.append([(routing.load_E, routing.kept_E) for routing in output.routing])
+            del output  # a routing loss that is weighted by 0 holds its graph, and recomputed blocks' inputs with it
             process.beat()
         self.sync.finish()
         norm = gradients.clip(self.model, config.clip or math.inf)
@@ -363,12 +365,12 @@ class Trainer:
         return StepDone(loss, norm, rate, applied, stop, {"router_entropy": entropy[0]} if entropy else {})
 
     def _agree(
-        self, losses: Tensor, counts: list[tuple[Routing, ...]], stop: bool
+        self, losses: Tensor, counts: list[list[tuple[Tensor, Tensor]]], stop: bool
     ) -> tuple[list[float], dict[str, list[int]], dict[str, int], bool]:
         """Combine a step's metrics over all ranks: means of losses, load and kept tokens by layer, whether to stop."""
         layers = list(self.routers)
-        load = [torch.stack([part[i].load_E for part in counts]).sum(0) for i in range(len(layers))]
-        kept = [torch.stack([part[i].kept_E for part in counts]).sum()[None] for i in range(len(layers))]
+        load = [torch.stack([part[i][0] for part in counts]).sum(0) for i in range(len(layers))]
+        kept = [torch.stack([part[i][1] for part in counts]).sum()[None] for i in range(len(layers))]
         numbers = [losses, losses.new_tensor([float(stop)]), *load, *kept]
         flat = torch.cat([x.double() for x in numbers])
         all_reduce(flat, self.mesh.world, "metrics")

@@ -16,6 +16,7 @@ from moelab.engine.mesh import Mesh
 from moelab.models import GPT
 from moelab.models.attention import uses_kernel
 from moelab.models.products import fastest_products
+from moelab.training.precision import autocast
 
 
 @torch.no_grad()
@@ -53,8 +54,8 @@ def evaluate(
         if mine >= len(group):
             tokens_BT, targets_BT = tokens_BT[:0], targets_BT[:0]
         with (
-            fastest_products(uses_kernel(model.config, context)),
-            torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"),
+            fastest_products(config.device == "cpu" and uses_kernel(model.config, context)),
+            autocast(config),
         ):
             output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="none")
         nats_N = output.loss.double().cpu()

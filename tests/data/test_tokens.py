@@ -255,8 +255,14 @@ def test_what_a_dead_build_had_encoded_is_taken_over(corpus, text_folder, readin
             encoded.append(document.name)
             yield document, ids
 
+    def stopping(line):
+        if "encoded" in line:
+            raise KeyboardInterrupt(line)
+
     monkeypatch.setattr(module, "SAVE_S", 0.0)
     monkeypatch.setattr(module, "_encoded", failing)
+    with pytest.raises(KeyboardInterrupt, match="1 documents encoded"):
+        prepare(config, tmp_path / "again", stopping)
     with pytest.raises(OSError, match="No space left"):
         prepare(config, tmp_path / "again")
     (left,) = (tmp_path / "again").glob(".building-*")

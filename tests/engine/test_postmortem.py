@@ -38,7 +38,13 @@ def test_a_rank_that_only_waited_is_told_from_one_that_failed(log, error, lost):
 
 @pytest.mark.parametrize(
     ("line", "waits"),
-    [("counts = received.cpu()", True), ("work.wait()", True), ("loss = float(total)", True), ("f.read(4)", False)],
+    [
+        ("counts = received.cpu()", True),
+        ("work.wait()", True),
+        ("loss = float(total)", True),
+        ("rows = chosen.nonzero()", True),
+        ("f.read(4)", False),
+    ],
 )
 def test_a_rank_that_fetches_a_result_waits_for_others(line, waits, tmp_path):
     file = tmp_path / "step.py"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -252,3 +253,26 @@ def test_a_forked_child_computes(instructions):
     finally:
         torch.set_num_threads(before)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@dataclass
+class OnGPU:
+    """What `pick_backend` asks of a tensor on the second of two GPUs."""
+
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def device(self):
+        return torch.device("cuda:1")
+
+    def is_floating_point(self):
+        return self.dtype.is_floating_point
+
+
+def test_triton_takes_the_tensors_of_the_current_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert _common.pick_backend("gate", "auto", OnGPU(), OnGPU(torch.int64)) == "triton"
+    assert _common.pick_backend("gate", "auto", OnGPU(torch.float64)) == "reference", "kernels compute in fp32"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match="gate: tensors are on cuda:1, the current device is cuda:0"):
+        _common.pick_backend("gate", "auto", OnGPU())

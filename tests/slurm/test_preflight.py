@@ -144,7 +144,6 @@ def test_nothing_is_queued_if_anything_is_wrong(command, queued, tmp_path):
     [
         (["pr-moe", "throughput"], "gpu"),  # the second is checked before the first is queued
         (["gating-kernels"], "paper"),
-        (["top2-vs-residual"], "paper"),
         (["zero-shot"], "gpu"),
         (["imported-model"], "gpu"),
     ],

@@ -1,3 +1,4 @@
+import gc
 import math
 import os
 from dataclasses import replace
@@ -6,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint
 from moelab.engine.checkpoint import storage
 from moelab.engine.launch import process
+from moelab.engine.mesh import Mesh
 from moelab.environment import HEARTBEAT
 from moelab.models import build
 from moelab.training import loop
@@ -172,6 +175,25 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny_model, tiny_tra
     for other in weights[1:]:
         # Adam's first step is lr * sign(gradient): rounding may flip the sign of a gradient that is nothing.
         assert (weights[0] - other).abs().gt(1e-6).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_no_recomputed_block_outlives_its_micro_batch(scores, tiny_model, tiny_train, data, monkeypatch):
+    """With sigmoid scores and no z-loss, nothing runs the gate's backward pass, which held the block's input."""
+    model = replace(tiny_model, routing=replace(tiny_model.routing, scores=scores))
+    mesh = Mesh(ParallelConfig(recompute=True), model.experts, "cpu")
+    trainer = Trainer(model, replace(tiny_train, micro_batch=1), loop.TrainBatches(data, 4, 32, 0), 32, mesh)
+    alive = []
+    agree = trainer._agree
+
+    def counting(*arguments):
+        gc.collect()
+        alive.append(sum(type(one).__name__ == "_CheckpointFrame" for one in gc.get_objects()))
+        return agree(*arguments)
+
+    monkeypatch.setattr(trainer, "_agree", counting)
+    trainer.step(0, Window())
+    assert alive == [0]
 
 
 def test_a_long_step_and_a_long_check_give_signs_of_life(tiny_model, tiny_train, data, tmp_path, monkeypatch):

@@ -186,13 +186,14 @@ def read_config(directory: Path) -> ModelConfig:
     return _read_config(directory)[1]
 
 
-def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None = None) -> GPT:
-    """Return the model in a directory of any format, or this rank's part of it, on CPU or the mesh's device.
+def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None = None, device: str = "cpu") -> GPT:
+    """Return the model in a directory of any format, or this rank's part of it.
 
     Args:
-        mesh: the ranks that share the model; None means this process alone.
+        mesh: the ranks that share the model, on whose device it is; None means this process alone.
         dtype: of the weights; None means that in which they are stored. A router that is stored more exactly than the
             other weights remains so.
+        device: where a process alone fills it, a tensor at a time.
 
     Raises:
         ValueError: there is no such model, the format is unknown, the settings are none that our model has, or tensors
@@ -211,7 +212,7 @@ def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None
             part = parallel.build(config, None, mesh, dtype)
             model, placements = part.module, part.placements
         else:
-            model = empty(config, dtype=dtype)
+            model = empty(config, device, dtype)
         for name, parameter in model.named_parameters():
             shape = tuple(parameter.shape)
             if name in routers:

@@ -109,7 +109,7 @@ def _ranks(
             f"{shared} ranks share one; least free memory {min(free):.0%} (rank {free.index(min(free))})",
             "none shared, 90 % free",
             "wrong" if shared or min(free) < 0.9 else "ok",
-            "give each rank one GPU (--gpus-per-task=1 or --gpus-per-node); see who uses it: nvidia-smi",
+            "let the ranks see all GPUs of their node (--gpus-per-node, --gpu-bind=none); see who uses one: nvidia-smi",
         )
 
 

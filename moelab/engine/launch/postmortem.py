@@ -25,7 +25,7 @@ _LOST = re.compile(
 _MEMORY = re.compile(
     r"MemoryError|OutOfMemoryError|out of memory|can't allocate memory|not enough memory", re.IGNORECASE
 )
-_FETCHES = re.compile(r"\.(wait(_tensor)?|cpu|tolist|item|synchronize)\(|\bfloat\(")
+_FETCHES = re.compile(r"\.(wait(_tensor)?|cpu|tolist|item|synchronize|nonzero)\(|\b(float|int|bool)\(")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>\S+)')
 
 Stack = list[tuple[str, int, str]]  # file, line, function; innermost first
