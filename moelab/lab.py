@@ -87,7 +87,7 @@ class Lab:
                 else it is "processes", but "inline" for runs that end before a process of their own would have begun
                 (these have no log).
             workers: processes at a time, one for each rank; by default as many as the cores allow at each run's
-                threads, 1 on a GPU. At least one run is trained at a time.
+                threads. At least one run is trained at a time, and on GPUs no more.
             profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.
 
         Raises:
@@ -186,8 +186,6 @@ class Lab:
 
     @staticmethod
     def _workers(runs: Sequence[Run]) -> int:
-        if any(run.spec.train.device == "cuda" for run in runs):
-            return 1
         return max(1, machine.cores() // max((run.spec.train.threads for run in runs), default=1))
 
     @staticmethod
