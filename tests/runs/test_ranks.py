@@ -219,6 +219,10 @@ def test_ranks_count_as_workers(spec, monkeypatch):
     seen.clear()
     executors.processes(runs[:1], 1, poll_s=0.05)
     assert seen == [2], "one always goes"
+    seen.clear(), most.clear()
+    on_gpus = [RunStore().run(replace(s, train=replace(s.train, device="cuda"))) for s in specs[:2]]
+    executors.processes(on_gpus, 8, lambda: most.append(len(seen)), poll_s=0.05)
+    assert most[0] == 1 and len(seen) == 2, "each takes the first GPU"
 
 
 @pytest.mark.parametrize("kept", [False, True])
