@@ -201,12 +201,6 @@ def test_bad_settings(change, message):
         bench.main(**GIVEN | change)
 
 
-def test_ranks_that_were_started_are_not_measured_in_bf16(monkeypatch):
-    monkeypatch.setattr(bench.process, "find", lambda: bench.process.Place(0, 2, 0, "here"))
-    with pytest.raises(ValueError, match="ranks are measured in fp32"):
-        bench.main(**GIVEN | dict(dtype="bf16"))
-
-
 def test_settings_need_a_step():
     with pytest.raises(ValueError, match="output must be at least 2 tokens"):
         DecodeSettings(output=1)
