@@ -55,10 +55,11 @@ class Runs(tuple[Run, ...]):
             rows = run.rows("validation.jsonl")
             if len(rows) and (rise := rows["loss"].iloc[-1] - rows["loss"].min()) > BROKEN_DOWN:
                 lowest = rows.loc[rows["loss"].idxmin()]
-                lines[run.spec.id] = (
+                line = (
                     f"{run.spec.title}, seed {run.spec.train.seed}: {rise:.2f} nats, lowest after "
                     f"{lowest['tokens'] / rows['tokens'].iloc[-1]:.0%} of its training"
                 )
+                lines.setdefault(run.spec.id, line)  # a run may stand for its own and for the shared rate
         return list(lines.values())
 
     def require_results(self, before: Sequence[Run] = (), *, every_arm: bool = True) -> None:
