@@ -120,7 +120,7 @@ class _Layer:
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]
         # Of one token, the query heads that share keys are rows of one product. With `enable_gqa` and a mask CUDA has
         # no fused kernel, and PyTorch would repeat the cache in fp32.
-        q_BNGD = q.reshape(B, keys.shape[1], -1, q.shape[-1])
+        q_BNGD = q.reshape(B, keys.shape[1], q.shape[1] // keys.shape[1], q.shape[-1])
         if cache._mask_B11T is not None:
             return attention(q_BNGD, keys, values, attn_mask=cache._mask_B11T).reshape(q.shape)
         parts = [attention(q_BNGD[a:b], keys[a:b, :, :n], values[a:b, :, :n]) for a, b, n in cache._runs]
