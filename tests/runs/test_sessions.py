@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from moelab import paths
+from moelab.data import prepare
 from moelab.runs import records, sessions
 from moelab.runs.execute import execute
 from moelab.runs.store import RunStore
@@ -67,6 +69,7 @@ def test_a_torn_file_loses_no_more_than_its_lines(session, tmp_path):
 
 def test_a_run_that_is_resumed_elsewhere_names_both_machines(tiny_spec, tmp_path, theirs, monkeypatch):
     run = RunStore().run(tiny_spec)
+    prepare(tiny_spec.data, paths.home() / "data")  # which asks, too, whether to stop
     monkeypatch.setattr("moelab.runs.execute.provenance", lambda: about("x"))
     with pytest.raises(TrainingStopped):
         execute(run, should_stop=stop_after(10))
