@@ -50,7 +50,7 @@ class Runs(tuple[Run, ...]):
 
         Such a run counts like any other: leaving it out would choose seeds by their results.
         """
-        lines = {}
+        lines: dict[str, str] = {}
         for run in self.finished:
             rows = run.rows("validation.jsonl")
             if len(rows) and (rise := rows["loss"].iloc[-1] - rows["loss"].min()) > BROKEN_DOWN:
