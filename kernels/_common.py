@@ -1,7 +1,7 @@
 """Choose backends and precisions for every op.
 
-Backends: ``auto`` is Triton on CUDA tensors and C++ on CPU tensors, or the reference where there is no C++ compiler and
-for float64.
+Backends: ``auto`` is Triton on CUDA tensors and C++ on CPU tensors; it is the reference where there is no C++ compiler,
+and for dtypes that they do not take, such as float64.
 ``reference`` is the operation in plain PyTorch, on any device, written for readability. ``triton`` on CPU tensors needs
 Triton's interpreter, that is ``TRITON_INTERPRET=1`` set before Triton is imported (for tests only, because it is slow).
 ``cpp`` is C++ for CPU tensors (``_cpp``) of float32 or bfloat16.

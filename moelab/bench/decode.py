@@ -159,18 +159,18 @@ def measure_rank(
     mesh, timing = Mesh(parallel, config.experts, device), settings.timing(device)
     models: dict[str, GPT] = {}
     for mode in MODES:
-        # Where no mode packs the weights, they are there once: two copies of a large model may not fit.
+        # On CUDA no mode packs the weights, and both share one copy: two of a large model may not fit.
         there = models.get(MODES[0]) if device == "cuda" else None
         models[mode] = there or set_mode(engine.build(config, 0, mesh, DTYPES[dtype]).module, mode)
     generators = {mode: Generator(m, batch=-(-batch // mesh.data.size), mesh=mesh) for mode, m in models.items()}
 
-    def generator(mode: str) -> Generator:
+    def switched(mode: str) -> Generator:
         if device == "cuda":
             set_mode(models[mode], mode)
         return generators[mode]
 
     def turn(mode: str, given: list[list[int]]) -> Turns:
-        return our_turns(generator(mode), given, settings.output)
+        return our_turns(switched(mode), given, settings.output)
 
     new_prompts = round_prompts(config, batch, settings)
     candidates = {mode: functools.partial(turn, mode) for mode in MODES}
@@ -180,7 +180,7 @@ def measure_rank(
         "read_GB_per_s": reader(timing)() / 1e9,
     }
     prompts = new_prompts(timing.warm_up + timing.rounds)
-    numbers = {mode: {**breakdown(generator(mode), prompts, settings), **shared} for mode in MODES}
+    numbers = {mode: {**breakdown(switched(mode), prompts, settings), **shared} for mode in MODES}
     return {"turns": turns, "numbers": numbers}
 
 
@@ -242,8 +242,8 @@ def slowest(
         waiting_s = numbers[mode]["collectives"] * numbers[mode]["empty_collective_ms"] / 1e3
         floors[mode] = needed / (numbers[mode]["read_GB_per_s"] * 1e9) + waiting_s
     case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": parallel.ranks}
-    case |= {"dtype": dtype}
-    case |= {"parameters": config.parameters(), "exchange": parallel.exchange, "tensor": parallel.tensor}
+    case |= {"dtype": dtype, "parameters": config.parameters()}
+    case |= {"exchange": parallel.exchange, "tensor": parallel.tensor}
     return decode_rows(case, turns, numbers, floors, settings, device, name)
 
 

@@ -196,7 +196,7 @@ def main(*, ranks: list[int] | None, sizes: list[int], rounds: int, device: str,
     """Measure, print and, with `out` (a folder), write `exchange.jsonl` and its figure.
 
     On the ranks that torchrun or srun started `ranks` does not count: there are as many as there are. None is 4, 8 and
-    16, on GPUs as many as there are.
+    16, of these on GPUs only as many as the machine has.
 
     Raises:
         ValueError: ranks that are no power of two from 4, or more than there are GPUs; sizes below 1 KiB; no rounds.

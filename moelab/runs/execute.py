@@ -205,7 +205,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
 
 
 def _stop_others(run: Run, should_stop: ShouldStop) -> None:
-    """Stop with the ranks that wait for the data, if that is asked; a run on one rank stops after its first step."""
+    """Stop with the ranks that wait for the data, if that is asked; one rank alone is stopped by its training."""
     if run.spec.parallel.ranks > 1:
         _stop_early(run, should_stop)
 

@@ -203,13 +203,7 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
                     raise ValueError(f"{archive}: {name} is packed by another method than deflate")
                 with packed.open(entries[name]) as file:
                     content[name] = file.read(entries[name].file_size + 1)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        UnicodeError,
-        RuntimeError,
-    ) as error:  # encrypted: RuntimeError
+    # zipfile raises a RuntimeError for an encrypted file.
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, UnicodeError, RuntimeError) as error:
         raise ValueError(f"{archive}: unreadable ({one_line(error)})") from None
     return content
