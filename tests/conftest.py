@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
-import os
 import random
 import time
 from collections.abc import Callable
@@ -24,7 +24,10 @@ from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
-os.environ.setdefault("MPLBACKEND", "Agg")  # matplotlib is not installed everywhere that `moelab gpu` runs tests
+with contextlib.suppress(ImportError):  # it is not installed everywhere that `moelab gpu` runs tests
+    import matplotlib
+
+    matplotlib.use("Agg")  # in this process alone: the kernels of notebooks choose their own
 HERE = Path(__file__).parent
 # `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [
