@@ -10,7 +10,6 @@ of blocks do not specialise the kernels, so that a new batch size needs no compi
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import tuning
 from ._common import next_power_of_2
@@ -287,89 +286,80 @@ def _signed(x: int) -> int:
     return x - (1 << 32) if x >= 1 << 31 else x
 
 
-class TritonGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits_SE, choice_SE, top_k, capacity, seed, normalize):
-        logits_SE = logits_SE.contiguous()
-        S, E = logits_SE.shape
-        K, device = top_k, logits_SE.device
-        has_choice = choice_SE is not None
-        choice_SE = choice_SE.contiguous() if has_choice else logits_SE
-        random = seed is not None
-        CAP = 2**31 - 1 if capacity is None else capacity
-        low, high = (_signed(v) for v in hash_keys(seed or 0))
-        BE, BK = next_power_of_2(E), next_power_of_2(K)
-        eps = torch.finfo(torch.float32).eps
+def gate_triton(logits_SE, choice_SE, top_k, capacity, seed, normalize):
+    """Return the gate's results, and the numbers of first choices [E], which the backward pass needs."""
+    S, E = logits_SE.shape
+    K, device = top_k, logits_SE.device
+    has_choice, random = choice_SE is not None, seed is not None
+    choice_SE = choice_SE if has_choice else logits_SE
+    CAP = 2**31 - 1 if capacity is None else capacity
+    low, high = (_signed(v) for v in hash_keys(seed or 0))
+    BE, BK = next_power_of_2(E), next_power_of_2(K)
+    eps = torch.finfo(torch.float32).eps
 
-        # Each its own memory: Triton compiles anew for an address that is no multiple of 16 bytes.
-        expert_SK, slot_SK = (torch.empty(S, K, dtype=torch.int32, device=device) for _ in range(2))
-        weight_SK = torch.empty(S, K, dtype=torch.float32, device=device)
-        first_E, load_E, kept_E = torch.empty(3, E, dtype=torch.int32, device=device).unbind()
-        losses = torch.empty(2, dtype=torch.float32, device=device)
-        rows = next_power_of_2(S)
-        if S == 0:
-            first_E.zero_(), load_E.zero_(), kept_E.zero_(), losses.zero_()
-        elif rows <= SMALL_ROWS and rows * BE <= SMALL_TILE and (not random or rows * BK <= SMALL_ENTRIES):
-            _gate_small_kernel[(1,)](
-                logits_SE, choice_SE, expert_SK, slot_SK, weight_SK, first_E, load_E, kept_E, losses,
-                S, E, CAP, low, high,
-                K=K, HAS_CHOICE=has_choice, RANDOM=random, NORMALIZE=normalize, EPS=eps, BS=rows, BE=BE, BK=BK,
-                num_warps=8 if rows * BE >= TILE else 4,
-            )  # fmt: skip
-        else:
-            sizes = {"tile": TILE if BE > 32 else TILE // 2, "num_warps": 8}
-            sizes = tuning.tile("gate", sizes, logits_SE, S=S, E=E, K=K)
-            BS, warps = max(sizes["tile"] // BE, 1), sizes["num_warps"]
-            blocks = triton.cdiv(S, BS)
-            counts = torch.empty(K, blocks, E, dtype=torch.int32, device=device)
-            mean, z, aux_E = (torch.empty(n, dtype=torch.float32, device=device) for n in (blocks * E, blocks, E))
-            entries = torch.empty(S * K if random else 0, dtype=torch.int32, device=device)
-            _gate_choose_kernel[(blocks,)](
-                logits_SE, choice_SE, expert_SK, slot_SK, weight_SK, counts, mean, z,
-                S, E, K=K, HAS_CHOICE=has_choice, BS=BS, BE=BE, num_warps=warps,
-            )  # fmt: skip
-            scan = min(BE, 32)
-            _gate_scan_kernel[(triton.cdiv(E, scan),)](
-                counts, mean, first_E, load_E, kept_E, aux_E,
-                blocks, S, E, CAP, K=K, BN=min(128, next_power_of_2(blocks)), BE=scan, num_warps=4,
-            )  # fmt: skip
-            _gate_place_kernel[(blocks,)](
-                expert_SK, slot_SK, weight_SK, counts, load_E, entries, aux_E, z, losses,
-                blocks, S, E, CAP, K=K, RANDOM=random, NORMALIZE=normalize, EPS=eps,
-                BS=BS, BE=BE, BK=BK, BN=128, num_warps=warps,
-            )  # fmt: skip
-            if random:
-                gate_select_kernel[(E,)](
-                    load_E, entries, slot_SK, weight_SK, E, CAP, low, high, K=K, BE=BE, BL=1024, num_warps=4
-                )
-                if normalize:
-                    BS = max(1024 // BK, 1)
-                    _gate_weigh_kernel[(triton.cdiv(S, BS),)](weight_SK, S, EPS=eps, K=K, BS=BS, BK=BK, num_warps=4)
-        ctx.save_for_backward(logits_SE, expert_SK, slot_SK, first_E)
-        ctx.normalize = normalize
-        ctx.mark_non_differentiable(expert_SK, slot_SK, load_E, kept_E)
-        ctx.set_materialize_grads(False)
-        return expert_SK, slot_SK, weight_SK, load_E, kept_E, losses[0], losses[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, _expert, _slot, d_weight_SK, _load, _kept, d_aux, d_z):
-        logits_SE, expert_SK, slot_SK, first_E = ctx.saved_tensors
-        S, E = logits_SE.shape
-        d_SE = torch.empty_like(logits_SE)
-        if S == 0 or (d_weight_SK is None and d_aux is None and d_z is None):
-            return (d_SE.zero_(), *[None] * 5)
-        BE = next_power_of_2(E)
-        sizes = {"tile": TILE // 4, "num_warps": 4}  # the backward pass holds more values per element
-        sizes = tuning.tile("gate_backward", sizes, logits_SE, S=S, E=E, K=expert_SK.shape[1])
-        BS = max(min(sizes["tile"] // BE, next_power_of_2(S)), 1)
-        none = first_E  # unused by the kernel
-        _gate_backward_kernel[(triton.cdiv(S, BS),)](
-            logits_SE, expert_SK, slot_SK, first_E,
-            none if d_weight_SK is None else d_weight_SK.contiguous(), none if d_aux is None else d_aux,
-            none if d_z is None else d_z, d_SE,
-            S, E, K=expert_SK.shape[1], HAS_WEIGHT=d_weight_SK is not None, HAS_AUX=d_aux is not None,
-            HAS_Z=d_z is not None,
-            NORMALIZE=ctx.normalize, EPS=torch.finfo(torch.float32).eps, BS=BS, BE=BE, num_warps=sizes["num_warps"],
+    # Each its own memory: Triton compiles anew for an address that is no multiple of 16 bytes.
+    expert_SK, slot_SK = (torch.empty(S, K, dtype=torch.int32, device=device) for _ in range(2))
+    weight_SK = torch.empty(S, K, dtype=torch.float32, device=device)
+    first_E, load_E, kept_E = torch.empty(3, E, dtype=torch.int32, device=device).unbind()
+    losses = torch.empty(2, dtype=torch.float32, device=device)
+    rows = next_power_of_2(S)
+    if S == 0:
+        first_E.zero_(), load_E.zero_(), kept_E.zero_(), losses.zero_()
+    elif rows <= SMALL_ROWS and rows * BE <= SMALL_TILE and (not random or rows * BK <= SMALL_ENTRIES):
+        _gate_small_kernel[(1,)](
+            logits_SE, choice_SE, expert_SK, slot_SK, weight_SK, first_E, load_E, kept_E, losses,
+            S, E, CAP, low, high,
+            K=K, HAS_CHOICE=has_choice, RANDOM=random, NORMALIZE=normalize, EPS=eps, BS=rows, BE=BE, BK=BK,
+            num_warps=8 if rows * BE >= TILE else 4,
         )  # fmt: skip
-        return (d_SE, *[None] * 5)
+    else:
+        sizes = {"tile": TILE if BE > 32 else TILE // 2, "num_warps": 8}
+        sizes = tuning.tile("gate", sizes, logits_SE, S=S, E=E, K=K)
+        BS, warps = max(sizes["tile"] // BE, 1), sizes["num_warps"]
+        blocks = triton.cdiv(S, BS)
+        counts = torch.empty(K, blocks, E, dtype=torch.int32, device=device)
+        mean, z, aux_E = (torch.empty(n, dtype=torch.float32, device=device) for n in (blocks * E, blocks, E))
+        entries = torch.empty(S * K if random else 0, dtype=torch.int32, device=device)
+        _gate_choose_kernel[(blocks,)](
+            logits_SE, choice_SE, expert_SK, slot_SK, weight_SK, counts, mean, z,
+            S, E, K=K, HAS_CHOICE=has_choice, BS=BS, BE=BE, num_warps=warps,
+        )  # fmt: skip
+        scan = min(BE, 32)
+        _gate_scan_kernel[(triton.cdiv(E, scan),)](
+            counts, mean, first_E, load_E, kept_E, aux_E,
+            blocks, S, E, CAP, K=K, BN=min(128, next_power_of_2(blocks)), BE=scan, num_warps=4,
+        )  # fmt: skip
+        _gate_place_kernel[(blocks,)](
+            expert_SK, slot_SK, weight_SK, counts, load_E, entries, aux_E, z, losses,
+            blocks, S, E, CAP, K=K, RANDOM=random, NORMALIZE=normalize, EPS=eps,
+            BS=BS, BE=BE, BK=BK, BN=128, num_warps=warps,
+        )  # fmt: skip
+        if random:
+            gate_select_kernel[(E,)](
+                load_E, entries, slot_SK, weight_SK, E, CAP, low, high, K=K, BE=BE, BL=1024, num_warps=4
+            )
+            if normalize:
+                BS = max(1024 // BK, 1)
+                _gate_weigh_kernel[(triton.cdiv(S, BS),)](weight_SK, S, EPS=eps, K=K, BS=BS, BK=BK, num_warps=4)
+    return expert_SK, slot_SK, weight_SK, load_E, kept_E, losses[0], losses[1], first_E
+
+
+def gate_backward_triton(logits_SE, expert_SK, slot_SK, first_E, d_weight_SK, d_aux, d_z, normalize, d_SE):
+    """Write the gradient of the logits."""
+    S, E = logits_SE.shape
+    if S == 0 or (d_weight_SK is None and d_aux is None and d_z is None):
+        d_SE.zero_()
+        return
+    BE = next_power_of_2(E)
+    sizes = {"tile": TILE // 4, "num_warps": 4}  # the backward pass holds more values per element
+    sizes = tuning.tile("gate_backward", sizes, logits_SE, S=S, E=E, K=expert_SK.shape[1])
+    BS = max(min(sizes["tile"] // BE, next_power_of_2(S)), 1)
+    none = first_E  # unused by the kernel
+    _gate_backward_kernel[(triton.cdiv(S, BS),)](
+        logits_SE, expert_SK, slot_SK, first_E,
+        none if d_weight_SK is None else d_weight_SK, none if d_aux is None else d_aux,
+        none if d_z is None else d_z, d_SE,
+        S, E, K=expert_SK.shape[1], HAS_WEIGHT=d_weight_SK is not None, HAS_AUX=d_aux is not None,
+        HAS_Z=d_z is not None,
+        NORMALIZE=normalize, EPS=torch.finfo(torch.float32).eps, BS=BS, BE=BE, num_warps=sizes["num_warps"],
+    )  # fmt: skip

@@ -6,7 +6,6 @@ The numbers of tokens, rows and entries do not specialise the kernels: they chan
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import tuning
 from ._common import next_power_of_2
@@ -103,7 +102,7 @@ def _tile(op: str, like: torch.Tensor, count: int) -> tuple[int, int, int]:
     return min(max(chosen["tile"] // columns, 1), next_power_of_2(count)), columns, chosen["num_warps"]
 
 
-def _spread(x_SM, entry_R, K, weight_SK=None, rows_RM=None):
+def spread_triton(x_SM, entry_R, K, weight_SK=None, rows_RM=None):
     """Return (x or weighted x in row order, d_weight or None)."""
     R, M = len(entry_R), x_SM.shape[1]
     out = x_SM.new_empty(R, M)
@@ -119,7 +118,7 @@ def _spread(x_SM, entry_R, K, weight_SK=None, rows_RM=None):
     return out, d_weight_SK
 
 
-def _sum(rows_RM, row_SK, weight_SK=None):
+def sum_triton(rows_RM, row_SK, weight_SK):
     """Return the (weighted) sums of the tokens' rows, [S, M]."""
     (S, K), M = row_SK.shape, rows_RM.shape[1]
     y = rows_RM.new_empty(S, M)
@@ -130,29 +129,3 @@ def _sum(rows_RM, row_SK, weight_SK=None):
             S, K, M, WEIGHTED=weight_SK is not None, BS=BS, BM=BM, num_warps=warps,
         )  # fmt: skip
     return y
-
-
-class TritonDispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_SM, row_SK, entry_R):
-        ctx.row_SK = row_SK
-        return _spread(x_SM, entry_R, row_SK.shape[1])[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_RM):
-        return _sum(d_RM.contiguous(), ctx.row_SK), None, None
-
-
-class TritonCombine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_RM, weight_SK, row_SK, entry_R):
-        ctx.save_for_backward(rows_RM, weight_SK, entry_R)
-        return _sum(rows_RM, row_SK, weight_SK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_SM):
-        rows_RM, weight_SK, entry_R = ctx.saved_tensors
-        d_RM, d_weight_SK = _spread(d_SM.contiguous(), entry_R, weight_SK.shape[1], weight_SK, rows_RM)
-        return d_RM, d_weight_SK, None, None

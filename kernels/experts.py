@@ -25,14 +25,17 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ._common import FLOATS, Backend, accumulate_dtype, contiguous, pick_backend
-from ._cpp import experts as cpp
+from ._common import FLOATS, MULTIPLE, Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import operations
 from .activations import ACTIVATIONS, Activation, named, number_of
 from .gating import Gate
 from .packed import Packed
+
+LARGEST = 64 << 20
+"""Most bytes of an expert's weights that the C++ takes: each thread holds some of its matrices in another order."""
 
 
 def expert_ffn(
@@ -61,7 +64,7 @@ def expert_ffn(
         return operations().packed_experts.default(x_RM.contiguous(), offsets_E1, *weights)
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
     act, tensors = ACTIVATIONS[activation], cast(tuple[Any, ...], (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM))
-    fits = act.number is not None and cpp.fits(x_RM, tensors[3], act.gated)
+    fits = act.number is not None and _fits(x_RM, tensors[3], act.gated)
     chosen = pick_backend("expert_ffn", backend, *tensors, offsets_E1, fits=fits)
     if chosen != "cpp" or x_RM.dtype != torch.bfloat16:  # the C++ converts to bfloat16 by itself
         tensors = tuple(None if t is None else t.to(x_RM.dtype) for t in tensors)
@@ -71,7 +74,7 @@ def expert_ffn(
         return run(offsets_E1, *tensors, act)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if chosen == "cpp":
-        return cpp.CppExperts.apply(*contiguous(*tensors), offsets_E1, act, keep)
+        return _CppExperts.apply(*contiguous(*tensors), offsets_E1, act, keep)
     from ._experts_triton import TritonExperts
 
     return TritonExperts.apply(*contiguous(*tensors, offsets_E1), activation, keep)
@@ -125,6 +128,42 @@ def _check(x, offsets_E1, activation, *layers) -> None:
                     f"expert_ffn: {activation}'s first weights hold gate and up, so {width} columns must be even"
                 )
             width //= 2
+
+
+def _fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor, gated: bool) -> bool:
+    """Return whether the C++ takes rows and weights of these sizes, multiples of `MULTIPLE`, and dtypes."""
+    _, F, M = w2_EFM.shape
+    bytes_ = (3 if gated else 2) * F * M * x_RM.element_size()
+    sizes = M % MULTIPLE == F % MULTIPLE == 0 and bytes_ <= LARGEST
+    return sizes and x_RM.dtype in (torch.float32, torch.bfloat16)
+
+
+class _CppExperts(torch.autograd.Function):
+    """Compute the experts and their gradients; kept for the backward pass are the activation and its slopes."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation, keep):
+        N, F = w1.shape[2], w2.shape[1]
+        offsets_E1 = offsets_E1.to(torch.int32).contiguous()
+        y = torch.empty_like(x)
+        h = x.new_empty(len(x), F) if keep else None
+        slope = x.new_empty(len(x), N) if keep and activation.number else None
+        operations().experts_forward(x, offsets_E1, w1, b1, w2, b2, activation.number, y, h, slope)
+        if keep:
+            ctx.save_for_backward(x, offsets_E1, w1, w2, h, slope)
+            ctx.biases = b1, b2
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, offsets_E1, w1, w2, h, slope = ctx.saved_tensors
+        b1, b2 = ctx.biases
+        needed = zip((x, w1, b1, w2, b2), ctx.needs_input_grad[:5], strict=True)
+        grads = [torch.empty_like(t) if need else None for t, need in needed]
+        d_pre = x.new_empty(len(x), w1.shape[2])
+        operations().experts_backward(dy.contiguous(), x, offsets_E1, w1, w2, h, slope, d_pre, *grads)
+        return *grads, None, None, None
 
 
 def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):

@@ -26,10 +26,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from ._common import Backend, accumulate_dtype, pick_backend
-from ._cpp.gating import CppGate, gate_without_gradient
-from ._hash import priorities
+from ._common import Backend, accumulate_dtype, contiguous, pick_backend
+from ._cpp import operations
+from ._hash import hash_keys, priorities
 
 MAX_EXPERTS = 512
 
@@ -91,16 +92,54 @@ def gate(
         capacity = None  # an expert is chosen at most once per token
     if capacity is None:
         seed = None
+    if chosen == "reference":
+        return Gate(*gate_reference(logits_SE, choice_logits_SE, top_k, capacity, seed, normalize))
     if chosen == "cpp":
         logits_SE = logits_SE.float()
         choice_logits_SE = None if choice_logits_SE is None else choice_logits_SE.float()
-        if not losses:
-            return Gate(*gate_without_gradient(logits_SE, choice_logits_SE, top_k, capacity, seed, normalize))
-    if chosen == "triton":
-        from ._gating_triton import TritonGate
+    arguments = (*contiguous(logits_SE, choice_logits_SE), top_k, capacity, seed, normalize)
+    if chosen == "cpp" and not losses:
+        return Gate(*_gate_cpp(*arguments, losses=False), None, None)
+    return Gate(*_Gate.apply(*arguments, chosen))
 
-    run = gate_reference if chosen == "reference" else CppGate.apply if chosen == "cpp" else TritonGate.apply
-    return Gate(*run(logits_SE, choice_logits_SE, top_k, capacity, seed, normalize))
+
+class _Gate(torch.autograd.Function):
+    """Compute the gate and its gradient; the backward pass computes the probabilities again from the logits."""
+
+    @staticmethod
+    def forward(ctx, logits_SE, choice_SE, top_k, capacity, seed, normalize, backend):
+        if backend == "triton":
+            from ._gating_triton import gate_triton as compute
+        else:
+            compute = _gate_cpp
+        found = compute(logits_SE, choice_SE, top_k, capacity, seed, normalize)
+        expert_SK, slot_SK, _, load_E, kept_E, _, _, *more = found
+        ctx.save_for_backward(logits_SE, expert_SK, slot_SK, *more)
+        ctx.normalize, ctx.backend = normalize, backend
+        ctx.mark_non_differentiable(expert_SK, slot_SK, load_E, kept_E)
+        ctx.set_materialize_grads(False)
+        return tuple(found[:7])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _expert, _slot, d_weight_SK, _load, _kept, d_aux, d_z):
+        logits_SE, expert_SK, slot_SK, *more = ctx.saved_tensors  # once: recomputation allows no more
+        grads, d_SE = contiguous(d_weight_SK, d_aux, d_z), torch.empty_like(logits_SE)
+        if ctx.backend == "triton":
+            from ._gating_triton import gate_backward_triton
+
+            gate_backward_triton(logits_SE, expert_SK, slot_SK, *more, *grads, ctx.normalize, d_SE)
+        else:
+            softmax_3S, share_E = more
+            saved = (logits_SE, softmax_3S, expert_SK, slot_SK, share_E)
+            operations().gate_backward.default(*saved, *grads, ctx.normalize, d_SE)
+        return d_SE, *[None] * 6
+
+
+def _gate_cpp(logits_SE, choice_SE, top_k, capacity, seed, normalize, losses=True):
+    """Return the gate's results and what the backward pass needs; without ``losses``, neither that nor the losses."""
+    hash_words = () if seed is None else hash_keys(seed)
+    return operations().gate_forward.default(logits_SE, choice_SE, top_k, capacity, hash_words, normalize, losses)
 
 
 def gate_reference(logits_SE, choice_SE, top_k, capacity, seed, normalize):

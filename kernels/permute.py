@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import operations
-from ._cpp.permute import CppCombine, CppDispatch
 from .gating import Gate
 
 
@@ -71,11 +71,7 @@ def dispatch(x_SM: torch.Tensor, table: RowTable, *, backend: Backend = "auto") 
     if chosen == "reference":
         padded = torch.cat([x_SM, x_SM.new_zeros(1, x_SM.shape[1])])
         return padded[torch.where(table.entry_R >= 0, table.entry_R // K, S)]
-    if chosen == "triton":
-        from ._permute_triton import TritonDispatch
-
-    op = CppDispatch if chosen == "cpp" else TritonDispatch
-    return op.apply(*contiguous(x_SM, table.row_SK, table.entry_R))
+    return _Dispatch.apply(*contiguous(x_SM, table.row_SK, table.entry_R), chosen)
 
 
 def combine(
@@ -97,8 +93,59 @@ def combine(
         padded = torch.cat([rows_RM, rows_RM.new_zeros(1, rows_RM.shape[1])])  # row -1
         wide_SKM = padded[table.row_SK].to(accumulate_dtype(rows_RM.dtype))
         return (wide_SKM * weight_SK[:, :, None]).sum(1).to(rows_RM.dtype)
-    if chosen == "triton":
-        from ._permute_triton import TritonCombine
+    return _Combine.apply(*contiguous(rows_RM, weight_SK, table.row_SK, table.entry_R), chosen)
 
-    op = CppCombine if chosen == "cpp" else TritonCombine
-    return op.apply(*contiguous(rows_RM, weight_SK, table.row_SK, table.entry_R))
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_SM, row_SK, entry_R, backend):
+        ctx.save_for_backward(row_SK)
+        ctx.backend = backend
+        if backend == "triton":
+            from ._permute_triton import spread_triton
+
+            return spread_triton(x_SM, entry_R, row_SK.shape[1])[0]
+        rows_RM = x_SM.new_empty(len(entry_R), x_SM.shape[1])
+        operations().dispatch.default(x_SM, entry_R, row_SK.shape[1], rows_RM)
+        return rows_RM
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_RM):
+        (row_SK,) = ctx.saved_tensors
+        return _sum(ctx.backend, d_RM.contiguous(), row_SK, None), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RM, weight_SK, row_SK, entry_R, backend):
+        ctx.save_for_backward(rows_RM, weight_SK, entry_R)
+        ctx.backend = backend
+        return _sum(backend, rows_RM, row_SK, weight_SK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_SM):
+        saved = rows_RM, weight_SK, entry_R = ctx.saved_tensors  # once: recomputation allows no more
+        d_SM = d_SM.contiguous()
+        if ctx.backend == "triton":
+            from ._permute_triton import spread_triton
+
+            d_RM, d_weight_SK = spread_triton(d_SM, entry_R, weight_SK.shape[1], weight_SK, rows_RM)
+        else:
+            need_rows, need_weight = ctx.needs_input_grad[:2]
+            d_RM = torch.empty_like(rows_RM) if need_rows else None
+            d_weight_SK = torch.empty_like(weight_SK) if need_weight else None
+            operations().combine_backward.default(d_SM, *saved, d_RM, d_weight_SK)
+        return d_RM, d_weight_SK, None, None, None
+
+
+def _sum(backend, rows_RM, row_SK, weight_SK):
+    """Return the sums of the tokens' rows, [S, M], weighted if there are weights."""
+    if backend == "triton":
+        from ._permute_triton import sum_triton
+
+        return sum_triton(rows_RM, row_SK, weight_SK)
+    y_SM = rows_RM.new_empty(len(row_SK), rows_RM.shape[1])
+    operations().combine.default(rows_RM, row_SK, weight_SK, y_SM)
+    return y_SM

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import ACTIVATIONS, Activation, _experts_triton, activate, expert_ffn, tuning
-from moelab.kernels._cpp import experts as cpp
+from moelab.kernels import ACTIVATIONS, Activation, _experts_triton, activate, expert_ffn, experts, tuning
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.helpers import (
@@ -68,7 +67,7 @@ def check(counts, spare, M, F, dtype, activation, target, weights=None):
     """Outputs and gradients, those of float32 with rows and weights of a half's values; "cpp" refuses what "auto" takes."""
     backend, device, _ = target
     x, offsets, params, dy = make(counts, spare, M, F, dtype, device, activation, weights)
-    fits = cpp.fits(x, params[2], ACTIVATIONS[activation].gated) and ACTIVATIONS[activation].number is not None
+    fits = experts._fits(x, params[2], ACTIVATIONS[activation].gated) and ACTIVATIONS[activation].number is not None
     if backend == "cpp" and not fits:
         with refused():
             expert_ffn(x, offsets, *params, activation=activation, backend="cpp")
@@ -224,8 +223,8 @@ def test_offsets_are_checked(instructions):
 
 
 def test_large_experts_are_left_to_the_reference():
-    assert cpp.fits(torch.zeros(1, 16), torch.empty(1, 64, 16), False)
-    assert not cpp.fits(torch.zeros(1, 16), torch.empty(1, 1 << 20, 16, device="meta"), False)
+    assert experts._fits(torch.zeros(1, 16), torch.empty(1, 64, 16), False)
+    assert not experts._fits(torch.zeros(1, 16), torch.empty(1, 1 << 20, 16, device="meta"), False)
 
 
 def test_a_counter_of_operations_sees_the_products(target):
