@@ -91,15 +91,13 @@ def load(card: str) -> dict[str, Tile]:
 @contextlib.contextmanager
 def trial(op: str, changes: Tile) -> Iterator[None]:
     """Let every launch of an op take these sizes while the context lasts, on any device."""
-    before = _trial.get(op)
+    before = dict(_trial)
     _trial[op] = changes
     try:
         yield
     finally:
-        if before is None:
-            del _trial[op]
-        else:
-            _trial[op] = before
+        _trial.clear()
+        _trial.update(before)
 
 
 @contextlib.contextmanager
