@@ -15,7 +15,6 @@ import numpy as np
 
 from moelab.simulate.decoding import distinct_experts
 from moelab.simulate.exchange import Stage
-from moelab.simulate.layouts import Array
 
 
 def even(ranks: int, in_node: int, rows: float) -> Stage:
@@ -42,8 +41,5 @@ def grouped(ranks: int, in_node: int, tokens: float, top_k: int, groups: int) ->
     return stage, to_nodes, to_gpus
 
 
-def _stage(near: int, far: int, near_rows: float, far_rows: float) -> Stage:
-    def one(value: float) -> Array:
-        return np.array([value], dtype=float)
-
-    return Stage(one(near), one(far), one(near_rows), one(far_rows))
+def _stage(*numbers: float) -> Stage:
+    return Stage(*(np.array([number], dtype=float) for number in numbers))
