@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moelab import kernels
-from moelab.inference.packing import can_pack, is_packed, pack
+from moelab.inference.packing import can_pack, pack
 from moelab.models import GPT
 from moelab.models.baseline import mask_gate
 from moelab.models.moe import MoE
@@ -38,7 +38,7 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
     """
     if mode not in MODES:
         raise ValueError(f"inference: mode must be {' or '.join(map(repr, MODES))}, got {mode!r}")
-    if is_packed(model):
+    if model.packed is not None:
         raise ValueError(
             f"inference: mode {mode!r} needs a model with its weights, and an earlier set_mode has packed those of "
             "this one; build or load it again"

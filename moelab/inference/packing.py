@@ -29,11 +29,6 @@ def can_pack(model: GPT) -> bool:
     return known and all(kernels.can_pack(weight) for weight in weights)
 
 
-def is_packed(model: GPT) -> bool:
-    """Return whether `pack` has replaced the model's weights."""
-    return model.packed is not None
-
-
 @torch.no_grad()
 def pack(model: GPT) -> None:
     """Replace the model's weights by packed ones, module by module, so that few exist twice; nothing has a gradient.

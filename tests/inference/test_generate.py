@@ -9,7 +9,6 @@ from moelab.kernels import _cpp
 
 from moelab.config import RoutingConfig
 from moelab.inference import Generator, Sampling, set_mode
-from moelab.inference.packing import is_packed
 from tests.models.test_dispatch import NoAnswers
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
@@ -21,7 +20,7 @@ def test_cached_decoding_equals_the_full_forward_pass(kind, prompts, mode, instr
     """Also without C++, where nothing is packed."""
     with _cpp.limited(instructions):
         generator = recorder(set_mode(make(kind), mode), batch=4)
-        assert is_packed(generator.model) == (mode == "optimised" and _cpp.available())
+        assert (generator.model.packed is not None) == (mode == "optimised" and _cpp.available())
         found = generator.generate(prompts, GREEDY)
         static = Generator(generator.model, batch=3, static=True).generate(prompts, GREEDY)
     reference = make(kind)

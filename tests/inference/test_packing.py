@@ -9,7 +9,7 @@ from moelab.kernels import ACTIVATIONS, _cpp, gate
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
 from moelab.engine.checkpoint import hf
 from moelab.inference import Generator, Sampling, generate, packing, set_mode
-from moelab.inference.packing import can_pack, is_packed
+from moelab.inference.packing import can_pack
 from moelab.models.baseline import mask_gate
 from moelab.models.moe import MoE
 
@@ -42,7 +42,7 @@ def packed(make):
 
     def build(config, dtype=torch.float32):
         model = set_mode(make(config).to(dtype))
-        assert is_packed(model)
+        assert model.packed is not None
         return model, make(config).to(dtype)
 
     return build
@@ -174,7 +174,7 @@ def test_what_cannot_be_packed_stays_as_it_is(what, make, monkeypatch):
         unknown = replace(ACTIVATIONS["gelu_tanh"], number=None)
         monkeypatch.setitem(ACTIVATIONS, "gelu_tanh", unknown)
     with _cpp.limited("none" if what == "machine" else ""):
-        assert not can_pack(model) and not is_packed(set_mode(model))
+        assert not can_pack(model) and set_mode(model).packed is None
         x = torch.randn(2, 3, config.hidden).to(model.token_embedding.weight.dtype)
         assert model.blocks[-1](x)[0].isfinite().all()
 
