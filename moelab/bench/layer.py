@@ -143,6 +143,8 @@ class LayerSize:
     top_k: int = 1
 
     def __post_init__(self) -> None:
+        if self.ffn < 1:
+            raise ValueError(f"bench layer: ffn must be at least 1, got {self.ffn}")
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"bench layer: top_k must be 1 to the {self.experts} experts, got {self.top_k}")
         if self.dtype not in DTYPES:

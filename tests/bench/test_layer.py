@@ -87,6 +87,7 @@ def test_peers_take_the_same_tokens_and_gate(name):
             "unknown candidate 'einsum'; allowed: dense",
         ),
         (lambda: LayerSize(8, 32, 64, 4, "fp64"), "dtype must be one of fp32, bf16, got 'fp64'"),
+        (lambda: layer.measure(LayerSize(8, 32, 0, 4), QUICK), "bench layer: ffn must be at least 1, got 0"),
         (lambda: LayerSize(67, 16, 32, 7, top_k=8), "top_k must be 1 to the 7 experts"),
     ],
 )
