@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from moelab.engine.collectives import Collective, observe
 from moelab.models import GPT
@@ -22,7 +21,7 @@ choosing tokens, Python."""
 
 
 class Clock:
-    """Times the parts of a model from `attach` to `detach`.
+    """Times the parts of a model.
 
     Attributes:
         seconds: part -> time since the last `reset`.
@@ -32,9 +31,7 @@ class Clock:
 
     def __init__(self, device: str = "cpu") -> None:
         self._cuda = device == "cuda"
-        self._stack, self._since = ["rest"], time.perf_counter()
-        self._attached: list[tuple[Any, str, Any]] = []
-        self._hooks: list[RemovableHandle] = []
+        self._stack = ["rest"]
         self.reset()
 
     def reset(self) -> None:
@@ -46,65 +43,49 @@ class Clock:
 
     def stop(self) -> None:
         """Book the time up to now."""
-        self._book()
+        now = self._now()
+        self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
 
     def _now(self) -> float:
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _book(self) -> None:
-        now = self._now()
-        self.seconds[self._stack[-1]] += now - self._since
-        self._since = now
-
     @contextlib.contextmanager
     def _part(self, part: str) -> Iterator[None]:
-        self._book()
+        self.stop()
         self._stack.append(part)
         try:
             yield
         finally:
-            self._book()
+            self.stop()
             self._stack.pop()
 
-    def attach(self, model: GPT) -> None:
-        """Time this model's parts from now on."""
-        for block in model.blocks:
-            self._replace(block.attention, "forward", "attention")
-            ffn = block.ffn
-            if not isinstance(ffn, MoE):
-                self._replace(ffn, "forward", "feed-forward")
-                continue
-            self._replace(ffn.experts, "forward", "experts")
-            self._replace(ffn.experts, "of_tokens", "experts")
-            self._replace(ffn.dispatcher, "dispatch", "dispatch")
-            self._replace(ffn.dispatcher, "combine", "combine")
-            if ffn.mlp is not None:
-                self._replace(ffn.mlp, "forward", "feed-forward")
-            self._replace(ffn.router, "forward", "gate")
-            self._hooks.append(ffn.router.register_forward_hook(self._count))
-        self._replace(model, "head", "head")
-
-    def detach(self) -> None:
-        """Restore the model as it was."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        while self._attached:
-            owner, name, before = self._attached.pop()
-            if before is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-
-    def _replace(self, owner: Any, name: str, part: str) -> None:
-        self._attached.append((owner, name, owner.__dict__.get(name)))
-        setattr(owner, name, self._part(part)(getattr(owner, name)))
-
     @contextlib.contextmanager
-    def communication(self) -> Iterator[None]:
-        """Time this process's collectives, too, while the context lasts."""
-        with observe(self._collective):
+    def attached(self, model: GPT) -> Iterator[None]:
+        """Time this model's parts and this process's collectives while the context lasts."""
+        with contextlib.ExitStack() as undo, observe(self._collective):
+
+            def replace(owner: Any, name: str, part: str) -> None:
+                setattr(owner, name, self._part(part)(getattr(owner, name)))
+                undo.callback(delattr, owner, name)  # the class's own is found again
+
+            for block in model.blocks:
+                replace(block.attention, "forward", "attention")
+                ffn = block.ffn
+                if not isinstance(ffn, MoE):
+                    replace(ffn, "forward", "feed-forward")
+                    continue
+                replace(ffn.experts, "forward", "experts")
+                replace(ffn.experts, "of_tokens", "experts")
+                replace(ffn.dispatcher, "dispatch", "dispatch")
+                replace(ffn.dispatcher, "combine", "combine")
+                if ffn.mlp is not None:
+                    replace(ffn.mlp, "forward", "feed-forward")
+                replace(ffn.router, "forward", "gate")
+                undo.callback(ffn.router.register_forward_hook(self._count).remove)
+            replace(model, "head", "head")
             yield
 
     def _collective(self, call: Collective) -> contextlib.AbstractContextManager:

@@ -130,14 +130,12 @@ def breakdown(generator: Generator, prompts: list[list[int]], settings: DecodeSe
         generator: not captured: the clock waits for the device inside the step, which a CUDA graph does not allow.
     """
     clock = Clock(generator.cache.device.type)
-    clock.attach(generator.model)
-    with clock.communication():
+    with clock.attached(generator.model):
         for turn, _ in enumerate(steps(generator, prompts, settings.output)):
             if turn == 0:
                 clock.reset()  # the prompts are not a step, and what comes after the last one is none
             clock.stop()
             spent, collectives = clock.seconds.copy(), clock.collectives
-    clock.detach()
     n = settings.output - 1
     return {
         "parts_ms": {part: spent[part] / n * 1e3 for part in PARTS if spent[part]},

@@ -116,16 +116,15 @@ def test_the_clock_books_all_time_and_leaves_no_trace(monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     clock = Clock()
-    clock.attach(model)
-    clock.reset()
-    start = clock._since
-    assert generator.generate(prompts, Sampling(max_new_tokens=4, temperature=0)) == expected
-    clock.stop()
+    with clock.attached(model):
+        clock.reset()
+        start = clock._since
+        assert generator.generate(prompts, Sampling(max_new_tokens=4, temperature=0)) == expected
+        clock.stop()
     assert sum(clock.seconds.values()) == clock._since - start
     # Four passes of two MoE layers and two others: every part is entered and left by one reading of the clock each.
     assert clock.seconds["experts"] == 8 and clock.seconds["gate"] == 8 and clock.seconds["head"] == 4
     assert clock.seconds["dispatch"] == clock.seconds["combine"] == 8 and clock.seconds["attention"] == 16
-    clock.detach()
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
@@ -287,10 +286,12 @@ def test_the_trap_catches_the_clock(host_reads, monkeypatch):
     step = captured_step(generator)
     for device, what in (("cuda", "synchronize"), ("cpu", "item")):
         clock = Clock(device)
-        clock.attach(generator.model)
-        with host_reads, pytest.raises(AssertionError, match=f"{what}.* in a step that is captured"):
+        with (
+            clock.attached(generator.model),
+            host_reads,
+            pytest.raises(AssertionError, match=f"{what}.* in a step that is captured"),
+        ):
             step()
-        clock.detach()
 
 
 def test_the_clock_is_attached_to_steps_that_are_not_captured(known_rate, monkeypatch):
