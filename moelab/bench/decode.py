@@ -55,7 +55,6 @@ from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.inference.generate import Generator
 from moelab.inference.modes import MODES, set_mode
-from moelab.inference.text import DTYPES
 from moelab.models import GPT
 from moelab.plotting import benchmarks
 
@@ -67,29 +66,22 @@ def named(name: str) -> ModelConfig:
     return replace(hf.read_config(Path(name)), name=Path(name).name)
 
 
-def measure(
-    config: ModelConfig, batches: list[int], settings: DecodeSettings, device: str, dtype: str = "fp32"
-) -> list[Row]:
+def measure(config: ModelConfig, batches: list[int], settings: DecodeSettings) -> list[Row]:
     """Return the rows of one model in one process: our modes and, where installed, others, at every batch."""
-    reference = filled(config, device, DTYPES[dtype])
+    reference = filled(config, settings.device, settings.torch_dtype)
     others = peers.generators(reference, settings.prompt + settings.output)
     with llama.beside(reference, round_prompts(config, 2, settings)(0), settings.output) as further:
-        return _measure(reference, {**others, **further}, batches, settings, device, dtype)
+        return _measure(reference, {**others, **further}, batches, settings)
 
 
 def _measure(
-    reference: GPT,
-    others: Mapping[str, peers.Peer | llama.Peer],
-    batches: list[int],
-    settings: DecodeSettings,
-    device: str,
-    dtype: str,
+    reference: GPT, others: Mapping[str, peers.Peer | llama.Peer], batches: list[int], settings: DecodeSettings
 ) -> list[Row]:
     """Return the rows of `measure`; `reference` is packed here."""
-    config, timing = reference.config, settings.timing(device)
-    read, products = reader(timing), harness.product_rate(DTYPES[dtype], timing)
+    config, timing = reference.config, settings.timing
+    read, products = reader(timing), harness.product_rate(settings.torch_dtype, timing)
     models = {
-        "baseline": set_mode(filled(config, device, DTYPES[dtype]), "baseline"),
+        "baseline": set_mode(filled(config, settings.device, settings.torch_dtype), "baseline"),
         "optimised": set_mode(reference, "optimised"),
     }
     turns: dict[int, dict[str, list[Turns]]] = {}
@@ -112,60 +104,51 @@ def _measure(
             name: breakdown(Generator(model, batch=batch, length=length, capture=False), prompts, settings)
             for name, model in models.items()
         }
-        if device == "cuda":
+        if settings.device == "cuda":
             for name in models:
-                numbers[name] |= simulated(config, name, batch, settings, dtype, harness.device_name(device))
+                numbers[name] |= simulated(config, name, batch, settings, harness.device_name("cuda"))
         for name in others.keys() & turns[batch].keys():
             numbers[name] = others[name].numbers(prompts, settings.output)
         distinct = numbers["optimised"]["distinct_experts"] or 0
-        floor_s = least_seconds(config, distinct, batch, settings, rates[batch], DTYPES[dtype].itemsize)
-        case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1, "dtype": dtype}
-        case |= {"parameters": config.parameters(), "read_GB_per_s": rates[batch].read / 1e9}
+        floor_s = least_seconds(config, distinct, batch, settings, rates[batch])
+        case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1}
+        case |= {"dtype": settings.dtype, "parameters": config.parameters(), "read_GB_per_s": rates[batch].read / 1e9}
         case["product_GFLOP_per_s"] = products / 1e9
-        measured += decode_rows(case, turns[batch], numbers, floor_s, settings, device)
+        measured += decode_rows(case, turns[batch], numbers, floor_s, settings)
     return measured
 
 
-def simulated(
-    config: ModelConfig, mode: str, batch: int, settings: DecodeSettings, dtype: str, card: str
-) -> dict[str, float]:
+def simulated(config: ModelConfig, mode: str, batch: int, settings: DecodeSettings, card: str) -> dict[str, float]:
     """Return, as "simulated_ms", what the simulator says of a mode's step on one GPU, whose data sheet it has.
 
     Args:
         card: the GPU's name; for others than those of `simulate.clusters`, and in fp32, the result is empty.
     """
     where = simulate.cluster_of_card(card)
-    if where is None or dtype != "bf16":
+    if where is None or settings.dtype != "bf16":
         return {}
     # The baseline is replayed from a graph as well, so that its gate does not wait for the host.
     replayed = replace(simulate.system("pytorch"), graph=True, layer_waits=False, gate_wait=0)
     program = replayed if mode == "baseline" else simulate.system("moelab")
-    options = {"program": program, "batch": batch, "context": settings.prompt + settings.output // 2, "dtype": dtype}
+    options = {"program": program, "batch": batch, "context": settings.prompt + settings.output // 2, "dtype": "bf16"}
     return {"simulated_ms": simulate.decode(config, ParallelConfig(), where, **options).latency_ms}
 
 
 # -- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def measure_rank(
-    config: ModelConfig,
-    parallel: ParallelConfig,
-    batch: int,
-    settings: DecodeSettings,
-    device: str = "cpu",
-    dtype: str = "fp32",
-) -> dict[str, Any]:
+def measure_rank(config: ModelConfig, parallel: ParallelConfig, batch: int, settings: DecodeSettings) -> dict[str, Any]:
     """Return, on each rank, the turns of each mode and what was measured beside them; `batch` is over all ranks."""
-    mesh, timing = Mesh(parallel, config.experts, device), settings.timing(device)
+    mesh, timing, cuda = Mesh(parallel, config.experts, settings.device), settings.timing, settings.device == "cuda"
     models: dict[str, GPT] = {}
     for mode in MODES:
         # On CUDA no mode packs the weights, and both share one copy: two of a large model may not fit.
-        there = models.get(MODES[0]) if device == "cuda" else None
-        models[mode] = there or set_mode(engine.build(config, 0, mesh, DTYPES[dtype]).module, mode)
+        there = models.get(MODES[0]) if cuda else None
+        models[mode] = there or set_mode(engine.build(config, 0, mesh, settings.torch_dtype).module, mode)
     generators = {mode: Generator(m, batch=-(-batch // mesh.data.size), mesh=mesh) for mode, m in models.items()}
 
     def switched(mode: str) -> Generator:
-        if device == "cuda":
+        if cuda:
             set_mode(models[mode], mode)
         return generators[mode]
 
@@ -195,28 +178,16 @@ def empty_collective(mesh: Mesh, timing: Timing) -> float:
     )
 
 
-def measure_ranks(
-    config: ModelConfig, ranks: list[int], batch: int, settings: DecodeSettings, dtype: str = "fp32"
-) -> list[Row]:
+def measure_ranks(config: ModelConfig, ranks: list[int], batch: int, settings: DecodeSettings) -> list[Row]:
     """Return the rows of one model over numbers of ranks of this machine; its experts are spread over all of them."""
     inputs.text()  # once, before the ranks ask for it
     measured = []
     for size in ranks:
         parallel = ParallelConfig(data=size)
         with Ranks(size, threads=1) as pool:
-            answers = pool.run(measure_rank, config, parallel, batch, settings, "cpu", dtype, timeout_s=900)
-        name = f"{machine.cpu()}, {size} ranks of 1 thread"
-        measured += slowest(answers, config, parallel, batch, settings, "cpu", dtype, name)
+            answers = pool.run(measure_rank, config, parallel, batch, settings, timeout_s=900)
+        measured += slowest(answers, config, parallel, batch, settings, f"{machine.cpu()}, {size} ranks of 1 thread")
     return measured
-
-
-def measure_joined(
-    config: ModelConfig, parallel: ParallelConfig, batch: int, settings: DecodeSettings, device: str, dtype: str
-) -> list[Row]:
-    """On ranks that have met (`process.join`): return the rows, on every rank."""
-    answers = all_gather_json(measure_rank(config, parallel, batch, settings, device, dtype))
-    name = harness.device_name(device) if device == "cuda" else machine.cpu()
-    return slowest(answers, config, parallel, batch, settings, device, dtype, f"{name}, {parallel.ranks} ranks")
 
 
 def slowest(
@@ -225,8 +196,6 @@ def slowest(
     parallel: ParallelConfig,
     batch: int,
     settings: DecodeSettings,
-    device: str,
-    dtype: str,
     name: str,
 ) -> list[Row]:
     """Return the rows of what the ranks measured: of each mode the slowest rank's times, with the floor."""
@@ -236,15 +205,15 @@ def slowest(
         turns[mode], numbers[mode] = last["turns"][mode], last["numbers"][mode]
         # Each rank reads the shared weights and, on average, its share of the experts that tokens chose.
         share = statistics.mean(a["numbers"][mode]["distinct_experts"] or 0 for a in answers)
-        width = DTYPES[dtype].itemsize
-        needed = weight_bytes(config, share, width) + cache_bytes(config, -(-batch // parallel.data), settings, width)
+        needed = weight_bytes(config, share, settings.torch_dtype.itemsize)
+        needed += cache_bytes(config, -(-batch // parallel.data), settings)
         needed /= parallel.tensor
         waiting_s = numbers[mode]["collectives"] * numbers[mode]["empty_collective_ms"] / 1e3
         floors[mode] = needed / (numbers[mode]["read_GB_per_s"] * 1e9) + waiting_s
     case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": parallel.ranks}
-    case |= {"dtype": dtype, "parameters": config.parameters()}
+    case |= {"dtype": settings.dtype, "parameters": config.parameters()}
     case |= {"exchange": parallel.exchange, "tensor": parallel.tensor}
-    return decode_rows(case, turns, numbers, floors, settings, device, name)
+    return decode_rows(case, turns, numbers, floors, settings, name)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -258,11 +227,9 @@ def main(
     rank_batch: int,
     settings: DecodeSettings,
     threads: int,
-    device: str,
     out: Path | None,
     tensor: int = 1,
     exchange: str = "flat",
-    dtype: str = "fp32",
 ) -> None:
     """Measure, print and, with `out` (a folder), write `decode.jsonl` and its figure (bf16: `decode-bf16`).
 
@@ -271,7 +238,6 @@ def main(
         ranks: numbers of ranks for the models with experts; empty leaves that part out.
         rank_batch: sequences over all ranks there.
         tensor, exchange: the layout where torchrun or srun started the ranks; otherwise it is flat and data parallel.
-        dtype: of weights and activations, "fp32" or "bf16".
     """
     known = decoders()
     configs = [known[name] if name in known else named(name) for name in models or known]
@@ -287,10 +253,10 @@ def main(
         raise ValueError(f"bench decode: batch must be at least 1, got {min(batches)}")
     place = process.find()
     joined = place if place is not None and place.world_size > 1 else None
-    stem = "decode" if dtype == "fp32" else f"decode-{dtype}"
+    stem = "decode" if settings.dtype == "fp32" else f"decode-{settings.dtype}"
     torch.set_num_threads(threads)
     if joined:
-        _on_ranks(configs, joined, tensor, exchange, rank_batch, settings, device, dtype, out and out / f"{stem}.jsonl")
+        _on_ranks(configs, joined, tensor, exchange, rank_batch, settings, out and out / f"{stem}.jsonl")
         return
     if ranks and rank_batch < max(ranks):
         raise ValueError(f"bench decode: {rank_batch} sequences do not give each of {max(ranks)} ranks one")
@@ -302,9 +268,9 @@ def main(
     measured: list[Row] = []
     many = f"batches {', '.join(map(str, batches))}"
     for config in terminal.announced(configs, lambda config: f"decoding with {config}, {many}{_ranks(config, ranks)}"):
-        case = measure(config, batches, settings, device, dtype)
+        case = measure(config, batches, settings)
         if config.is_moe and ranks:
-            case += measure_ranks(config, ranks, rank_batch, settings, dtype)
+            case += measure_ranks(config, ranks, rank_batch, settings)
         show(case)
         measured += case
         if out is not None:  # after each model: what was measured is kept
@@ -324,8 +290,6 @@ def _on_ranks(
     exchange: str,
     batch: int,
     settings: DecodeSettings,
-    device: str,
-    dtype: str,
     file: Path | None,
 ) -> None:
     if tensor < 1 or place.world_size % tensor:
@@ -333,13 +297,15 @@ def _on_ranks(
     parallel = ParallelConfig(tensor=tensor, data=place.world_size // tensor, exchange=exchange)  # type: ignore[arg-type]  # the class checks it
     if batch < parallel.data:
         raise ValueError(f"bench decode: {batch} sequences do not give each of {parallel.data} data ranks one")
-    process.join(device=device)
+    process.join(device=settings.device)
     parallel = replace(parallel, gpus_per_node=all_gather_json(place.host).count(place.host))
     for config in configs:
         config.check_layout(parallel)
     measured: list[Row] = []
+    name = harness.device_name("cuda") if settings.device == "cuda" else machine.cpu()
     for config in configs:
-        case = measure_joined(config, parallel, batch, settings, device, dtype)
+        answers = all_gather_json(measure_rank(config, parallel, batch, settings))
+        case = slowest(answers, config, parallel, batch, settings, f"{name}, {parallel.ranks} ranks")
         measured += case
         if place.rank == 0:
             show(case)

