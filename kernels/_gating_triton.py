@@ -344,8 +344,15 @@ def gate_triton(logits_SE, choice_SE, top_k, capacity, seed, normalize):
     return expert_SK, slot_SK, weight_SK, load_E, kept_E, losses[0], losses[1], first_E
 
 
-def gate_backward_triton(logits_SE, expert_SK, slot_SK, first_E, d_weight_SK, d_aux, d_z, normalize, d_SE):
-    """Write the gradient of the logits."""
+def gate_backward_triton(saved, grads, normalize, d_SE):
+    """Write the gradient of the logits.
+
+    Args:
+        saved: the logits, and of the gate's results the experts, the slots and the numbers of first choices.
+        grads: of the weights and both losses, None where there is none.
+    """
+    logits_SE, expert_SK, slot_SK, first_E = saved
+    d_weight_SK, d_aux, d_z = grads
     S, E = logits_SE.shape
     if S == 0 or (d_weight_SK is None and d_aux is None and d_z is None):
         d_SE.zero_()

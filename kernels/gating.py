@@ -97,9 +97,10 @@ def gate(
     if chosen == "cpp":
         logits_SE = logits_SE.float()
         choice_logits_SE = None if choice_logits_SE is None else choice_logits_SE.float()
-    arguments = (*contiguous(logits_SE, choice_logits_SE), top_k, capacity, seed, normalize)
+    logits_SE, choice_logits_SE = contiguous(logits_SE, choice_logits_SE)
+    arguments = (logits_SE, choice_logits_SE, top_k, capacity, seed, normalize)
     if chosen == "cpp" and not losses:
-        return Gate(*_gate_cpp(*arguments, losses=False), None, None)
+        return Gate(*[*_gate_cpp(*arguments, losses=False), None, None])
     return Gate(*_Gate.apply(*arguments, chosen))
 
 
@@ -123,16 +124,16 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _expert, _slot, d_weight_SK, _load, _kept, d_aux, d_z):
-        logits_SE, expert_SK, slot_SK, *more = ctx.saved_tensors  # once: recomputation allows no more
-        grads, d_SE = contiguous(d_weight_SK, d_aux, d_z), torch.empty_like(logits_SE)
+        saved = ctx.saved_tensors  # once: recomputation allows no more
+        grads, d_SE = contiguous(d_weight_SK, d_aux, d_z), torch.empty_like(saved[0])
         if ctx.backend == "triton":
             from ._gating_triton import gate_backward_triton
 
-            gate_backward_triton(logits_SE, expert_SK, slot_SK, *more, *grads, ctx.normalize, d_SE)
+            gate_backward_triton(saved, grads, ctx.normalize, d_SE)
         else:
-            softmax_3S, share_E = more
-            saved = (logits_SE, softmax_3S, expert_SK, slot_SK, share_E)
-            operations().gate_backward.default(*saved, *grads, ctx.normalize, d_SE)
+            logits_SE, expert_SK, slot_SK, softmax_3S, share_E = saved
+            arguments = (logits_SE, softmax_3S, expert_SK, slot_SK, share_E, *grads, ctx.normalize, d_SE)
+            operations().gate_backward.default(*arguments)
         return d_SE, *[None] * 6
 
 
