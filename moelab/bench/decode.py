@@ -179,9 +179,9 @@ def empty_collective(mesh: Mesh, timing: Timing) -> float:
 
 
 def measure_ranks(config: ModelConfig, ranks: list[int], batch: int, settings: DecodeSettings) -> list[Row]:
-    """Return the rows of one model over numbers of ranks of this machine; its experts are spread over all of them."""
+    """Return the rows of one model over ranks of this machine's CPU; its experts are spread over all of them."""
     inputs.text()  # once, before the ranks ask for it
-    measured = []
+    settings, measured = replace(settings, device="cpu"), []
     for size in ranks:
         parallel = ParallelConfig(data=size)
         with Ranks(size, threads=1) as pool:
