@@ -117,13 +117,12 @@ def our_parts(x_SM: Tensor, logits_SE: Tensor, capacity: int) -> dict[str, Call]
         table = row_table(routing)
         return combine(dispatch(x_SM, table), table, routing.weight_SK)
 
-    calls = (
-        lambda: gate(logits_SE, 1, capacity),
-        lambda: dispatch(x_SM, row_table(routing)),
-        lambda: combine(rows_RM, table, routing.weight_SK),
-        all_three,
-    )
-    return dict(zip(PARTS, calls, strict=True))
+    return {
+        "gate": lambda: gate(logits_SE, 1, capacity),
+        "dispatch": lambda: dispatch(x_SM, row_table(routing)),
+        "combine": lambda: combine(rows_RM, table, routing.weight_SK),
+        "all three": all_three,
+    }
 
 
 def mask_parts(x_SM: Tensor, logits_SE: Tensor, capacity: int) -> dict[str, Call]:
@@ -139,13 +138,12 @@ def mask_parts(x_SM: Tensor, logits_SE: Tensor, capacity: int) -> dict[str, Call
         dispatch_SEC, combine_SEC = both_masks()
         return baseline.einsum_combine(baseline.einsum_dispatch(x_SM, dispatch_SEC), combine_SEC)
 
-    calls = (
-        both_masks,
-        lambda: baseline.einsum_dispatch(x_SM, dispatch_SEC),
-        lambda: baseline.einsum_combine(rows_ECM, combine_SEC),
-        all_three,
-    )
-    return dict(zip(PARTS, calls, strict=True))
+    return {
+        "gate": both_masks,
+        "dispatch": lambda: baseline.einsum_dispatch(x_SM, dispatch_SEC),
+        "combine": lambda: baseline.einsum_combine(rows_ECM, combine_SEC),
+        "all three": all_three,
+    }
 
 
 @torch.no_grad()
