@@ -314,11 +314,10 @@ def _on_ranks(
     process.leave()
 
 
-SIMULATED = "simulated ms"
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "p95 ms": lambda row: f"{row.numbers['p95_ms']:.2f}",
     "tokens/s": lambda row: f"{row.numbers['tokens_per_s']:,.0f}",
-    SIMULATED: lambda row: f"{row.numbers['simulated_ms']:.2f}" if "simulated_ms" in row.numbers else "",
+    "simulated ms": lambda row: f"{row.numbers['simulated_ms']:.2f}" if "simulated_ms" in row.numbers else "",
     "where (ms)": lambda row: ", ".join(
         f"{name} {ms:.2f}"
         for name, ms in sorted(row.numbers.get("parts_ms", {}).items(), key=lambda item: -item[1])
@@ -332,9 +331,8 @@ def show(measured: Sequence[Row]) -> None:
     cases = {(row.case["batch"], row.device): row.case for row in measured}
     for (batch, device), case in cases.items():
         rows = [row for row in measured if (row.case["batch"], row.device) == (batch, device)]
-        title = f"decoding, {case['model']}, {case.get('dtype', 'fp32')}, batch {batch}, ranks {case['ranks']}"
-        columns = {k: v for k, v in COLUMNS.items() if k != SIMULATED or any("simulated_ms" in r.numbers for r in rows)}
-        harness.show(title, rows, columns)
+        title = f"decoding, {case['model']}, {case['dtype']}, batch {batch}, ranks {case['ranks']}"
+        harness.show(title, rows, COLUMNS)
 
 
 def draw(measured: list[dict[str, Any]], path: Path) -> None:

@@ -249,9 +249,10 @@ def show(title: str, rows: Sequence[Row], columns: Mapping[str, Callable[[Row], 
     """Print the rows of a case, their inputs below.
 
     Args:
-        columns: heading -> text of a row, for what a benchmark shows beside the times.
+        columns: heading -> text of a row, for what a benchmark shows beside the times; empty columns are left out.
     """
-    first, extra = rows[0], columns or {}
+    first = rows[0]
+    extra = {heading: text for heading, text in (columns or {}).items() if any(map(text, rows))}
     ms = "processor ms" if first.clock == "cpu" else "ms"
     heads = ("candidate", f"median {ms}", "min to max", f"time / {first.against}", "min to max", "time / floor")
     view = terminal.table(*heads, *extra, title=title)
