@@ -6,6 +6,7 @@ import sys
 import traceback
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -165,6 +166,14 @@ def test_rows_of_ranks():
         assert row["collectives"] == (0 if row["ranks"] == 1 else 2 * 3 + 1)
         assert ("all-to-all" in row["parts_ms"]) == (row["ranks"] == 2)
         assert row["tokens_per_s"] > 0 and row["floor_ratio"] > 0
+
+
+def test_ranks_of_this_machine_compute_on_its_cpu(monkeypatch):
+    ranks = MagicMock()
+    monkeypatch.setattr(bench, "Ranks", ranks)
+    monkeypatch.setattr(bench, "slowest", lambda *_: [])
+    bench.measure_ranks(MOE, [2], 4, replace(TINY, device="cuda"))
+    assert ranks().__enter__().run.call_args.args[-1].device == "cpu"
 
 
 @pytest.mark.slow
