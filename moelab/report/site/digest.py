@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moelab.experiments import distillation
+from moelab.lazy import pd
 from moelab.report.site.charts import models_of
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.gallery import Chapter
@@ -112,12 +111,7 @@ def hours(results: Sequence[Result]) -> float:
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows of equal keys as CSV."""
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n") if rows else ""
 
 
 def _ratios(result: Result, row: ClaimRow) -> tuple[float | None, float | None]:

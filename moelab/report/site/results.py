@@ -96,9 +96,7 @@ class Result:
     def figures(self) -> Sequence[FigureRow]:
         """The figures, their texts typeset: first the one that shows the finding, else one with a judged claim."""
         judged = {v.claim for v in self.summary.claims if v.ours is not None}
-        found = [
-            FigureRow(f.name, typeset(f.title), typeset(f.caption), f.claims, f.data) for f in self.summary.figures
-        ]
+        found = [replace(f, title=typeset(f.title), caption=typeset(f.caption)) for f in self.summary.figures]
         leads = [f for f in found if f.title == self.title] or [f for f in found if judged & set(f.claims)]
         lead = next(iter(leads), None)
         return sorted(found, key=lambda f: f is not lead)
