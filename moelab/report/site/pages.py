@@ -87,6 +87,7 @@ def build(root: Path) -> Built:
         "verdicts": dict.fromkeys([*(i.key for of in counted.values() for i in of), *(row.key for row in claims)]),
         "scales": sorted(used, key=lambda scale: (scale_rank(scale), scale)),
         "results": results,
+        "sizes": front.sizes(results),
         "runs": runs,
         "unreadable": unreadable,
         **_VIEW,
@@ -106,14 +107,12 @@ def build(root: Path) -> Built:
         "shares": _shares([r for r in results if r is shown or any(r.path in answer.link for answer in found)]),
         "digest": rows,
         "hours": digest.hours(results),
-        "sizes": front.sizes(results),
         "everything": downloads.EVERYTHING,
     }
-    overview = {"sizes": start["sizes"], "forest": front.forest(claims, counted)}
     tested = [(chapter, plot.axes(of_it)) for chapter, of_it in by_chapter(claims, parts)]
     pages: dict[str, dict[str, Any]] = {
         "index.html": start,
-        "overview.html": overview,
+        "overview.html": {"forest": front.forest(claims, counted)},
         "claims.html": {"groups": tested},
         "figures.html": {"benchmarks": benchmarks, "verdicts_of": _verdicts(claims)},
         "runs.html": {},
