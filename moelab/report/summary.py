@@ -191,11 +191,6 @@ def parse(record: Any) -> Summary:
     return from_json(Summary, record, "summary", known=True)
 
 
-def parse_provenance(record: Any) -> Provenance:
-    """Return the provenance that a JSON value holds; ValueError as for `parse`."""
-    return from_json(Provenance, record, "provenance", known=True)
-
-
 def find_results(*roots: Path) -> dict[str, Path]:
     """Return the folders of all results below some folders, by their path relative to it, with slashes, in its order.
 
