@@ -103,10 +103,12 @@ def _own_seconds(run: RunRow) -> float:
 def hours(results: Sequence[Result]) -> float:
     """Return the hours of training and computing behind results; a run that several of them use counts once.
 
-    Of a run that branches off another one, the share of its tokens after the start counts.
+    Of a run that branches off another one, the share of its tokens after the start counts. A notebook's time counts
+    where it trained nothing: else it may hold the waiting for its runs.
     """
     trained = {run.id: _own_seconds(run) for result in results for run in result.summary.runs}
-    return (sum(trained.values()) + sum(result.summary.notebook_seconds or 0 for result in results)) / 3600
+    computed = [r.summary.notebook_seconds or 0 for r in results if not r.summary.training_seconds]
+    return (sum(trained.values()) + sum(computed)) / 3600
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
