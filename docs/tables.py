@@ -146,26 +146,21 @@ def decode(rows: list[Row]) -> str:
 
 def answers(rows: list[Row]) -> str:
     """The start page's first three answers, with the verdict of the results pages where there is one."""
-    lines = ["| question | ours | the paper | verdict |", "| --- | --- | --- | --- |"]
-    lines += [f"| {r['question']} | {r['answer']} | {r['paper']} | {r['verdict'] or '–'} |" for r in rows[:3]]
-    return "\n".join(lines) + "\n"
+    lines = [[row["question"], row["answer"], row["paper"], row["verdict"] or "–"] for row in rows[:3]]
+    return _markdown(["question", "ours", "the paper", "verdict"], lines)
 
 
 def digest(rows: list[Row]) -> str:
     """A line an experiment."""
-    lines = [
-        "| experiment | outcome | effect (95 % interval) | FLOPs | seeds | hours |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for row in rows:
         flops = f"{float(row['flops']):.2f}×" if row["flops"] else "–"
         hours = f"{float(row['hours']):.1f}" if float(row["hours"]) >= 0.05 else "< 0.1"
         effect = f"{row['effect']}: *{row['verdict']}*" if row["effect"] else "–"
         title = f"[{row['title']}](results/{row['link']})"
-        lines.append(
-            f"| {title} | {row['outcome']} | {effect} | {flops} | {row['seeds'] if row['seeds'] != '0' else '–'} | {hours} |"
-        )
-    return "\n".join(lines) + "\n"
+        seeds = row["seeds"] if row["seeds"] != "0" else "–"
+        lines.append([title, row["outcome"], effect, flops, seeds, hours])
+    return _markdown(["experiment", "outcome", "effect (95 % interval)", "FLOPs", "seeds", "hours"], lines)
 
 
 TRUST = {
@@ -268,12 +263,10 @@ def render(page: str) -> str:
         text = (ROOT / file).read_text()
         if file.endswith(".json"):
             rows = json.loads(text)["summary"]
+        elif file.endswith(".csv"):
+            rows = list(csv.DictReader(io.StringIO(text)))
         else:
-            rows = (
-                list(csv.DictReader(io.StringIO(text)))
-                if file.endswith(".csv")
-                else [*map(json.loads, text.splitlines())]
-            )
+            rows = [json.loads(line) for line in text.splitlines()]
         return f"{opening}\n{KINDS[kind](rows)}\n{closing}"
 
     return TABLE.sub(table, page)

@@ -154,7 +154,7 @@ def claims(
         raise ValueError(f"claims: none of experiment {name!r}, and no id begins so; see `moelab list`")
     counted, together = counts(ledger), family(ledger)
     if as_json:
-        print_json({"claims": [e.to_json() for e in shown], "counts": counted, "family": together})
+        print_json({"claims": shown, "counts": counted, "family": together})
         return
     console = terminal.console()
     console.print(f"{len(distinct(ledger))} claims in {len(ledger)} rows", markup=False, highlight=False)

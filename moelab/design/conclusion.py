@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from moelab.design.verdicts import FITTED, MEASURED, NOT_JUDGED, PREDICTED, SIMULATED_CLOSE, Verdict, outcome
 
 
-@dataclass(frozen=True)
-class Conclusion:
+class Conclusion(str):
     """A text in markdown, which a notebook shows as such."""
 
-    text: str
-
     def _repr_markdown_(self) -> str:
-        return self.text
-
-    def __str__(self) -> str:
-        return self.text
+        return str(self)
 
 
 def conclude(

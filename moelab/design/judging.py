@@ -251,10 +251,9 @@ def _measured(claim: Claim, estimate: Estimate | None, note: str, stored: dict[s
         of, p, why = _equality(claim, estimate, judged, level)
     else:
         low, high = estimate.interval(level)
-        number = stored["number"] and (share is None or share >= END or not claim.at_the_end)
-        of = _rule(claim, estimate.mean, low, high, number=number)
+        of = _rule(claim, estimate.mean, low, high, number=stored["number"] and not _late(claim, share))
         p = _p(claim, estimate, low, high, of)
-        why = _why(claim, estimate, low, high, of, number, share)
+        why = _why(claim, estimate, low, high, of, stored["number"], share)
     p = None if p is None else sequential.repeated_p(p, estimate.samples, looks)
     why = " ".join(text for text in (why, after, _progress(claim, estimate, judged, of)) if text)
     return stated.row(claim, estimate, of, note, stored | {"p": p, "why": why})
@@ -262,10 +261,9 @@ def _measured(claim: Claim, estimate: Estimate | None, note: str, stored: dict[s
 
 def _rule(claim: Claim, mean: float, low: float, high: float, *, number: bool = True, exact: bool = False) -> str:
     """Return the verdict that a mean and its interval allow, for all but equalities of two arms."""
-    paper_low, paper_high = stated.paper_range(claim, exact)
-    inside = paper_low <= low and high <= paper_high
     if claim.kind == "bound" or claim.direction == "equal":
-        meets = low <= paper_high and high >= paper_low
+        paper_low, paper_high = stated.paper_range(claim, exact)
+        inside, meets = paper_low <= low and high <= paper_high, low <= paper_high and high >= paper_low
         return REPRODUCED if inside else UNDECIDED if meets else NOT_REPRODUCED
     no_effect, lower = stated.neutral(claim), claim.direction == "lower"
     if claim.smallest and no_effect - claim.smallest < low and high < no_effect + claim.smallest:
@@ -276,8 +274,7 @@ def _rule(claim: Claim, mean: float, low: float, high: float, *, number: bool = 
         return NOT_REPRODUCED if stated.short_of_bound(claim, low, high) else UNDECIDED
     if claim.value is None:
         return REPRODUCED if abs(mean - no_effect) >= (claim.smallest or 0.0) else DIRECTION
-    narrow = exact or high - low < NARROW * abs(claim.value - no_effect)
-    return REPRODUCED if number and paper_low <= mean <= paper_high and (narrow or inside) else DIRECTION
+    return REPRODUCED if number and not _short(claim, mean, low, high, exact=exact) else DIRECTION
 
 
 def _p(claim: Claim, estimate: Estimate, low: float, high: float, of: str) -> float | None:
@@ -320,16 +317,8 @@ def _equality(claim: Claim, estimate: Estimate, stored: dict[str, Any], level: f
         # A number that is not quoted is our difference of two of the paper's values, and no part of the claim.
         if claim.value is None or "quoted text" not in claim.how:
             return REPRODUCED, p, equal
-        paper_low, paper_high = stated.paper_range(claim)
-        late = stored["share"] is not None and stored["share"] < END and claim.at_the_end
-        if late:
-            return EQUAL, p, f"{equal} {_too_early(claim, stored['share'])}"
-        if not paper_low <= estimate.mean <= paper_high:
-            return EQUAL, p, f"{equal} {_beside(claim)}"
-        low, high = estimate.interval(level)
-        if high - low < NARROW * abs(claim.value - stated.neutral(claim)) or (paper_low <= low and high <= paper_high):
-            return REPRODUCED, p, equal
-        return EQUAL, p, f"{equal} {_wide(claim)}"
+        short = _short(claim, estimate.mean, *estimate.interval(level), share=stored["share"])
+        return (EQUAL, p, f"{equal} {short}") if short else (REPRODUCED, p, equal)
     if over_low > 0 or under_high < 0:
         return NOT_REPRODUCED, max(over.p() if over_low > 0 else under.p(), p_gain), f"Margin: {margin}"
     return UNDECIDED, max(over.p(), under.p(), p_gain), f"Margin: {margin}"
@@ -356,26 +345,31 @@ def _why(claim: Claim, estimate: Estimate, low: float, high: float, of: str, num
         return ""
     if claim.value is None:
         return f"Our mean is below the smallest effect of interest, {claim.smallest:g}{stated.unit(claim)}."
-    if not number:
-        late = share is not None and share < END and claim.at_the_end
-        return _too_early(claim, share) if late else "Only the direction is judged here."
-    paper_low, paper_high = stated.paper_range(claim)
-    return _wide(claim) if paper_low <= estimate.mean <= paper_high else _beside(claim)
+    if not number and not _late(claim, share):
+        return "Only the direction is judged here."
+    return _short(claim, estimate.mean, low, high, share=share)
 
 
-def _wide(claim: Claim) -> str:
+def _late(claim: Claim, share: float | None) -> bool:
+    """Return whether the paper's number is one of the end of its training, which these runs do not reach."""
+    return share is not None and share < END and claim.at_the_end
+
+
+def _short(
+    claim: Claim, mean: float, low: float, high: float, *, share: float | None = None, exact: bool = False
+) -> str:
+    """Return in a sentence why a mean and its interval do not show the paper's number; empty where they do."""
+    if _late(claim, share):
+        return f"The paper's {claim.value:g} is that of the end of its training, of which these runs reach {share:.0%}."
+    paper_low, paper_high = stated.paper_range(claim, exact)
+    if not paper_low <= mean <= paper_high:
+        if math.isinf(paper_low) or math.isinf(paper_high):
+            return f"Our mean falls short of the paper's {claim.value:g}."
+        return f"Our mean lies outside the paper's {claim.value:g} ({paper_low:g} to {paper_high:g})."
+    narrow = exact or high - low < NARROW * abs(claim.number - stated.neutral(claim))
+    if narrow or (paper_low <= low and high <= paper_high):
+        return ""
     return f"The interval is too wide to show the paper's {claim.value:g}."
-
-
-def _too_early(claim: Claim, share: float | None) -> str:
-    return f"The paper's {claim.value:g} is that of the end of its training, of which these runs reach {share:.0%}."
-
-
-def _beside(claim: Claim) -> str:
-    low, high = stated.paper_range(claim)
-    if math.isinf(low) or math.isinf(high):
-        return f"Our mean falls short of the paper's {claim.value:g}."
-    return f"Our mean lies outside the paper's {claim.value:g} ({low:g} to {high:g})."
 
 
 def _progress(claim: Claim, estimate: Estimate, stored: dict[str, Any], of: str) -> str:

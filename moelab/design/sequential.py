@@ -40,19 +40,16 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
     from scipy.optimize import brentq
     from scipy.stats import norm
 
+    def beyond(z: float, goal: float, x: np.ndarray, mass: np.ndarray, step: float, root: float) -> float:
+        return float(mass @ (norm.sf((z * root - x) / step) + norm.sf((z * root + x) / step))) - goal
+
     found: list[float] = []
     # The sum of the samples is a random walk: after the fraction f its variance is f. x and mass: its distribution
     # among walks that have crossed no boundary yet, on a grid.
     x, mass, before, gone = np.zeros(1), np.ones(1), 0.0, 0.0
     for fraction, total in zip(fractions, cumulative, strict=True):
         step, root = math.sqrt(fraction - before), math.sqrt(fraction)
-
-        def beyond(
-            z: float, x: np.ndarray = x, mass: np.ndarray = mass, step: float = step, root: float = root
-        ) -> float:
-            return float(mass @ (norm.sf((z * root - x) / step) + norm.sf((z * root + x) / step)))
-
-        z = brentq(lambda z, goal=total - gone, beyond=beyond: beyond(z) - goal, 0, 12)
+        z = brentq(beyond, 0, 12, (total - gone, x, mass, step, root))
         found.append(z)
         grid, width = np.linspace(-z * root, z * root, 2 * _HALF + 1, retstep=True)
         simpson = width / 3 * np.array([1, *[4, 2] * (_HALF - 1), 4, 1])

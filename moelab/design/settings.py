@@ -18,20 +18,19 @@ which an experiment runs:
 - `gpu`: hidden / 8, depth / 2, all experts; 400 M tokens of the public Pile, 168 a parameter; one GPU. Without a
   network, mix5 gives 64 M tokens in four passes: ``-p data.corpus=mix5 -p train.tokens=64e6``.
 - `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as in the scripts: batch, rates,
-  warm-up and decay in tokens, capacity 1.0 with random token selection. Differences: bf16 instead of fp16 with loss
-  scaling; the public Pile instead of the internal blend; the dense models' batch is not ramped up; FSDP instead of
-  tensor slicing for the dense 1.3B and 6.7B (which needs one degree less and computes the same).
+  warm-up and decay in tokens, capacity 1.0 with random token selection; on the public Pile instead of the internal
+  blend. `moelab.paper.configs` says what else differs.
 
 Twins are *drop-free*: an expert takes all tokens that are routed to it. Early routing is so uneven that capacity 1.0
 drops many tokens, which a run of 572,000 steps recovers from and a short one may not. The experiment `capacity`
 measures that.
 
 At `quick`, `cpu` and `gpu` the rate warms up, stays, and decays linearly over the last fifth of the tokens, so that
-runs of smaller budgets branch off one long run (`budgets`). A base has one peak rate for its dense model and one for
-all its MoE models, because the families may differ in the rate that suits them. Both come from sweeps of the same three
-rates (experiment `learning-rate`), in the regime itself, on a seed that no other experiment uses. At `full` a rate
-moves a loss by more than most arms differ, so four families have a rate of their own, and every comparison is made at
-one shared rate as well (`FULL_RATES`).
+runs of smaller budgets branch off one long run (`budgets`). The dense model and MoE-128 of the 350M base were swept
+over the same three peak rates (experiment `learning-rate`), in the regime itself, on a seed that no other
+experiment uses; the same rate was best for both (`PEAK_RATES`). At `full` a rate moves a loss by more than most arms
+differ, so four families have a rate of their own, and every comparison is made at one shared rate as well
+(`FULL_RATES`).
 """
 
 from __future__ import annotations
@@ -112,14 +111,9 @@ TRAINS = {
     ),
 }
 
-PEAK_RATES: dict[str, dict[str, tuple[float, float]]] = {
-    "smoke": {"350M": (4e-3, 4e-3)},
-    "quick": {"350M": (8e-3, 8e-3)},
-    "cpu": {"350M": (8e-3, 8e-3)},
-    "gpu": {"350M": (2e-3, 2e-3)},
-}
-"""Scale -> base -> peak learning rates of its dense model and of its MoE models: at `cpu` and `quick` the best of their
-sweep on the 350M base. Not swept: `gpu`, and larger bases, which take the 350M's times `rate_ratio`."""
+PEAK_RATES = {"smoke": 4e-3, "quick": 8e-3, "cpu": 8e-3, "gpu": 2e-3}
+"""Scale -> peak learning rate of the models on the 350M base, dense and MoE: at `cpu` and `quick` the best of their
+sweeps. Not swept: `gpu`, and larger bases, which take the 350M's times `rate_ratio`."""
 
 FAMILIES = ("Dense", "MoE-32", "PR-MoE", "MoE-128")
 """Families of models that are swept at `full`, each by the arm of the 350M base that has its name."""
@@ -243,7 +237,7 @@ def peak_rate(name: str, scale: str, rate: Rate = "own") -> float:
     if scale == "full":
         by_base = {of: r.own.get(kind, r.shared) if rate == "own" else r.shared for of, r in FULL_RATES.items()}
     else:
-        by_base = {of: rates[int(kind != "Dense")] for of, rates in PEAK_RATES[scale].items()}
+        by_base = {"350M": PEAK_RATES[scale]}
     return by_base[base] if base in by_base else round(by_base["350M"] * rate_ratio(name), 6)
 
 

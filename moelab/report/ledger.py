@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.design.judging import restate
@@ -143,10 +143,6 @@ class Entry:
         """Whether its verdict is that of a statistical test, also of one whose runs cannot tell."""
         told = self.verdict == CANNOT_TELL or (self.deciding is not None and self.deciding.p is not None)
         return self.kind == MEASURED and told
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields as JSON values."""
-        return asdict(self)
 
 
 def ledger(*results: Path) -> list[Entry]:

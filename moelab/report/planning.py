@@ -49,7 +49,7 @@ def needs(
             f"`moelab run {experiment} --scale {scale} -p seeds=3` makes one"
         )
     summaries.sort(key=lambda summary: summary.finished, reverse=True)
-    rows = [] if against or effect else _claims(summaries)
+    rows = _claims(summaries) if against is None and effect is None else []
     return _frame(rows) if rows else needs_of(_final(summaries[0]), against=against, effect=effect)
 
 

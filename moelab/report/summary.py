@@ -91,7 +91,10 @@ class TableRow:
         check_file_name(f"data of table {self.name}", self.data)
 
 
-_NUMBERS = {"seed", "tokens", "parameters", "validation_loss", "seconds", "flops_per_token"}
+_NUMBERS = {
+    *("seed", "tokens", "eval_tokens", "lr", "layers", "hidden"),
+    *("parameters", "validation_loss", "validation_tokens", "seconds", "flops_per_token"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ class RunRow:
 
     def __post_init__(self) -> None:
         parts = {name: self.spec.get(name, {}) for name in ("model", "train", "data")}
-        for name, part in {**parts, "start": self.spec.get("start") or {}, "result": self.result}.items():
+        start = self.spec.get("start") or {}
+        trunk = start.get("run", {}) if isinstance(start, dict) else {}
+        for name, part in {**parts, "start": start, "start.run": trunk, "result": self.result}.items():
             if not isinstance(part, dict):
                 raise ValueError(f"run {self.id}: {name} must be an object, got {str(part)[:40]}")
             for number in _NUMBERS & part.keys():
@@ -184,11 +189,6 @@ def parse(record: Any) -> Summary:
         ValueError: one line: a field is missing or has the wrong type, or a file name is none.
     """
     return from_json(Summary, record, "summary", known=True)
-
-
-def parse_provenance(record: Any) -> Provenance:
-    """Return the provenance that a JSON value holds; ValueError as for `parse`."""
-    return from_json(Provenance, record, "provenance", known=True)
 
 
 def find_results(*roots: Path) -> dict[str, Path]:

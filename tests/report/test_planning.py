@@ -66,6 +66,7 @@ def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish):
         ("pr-moe --scale gpu", "no result of pr-moe at scale gpu to take a spread from; `moelab run pr-moe"),
         ("pr-moe --against MoE-7", "no arm 'MoE-7' in these runs; there are 350M, 350M+MoE-128"),
         ("pr-moe --effect -1", "effect must be a positive number of nats per token, got -1.0"),
+        ("pr-moe --effect 0", "effect must be a positive number of nats per token, got 0.0"),
         ("pr-moe --effect nan", "effect must be a positive number of nats per token, got nan"),
     ):
         failed = CliRunner().invoke(app, ["power", *arguments.split()]).exception

@@ -141,7 +141,10 @@ def test_a_line_an_experiment_has_the_costs_of_both_sides(scaling):
     assert line.effect.startswith("−0.300 nats/token (−0.350 to −0.250), 350M+MoE-128 against 350M")
     (read,) = csv.DictReader(io.StringIO(digest.to_csv([vars(line)])))
     assert read["outcome"] == "t" and float(read["flops"]) == line.flops
-    assert digest.hours([scaling, scaling]) == pytest.approx((3 * 60 + 6 * 120) / 3600), "a run counts once"
+    trained = (3 * 60 + 6 * 120) / 3600
+    assert digest.hours([scaling, scaling]) == pytest.approx(trained), "a run counts once"
+    waited = replace(scaling, summary=replace(scaling.summary, training_seconds=900.0, notebook_seconds=950.0))
+    assert digest.hours([waited]) == pytest.approx(trained), "and not once more as the notebook's time"
 
 
 def test_the_costs_of_a_student_are_those_of_how_it_is_distilled_at_its_own_rate():

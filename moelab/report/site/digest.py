@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moelab.experiments import distillation
+from moelab.lazy import pd
 from moelab.report.site.charts import models_of
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.gallery import Chapter
@@ -104,20 +103,17 @@ def _own_seconds(run: RunRow) -> float:
 def hours(results: Sequence[Result]) -> float:
     """Return the hours of training and computing behind results; a run that several of them use counts once.
 
-    Of a run that branches off another one, the share of its tokens after the start counts.
+    Of a run that branches off another one, the share of its tokens after the start counts. A notebook's time counts
+    where it trained nothing: else it may hold the waiting for its runs.
     """
     trained = {run.id: _own_seconds(run) for result in results for run in result.summary.runs}
-    return (sum(trained.values()) + sum(result.summary.notebook_seconds or 0 for result in results)) / 3600
+    computed = [r.summary.notebook_seconds or 0 for r in results if not r.summary.training_seconds]
+    return (sum(trained.values()) + sum(computed)) / 3600
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows of equal keys as CSV."""
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n") if rows else ""
 
 
 def _ratios(result: Result, row: ClaimRow) -> tuple[float | None, float | None]:

@@ -21,7 +21,7 @@ from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.glossary import TERMS
-from moelab.report.site.questions import ANSWERS, MOE, answers, share_reached
+from moelab.report.site.questions import ANSWERS, answers, share_reached
 from moelab.report.site.results import Picture, Result, read_benchmarks, read_results
 from moelab.report.summary import unreadable_line
 
@@ -64,7 +64,7 @@ def build(root: Path) -> Built:
             try:
                 written += notebook.convert(executed)
             except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
-                unreadable.append(unreadable_line(executed, root, ValueError(str(error) or type(error).__name__)))
+                unreadable.append(unreadable_line(executed, root, error))
                 result.names.discard("notebook.html")
         written += _write_if_changed(result.folder / downloads.RESULT, downloads.packed(downloads.members(result)))
         written += _write_result(result, root, unreadable)
@@ -87,6 +87,7 @@ def build(root: Path) -> Built:
         "verdicts": dict.fromkeys([*(i.key for of in counted.values() for i in of), *(row.key for row in claims)]),
         "scales": sorted(used, key=lambda scale: (scale_rank(scale), scale)),
         "results": results,
+        "sizes": front.sizes(results),
         "runs": runs,
         "unreadable": unreadable,
         **_VIEW,
@@ -106,14 +107,12 @@ def build(root: Path) -> Built:
         "shares": _shares([r for r in results if r is shown or any(r.path in answer.link for answer in found)]),
         "digest": rows,
         "hours": digest.hours(results),
-        "sizes": front.sizes(results),
         "everything": downloads.EVERYTHING,
     }
-    overview = {"sizes": start["sizes"], "forest": front.forest(claims, counted)}
     tested = [(chapter, plot.axes(of_it)) for chapter, of_it in by_chapter(claims, parts)]
     pages: dict[str, dict[str, Any]] = {
         "index.html": start,
-        "overview.html": overview,
+        "overview.html": {"forest": front.forest(claims, counted)},
         "claims.html": {"groups": tested},
         "figures.html": {"benchmarks": benchmarks, "verdicts_of": _verdicts(claims)},
         "runs.html": {},
@@ -150,7 +149,7 @@ def _write_downloads(root: Path, results: Sequence[Result]) -> int:
 
 def _shares(results: Iterable[Result]) -> str:
     """Say which shares of the paper's training the runs behind results reach: ``16 %``, ``16 to 100 %`` or nothing."""
-    found = sorted({min(round(100 * share), 100) for r in results if (share := share_reached(r, MOE))})
+    found = sorted({min(round(100 * share), 100) for r in results if (share := share_reached(r))})
     return " to ".join(dict.fromkeys(map(str, (found[0], found[-1])))) + "\xa0%" if found else ""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from moelab.config import ModelConfig
 from moelab.design import budgets, comparison
 from moelab.design.verdicts import UNDECIDED
-from moelab.lazy import pd
+from moelab.lazy import np, pd
 from moelab.plotting.typography import typeset
 from moelab.report.site.charts import gap_of_fig_1, whole_training
 from moelab.report.site.claims import ClaimRow
@@ -121,27 +121,25 @@ def basis(result: Result) -> str:
     return f"{result.models}, {result.seeds}, scale {result.scale}" if result.models else f"scale {result.scale}"
 
 
-def share_reached(result: Result, model: str) -> float:
-    """Return the share of the paper's training, by tokens a parameter, that the runs of a model reach; 0 if unknown."""
-    runs = [run for run in result.summary.runs if run.spec.get("model", {}).get("name") == f"{model} twin"]
-    whole = whole_training(model, result.summary.scale)
+def share_reached(result: Result) -> float:
+    """Return the share of the paper's training, by tokens a parameter, that the runs of `MOE` reach; 0 if unknown."""
+    runs = [run for run in result.summary.runs if run.spec.get("model", {}).get("name") == f"{MOE} twin"]
+    whole = whole_training(MOE, result.summary.scale)
     return max(run.result.get("tokens", 0) for run in runs) / whole if runs and whole else 0.0
 
 
-def paper_gap(model: str, base: str, share: float) -> float | None:
-    """Return the paper's loss of a model minus a base's at a share of its training, interpolated in Fig 1."""
-    import numpy as np
-
-    points = gap_of_fig_1(model, base)
+def _paper_gap(other: str, share: float) -> float | None:
+    """Return the paper's loss of `MOE` minus another model's at a share of its training, interpolated in Fig 1."""
+    points = gap_of_fig_1(MOE, other)
     return float(np.interp(share, [at for at, _, _ in points], [gap for _, gap, _ in points])) if points else None
 
 
 def _beside(result: Result, other: str) -> str:
     """Say the paper's difference of the MoE and another model at the share that a result reaches, and at the end."""
-    share, points = share_reached(result, MOE), gap_of_fig_1(MOE, other)
+    share, points = share_reached(result), gap_of_fig_1(MOE, other)
     if not share or not points:
         return ""
-    here = f"{paper_gap(MOE, other, share):+.2f} at {share:.0%} of its training, " if share < 0.95 else ""
+    here = f"{_paper_gap(other, share):+.2f} at {share:.0%} of its training, " if share < 0.95 else ""
     return typeset(f"{here}{points[-1][1]:+.2f} at its end")
 
 
@@ -164,8 +162,8 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     said = [f"{_said(values, unit=' nats')} at equal {at}" for at, values in parts.items()]
     dearer = _to_equal_loss(result, MOE, BASE)[0]
     more = f"; to an equal loss its base takes {', '.join(dearer)}" if dearer else ""
-    share = share_reached(result, MOE)
-    theirs = paper_gap(MOE, BASE, share)
+    share = share_reached(result)
+    theirs = _paper_gap(BASE, share)
     line = _line(
         f"{short}: {said[0].removesuffix('' if len(said) > 1 else ' at equal tokens')}",
         "" if theirs is None else f"{_at(share)}{theirs:+.2f}",
@@ -219,7 +217,7 @@ def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     behind = [row["gap"] for row in rows if (row.get("left"), row.get("right")) == (MOE, LARGER)]
     large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
     more = f"; {_said(behind, unit=' nats')} from {LARGER}, {large / small:.0f}× its base" if behind else ""
-    share = share_reached(result, MOE)
+    share = share_reached(result)
     whole = comparison.tokens_a_parameter(BASE)
     end = budgets.paper_effective_size(MOE, BASE, LARGER, whole)
     theirs = budgets.paper_effective_size(MOE, BASE, LARGER, share * whole)

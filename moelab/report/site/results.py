@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moelab.config import from_json
 from moelab.design.judging import MIN_SAMPLES
 from moelab.design.verdicts import MEASURED, NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.experiments import EXPERIMENTS, Experiment
@@ -21,7 +22,6 @@ from moelab.report.summary import (
     Provenance,
     RunRow,
     Summary,
-    parse_provenance,
     read_all,
     read_rows,
     unreadable_line,
@@ -96,9 +96,7 @@ class Result:
     def figures(self) -> Sequence[FigureRow]:
         """The figures, their texts typeset: first the one that shows the finding, else one with a judged claim."""
         judged = {v.claim for v in self.summary.claims if v.ours is not None}
-        found = [
-            FigureRow(f.name, typeset(f.title), typeset(f.caption), f.claims, f.data) for f in self.summary.figures
-        ]
+        found = [replace(f, title=typeset(f.title), caption=typeset(f.caption)) for f in self.summary.figures]
         leads = [f for f in found if f.title == self.title] or [f for f in found if judged & set(f.claims)]
         lead = next(iter(leads), None)
         return sorted(found, key=lambda f: f is not lead)
@@ -375,7 +373,7 @@ def read_benchmarks(root: Path) -> tuple[list[Benchmark], list[str]]:
         files = tuple(sorted(p.relative_to(folder).as_posix() for p in file.parent.glob(f"{name}.*")))
         rows_file = file.with_name(f"{name}.jsonl")
         try:
-            provenance = parse_provenance(read_json(file))
+            provenance = from_json(Provenance, read_json(file), "provenance", known=True)
             rows = tuple(read_rows(rows_file)) if rows_file.exists() else ()
         except (ValueError, OSError, RecursionError) as error:
             unreadable.append(unreadable_line(file, root, error))
