@@ -80,7 +80,7 @@ class Publication:
         data: pd.DataFrame | None = None,
         claims: Sequence[str] = (),
     ) -> None:
-        """Save a figure as SVG, and the numbers it shows as JSON lines.
+        """Write the title above a figure that has none, and save it as SVG and the numbers it shows as JSON lines.
 
         Args:
             title: the finding, one sentence.
@@ -89,6 +89,8 @@ class Publication:
         from moelab.plotting import figures
 
         row = FigureRow(name, title, caption, tuple(claims), "" if data is None else f"{name}.jsonl")
+        if not figure.get_suptitle():
+            figures.title(figure, title)
         figures.save(figure, self.path / name, title=title)
         if data is not None:
             write_text(self.path / row.data, lines(data))

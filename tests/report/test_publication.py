@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from moelab import paths
 from moelab.experiments import EXPERIMENTS
 from moelab.files import read_json, write_json
+from moelab.plotting import figures
 from moelab.report.publication import Publication
 from moelab.report.summary import SUMMARY
 from moelab.runs.collection import Runs
@@ -57,6 +58,16 @@ def test_figures_and_tables_stay_in_their_folder(tmp_path):
         publication.table(pd.DataFrame(), "../final", title="Final")
     assert sorted(tmp_path.rglob("*")) == before
     plt.close("all")
+
+
+@pytest.mark.parametrize("own", ["", "A title of its own"])
+def test_a_figure_gets_its_title_unless_it_has_one(own):
+    fig, _ = figures.panels()
+    if own:
+        figures.title(fig, own)
+    Publication.open("pr-moe", "cpu", {}).figure(fig, "curves", title="The finding")
+    assert fig.get_suptitle() == (own or "The finding")
+    plt.close(fig)
 
 
 def test_a_run_that_stands_for_both_rates_counts_once(result):
