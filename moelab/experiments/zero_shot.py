@@ -60,7 +60,7 @@ PAIRS = (
 )
 """Pairs of arms whose bits per byte are compared: those of Table 2, Table 4 and Table 5."""
 REFERENCE = "smollm2"
-"""The real model that checks the pipeline, see `moelab.evaluation.models`."""
+"""What `moelab eval` calls the real model that checks the pipeline, see `moelab.evaluation.models`."""
 LIMITS = {"smoke": 8, "quick": 50, "cpu": 200, "full": 200, "gpu": 1000, "paper": 0}
 """Items of each task by scale; 0 is all."""
 
@@ -156,13 +156,14 @@ def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str,
     """Write `zero-shot-<name>.jsonl`, one line per task, and its provenance beside it; return the former's path.
 
     Args:
-        name: the model's: one of `moelab.evaluation.models.REFERENCES`, a run's id or a directory's name.
+        name: the model's: `REFERENCE`, a run's id or a directory's name.
         options: the evaluation's: limit, batch, dtype, device.
     """
-    from moelab.evaluation.models import REFERENCES
+    from moelab.evaluation.models import SMOLLM2
 
-    known = REFERENCES.get(name)
-    about = {"model": known.name if known else name, "source": str(known.package) if known else ""}
+    about = {"model": name, "source": ""}
+    if name == REFERENCE:
+        about = {"model": "SmolLM2-135M-Instruct", "source": str(SMOLLM2)}
     about |= {key: options[key] for key in ("limit", "dtype", "device")}
     file = folder / f"zero-shot-{name}.jsonl"
     write_text(file, "".join(json.dumps({**about, **asdict(score)}) + "\n" for score in scores))
