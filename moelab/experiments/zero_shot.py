@@ -83,10 +83,11 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings
     return specs
 
 
-def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[dict]:
-    """Score every finished run, a row per run and task; scores that are stored are read back.
+def measure(runs: Runs, limit: int) -> list[dict]:
+    """Score every finished run on the packaged tasks, a row per run and task; scores that are stored are read back.
 
-    Args as of `moelab.evaluation.zero_shot.evaluate`; by default the tasks are the packaged ones.
+    Args:
+        limit: as of `moelab.evaluation.zero_shot.evaluate`.
 
     Returns:
         Rows of arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
@@ -94,8 +95,7 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
     from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, definition
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
-    ours = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
-    versions = {task: ours.get(task, "") for task in tasks or PACKAGED}
+    versions = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
     for run in runs.finished:  # before the first takes its time
         evaluations.require(run, score, limit, versions)
     rows = []
@@ -127,7 +127,7 @@ def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProg
 
     Args:
         limit, on_progress: as of `moelab.evaluation.zero_shot.evaluate`.
-        versions: the tasks' names and the versions of their definitions; "" for those of lm-eval.
+        versions: the tasks' names and the versions of their definitions.
     """
     from moelab.bench.harness import torch_threads
     from moelab.evaluation.zero_shot import evaluate
