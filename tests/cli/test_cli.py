@@ -140,6 +140,7 @@ def test_bad_input_is_one_line_and_starts_nothing_and_wrong_arguments_load_nothi
         (("simulate", "decode", "350M", "--gpus", "8", "--tensor", "3"), "does not divide"),
         (("simulate", "decode", "350M", "--gpus", "9"), "do not fill nodes of 8"),
         (("run", "99"), "no experiment '99'; allowed: start, scaling"),
+        (("run", ""), "no experiment ''; allowed: start, scaling"),
         (("submit",), "moelab: submit: missing argument 'NAME...'; see `moelab submit --help`\n"),
         (("run", "pr-moe", "--scale"), "moelab: option '--scale' requires an argument"),
         (("logs", "x", "-n", "many"), "moelab: logs: invalid value for '-n': "),
