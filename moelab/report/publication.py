@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab import environment, paths
+from moelab.design.conclusion import Conclusion, conclude
 from moelab.files import write_json, write_text
 from moelab.lazy import pd
 from moelab.report.summary import SUMMARY, FigureRow, TableRow, check_file_name
@@ -151,6 +152,17 @@ class Publication:
         if self.interactive:
             return f"draft written to {self.path}"
         return f"result handed over as {self.experiment}, scale {self.scale}"
+
+    def conclude(self, runs: Runs | None = None, *, title: str, simulated: bool = False, sure: str = "") -> Conclusion:
+        """Finish, print where everything is, and return the conclusion, which a notebook shows at the end of a cell.
+
+        Args:
+            runs, title: as of `finish`.
+            simulated, sure: as of `moelab.design.conclusion.conclude`.
+        """
+        print(self.finish(runs, title=title))
+        seeds = runs.seeds if runs is not None else 0
+        return conclude(title, self.verdicts, seeds=seeds, simulated=simulated, sure=sure)
 
 
 def lines(data: pd.DataFrame) -> str:

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from moelab import paths
+from moelab import paper, paths
+from moelab.design.judging import judge
 from moelab.experiments import EXPERIMENTS
 from moelab.files import read_json, write_json
 from moelab.plotting import figures
@@ -83,6 +84,15 @@ def test_a_run_that_stands_for_both_rates_counts_once(result):
     publication.finish(Runs(runs), title="There")
     summary = read_json(publication.path / SUMMARY)
     assert summary["training_seconds"] == 1 and [run["label"] for run in summary["runs"]] == [s.title for s in specs]
+
+
+def test_a_conclusion_is_that_of_the_verdicts_which_are_published(capsys):
+    publication = Publication.open("pr-moe", "cpu", {})
+    publication.claims([judge(paper.claim("pr-moe-size"), [0.335], exact=True)])
+    said = str(publication.conclude(title="The finding"))
+    assert capsys.readouterr().out == f"draft written to {publication.path}\n"
+    assert "**What was found.** The finding.\n" in said and "*reproduced*" in said
+    assert read_json(publication.path / SUMMARY)["title"] == "The finding"
 
 
 @pytest.mark.parametrize(("losses", "named"), [((5.0, 3.0, 3.04), False), ((5.0, 3.0, 3.3, 3.2), True), ((), False)])
