@@ -259,7 +259,6 @@ def publish(tmp_path_factory, result):
         figures.paper_points(ax, [1, 2, 3], [3, 2.5, 2], [2.9, 2.4, 1.9], [3.1, 2.6, 2.1])
         ax.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
         title = f"Loss falls with tokens, {experiment} at {scale}"
-        figures.title(fig, title)
         data = pd.DataFrame({"arm": ["350M", "350M+MoE-128"], "loss": [3.05, 2.95]})
         publication.figure(fig, "curves", title=title, caption="Made up for a test.", data=data)
         plt.close(fig)

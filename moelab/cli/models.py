@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab import paths
+from moelab import paths, terminal
 from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes, run_names, write_provenance
 from moelab.config.parallel import EXCHANGES
 from moelab.files import write_text
 from moelab.runs.card import model_card
 from moelab.runs.store import RunStore
-from moelab.terminal import task_progress
 
 if TYPE_CHECKING:
     from moelab.evaluation.zero_shot import Score
 
 MODES = ("optimised", "baseline")
 """Those of `moelab.inference.modes`, which torch is imported for."""
-SMALL_MODEL = "smollm2"
-"""A public model that `moelab eval` fetches, one of `moelab.evaluation.models.REFERENCES`."""
 
 
 def generate(
@@ -122,19 +119,19 @@ def eval_(
     if losses:
         _losses(RunStore().find(run), limit, as_json, out)
         return
-    reference = run == SMALL_MODEL
-    directory = None if reference else RunStore().find(run)
+    from moelab.experiments.zero_shot import REFERENCE, save
+
+    directory = None if run == REFERENCE else RunStore().find(run)
     from moelab.evaluation.models import reference_directory
     from moelab.evaluation.zero_shot import PACKAGED, evaluate
-    from moelab.experiments.zero_shot import save
 
     wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
     options: dict[str, Any] = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
-    directory = directory or reference_directory(run, options["cache"])
-    with task_progress() as show:
+    directory = directory or reference_directory(options["cache"])
+    with terminal.task_progress() as show:
         scores = evaluate(directory, wanted, **options, on_progress=show)
     if out is not None:
-        save(scores, out, run if reference else directory.resolve().name, options)
+        save(scores, out, run if run == REFERENCE else directory.resolve().name, options)
     if as_json:
         print(json.dumps([asdict(score) for score in scores], indent=2))
         return
@@ -143,13 +140,7 @@ def eval_(
 
 def _show(scores: Sequence[Score]) -> None:
     """Print scores as a table."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    view = Table(
-        "task", "accuracy %", "chance %", "always %", "n", "bits/byte", "cut", box=SIMPLE, padding=(0, 1, 0, 0)
-    )
+    view = terminal.table("task", "accuracy %", "chance %", "always %", "n", "bits/byte", "cut")
     for s in scores:
         view.add_row(
             s.task + ("*" if s.stand_in else ""),
@@ -160,7 +151,7 @@ def _show(scores: Sequence[Score]) -> None:
             f"{s.bits_per_byte:.3f}",
             "–" if s.cut is None else f"{s.cut / s.requests:.0%}",
         )
-    console = Console()
+    console = terminal.console()
     console.print(view)
     console.print(
         "±: one standard error over the items. Always: accuracy of always choosing the place that is right most often. "
@@ -198,10 +189,9 @@ def import_(
         raise ValueError(f"import: {source!r} is no directory, and no name of a published model such as OWNER/NAME")
     _check_new("import", directory)
     from moelab.engine.checkpoint import hf
-    from moelab.terminal import working
 
     folder = Path(source) if Path(source).is_dir() else hf.fetch(source)
-    with working(f"converting {source}"):
+    with terminal.working(f"converting {source}"):
         config = hf.convert(folder, directory, name=Path(source).name)
     billions, active = config.parameters() / 1e9, config.active_parameters() / 1e9
     print(f"{config}: {billions:.3g} billion parameters, {active:.3g} of them active, in {directory}")
@@ -236,9 +226,8 @@ def export(
     from moelab.data import prepare
     from moelab.engine.checkpoint import hf
     from moelab.inference.text import load_run, run_configs
-    from moelab.terminal import working
 
-    with working(f"writing {directory}"):
+    with terminal.working(f"writing {directory}"):
         if not (source / "spec.json").is_file():
             config = hf.read_config(source)
             kind = format or hf.suitable_format(config)

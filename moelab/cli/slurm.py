@@ -113,11 +113,8 @@ def sweep(
     axes = {}
     for item in grid:
         key, separator, values = item.partition("=")
-        points = [
-            v.strip()
-            for v in values.split(";" if ";" in values or values.strip().startswith("[") else ",")
-            if v.strip()
-        ]
+        between = ";" if ";" in values or values.strip().startswith("[") else ","
+        points = list(dict.fromkeys(value.strip() for value in values.split(between) if value.strip()))
         if not separator or not points:
             raise ValueError(f"-g {item}: expected NAME=V1,V2 (or V1;V2 where a value holds commas)")
         if key.strip() in fixed:

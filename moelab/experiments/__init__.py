@@ -38,7 +38,7 @@ def experiment(name: str) -> Experiment:
         ValueError: one line, with the names that are allowed.
     """
     numbers = {str(e.number): e for e in EXPERIMENTS.values()}
-    known = EXPERIMENTS.get(name) or numbers.get(name.lstrip("0") or "0")
+    known = EXPERIMENTS.get(name) or numbers.get(name.lstrip("0") or name[:1])
     if known is None:
         raise ValueError(unknown(f"no experiment {name!r}", name, EXPERIMENTS))
     return known

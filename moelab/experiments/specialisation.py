@@ -45,10 +45,11 @@ def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[st
 
 
 def check(parameters: Mapping[str, Any]) -> None:
-    """Refuse a negative number of tokens; ValueError, one line."""
-    max_tokens = parameters.get("max_tokens")
-    if max_tokens is not None and max_tokens < 0:
-        raise ValueError(f"specialisation: max_tokens must be 0 (all) or positive, got {max_tokens}")
+    """Refuse a number of tokens that holds no sequence; ValueError, one line."""
+    if max_tokens := parameters.get("max_tokens"):
+        context = EXPERIMENT.specs_of(parameters)[0].data.context
+        if max_tokens < context:
+            raise ValueError(f"specialisation: max_tokens must be 0 (all) or at least {context}, got {max_tokens}")
 
 
 def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:

@@ -60,7 +60,7 @@ PAIRS = (
 )
 """Pairs of arms whose bits per byte are compared: those of Table 2, Table 4 and Table 5."""
 REFERENCE = "smollm2"
-"""The real model that checks the pipeline, see `moelab.evaluation.models`."""
+"""What `moelab eval` calls the real model that checks the pipeline, see `moelab.evaluation.models`."""
 LIMITS = {"smoke": 8, "quick": 50, "cpu": 200, "full": 200, "gpu": 1000, "paper": 0}
 """Items of each task by scale; 0 is all."""
 
@@ -83,10 +83,11 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings
     return specs
 
 
-def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[dict]:
-    """Score every finished run, a row per run and task; scores that are stored are read back.
+def measure(runs: Runs, limit: int) -> list[dict]:
+    """Score every finished run on the packaged tasks, a row per run and task; scores that are stored are read back.
 
-    Args as of `moelab.evaluation.zero_shot.evaluate`; by default the tasks are the packaged ones.
+    Args:
+        limit: as of `moelab.evaluation.zero_shot.evaluate`.
 
     Returns:
         Rows of arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
@@ -94,8 +95,7 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
     from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, definition
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
-    ours = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
-    versions = {task: ours.get(task, "") for task in tasks or PACKAGED}
+    versions = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
     for run in runs.finished:  # before the first takes its time
         evaluations.require(run, score, limit, versions)
     rows = []
@@ -127,7 +127,7 @@ def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProg
 
     Args:
         limit, on_progress: as of `moelab.evaluation.zero_shot.evaluate`.
-        versions: the tasks' names and the versions of their definitions; "" for those of lm-eval.
+        versions: the tasks' names and the versions of their definitions.
     """
     from moelab.bench.harness import torch_threads
     from moelab.evaluation.zero_shot import evaluate
@@ -156,13 +156,14 @@ def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str,
     """Write `zero-shot-<name>.jsonl`, one line per task, and its provenance beside it; return the former's path.
 
     Args:
-        name: the model's: one of `moelab.evaluation.models.REFERENCES`, a run's id or a directory's name.
+        name: the model's: `REFERENCE`, a run's id or a directory's name.
         options: the evaluation's: limit, batch, dtype, device.
     """
-    from moelab.evaluation.models import REFERENCES
+    from moelab.evaluation.models import SMOLLM2
 
-    known = REFERENCES.get(name)
-    about = {"model": known.name if known else name, "source": str(known.package) if known else ""}
+    about = {"model": name, "source": ""}
+    if name == REFERENCE:
+        about = {"model": "SmolLM2-135M-Instruct", "source": str(SMOLLM2)}
     about |= {key: options[key] for key in ("limit", "dtype", "device")}
     file = folder / f"zero-shot-{name}.jsonl"
     write_text(file, "".join(json.dumps({**about, **asdict(score)}) + "\n" for score in scores))

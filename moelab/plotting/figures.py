@@ -10,7 +10,7 @@
     figures.save(fig, Path("latency"))                  # latency.svg
 
 Every function draws on an axis that it is given and returns it, so that a notebook can add to it. All figures are as
-wide as `layout.WIDTH`, with their panels below one another. `Publication.figure` saves a figure by `save`.
+wide as `layout.WIDTH`, with their panels below one another. `Publication.figure` calls `title` and `save`.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Draw what stands where: probabilities and choices of a gate, tokens of experts, squares of GPUs."""
+"""Draw what stands where: probabilities and choices of a gate, tokens and domains of experts, squares of GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moelab.lazy import np
-from moelab.plotting.layout import legend_below
+from moelab.lazy import np, pd
+from moelab.plotting.layout import legend_below, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KEPT, DROPPED, CHOSEN = "#0072B2", "#D55E00", "#D55E00"
 
@@ -62,6 +63,29 @@ def loads(kept: Sequence[int], asked: Sequence[int], ax: Axes, *, limit: int) ->
     ax.set_xticks(experts)
     legend_below(ax, columns=3)
     return ax
+
+
+def shares(table: pd.DataFrame, layers: Sequence[int]) -> Figure:
+    """Draw the share of each domain's choices that each expert takes, over an even share, in a panel for each layer.
+
+    Args:
+        table: columns layer, domain, expert and share.
+        layers: those that are drawn.
+    """
+    import seaborn as sns
+
+    fig, axes = panels(len(layers), height=max(1.6, 0.21 * table["domain"].nunique() + 0.6))
+    look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 4, "cbar": False, "yticklabels": True}
+    for ax, layer in zip(axes, layers, strict=True):
+        share_DE = table[table["layer"] == layer].pivot(index="domain", columns="expert", values="share")
+        experts = share_DE.shape[1]
+        sns.heatmap(experts * share_DE, ax=ax, xticklabels=max(1, experts // 8), rasterized=True, **look)
+        ax.set(title=f"layer {layer}", xlabel="", ylabel="")
+        ax.tick_params(labelrotation=0)
+    axes[-1].set_xlabel("expert")
+    bar = fig.colorbar(axes[0].collections[0], ax=axes, location="bottom", aspect=30, pad=0.02, extend="max")
+    bar.set_label("times an even share")
+    return fig
 
 
 def squares(cells: Sequence[tuple[str, int]], ax: Axes, *, per_row: int) -> Axes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab import environment, paths
+from moelab.design.conclusion import Conclusion, conclude
 from moelab.files import write_json, write_text
 from moelab.lazy import pd
 from moelab.report.summary import SUMMARY, FigureRow, TableRow, check_file_name
@@ -80,7 +81,7 @@ class Publication:
         data: pd.DataFrame | None = None,
         claims: Sequence[str] = (),
     ) -> None:
-        """Save a figure as SVG, and the numbers it shows as JSON lines.
+        """Write the title above a figure that has none, and save it as SVG and the numbers it shows as JSON lines.
 
         Args:
             title: the finding, one sentence.
@@ -89,6 +90,8 @@ class Publication:
         from moelab.plotting import figures
 
         row = FigureRow(name, title, caption, tuple(claims), "" if data is None else f"{name}.jsonl")
+        if not figure.get_suptitle():
+            figures.title(figure, title)
         figures.save(figure, self.path / name, title=title)
         if data is not None:
             write_text(self.path / row.data, lines(data))
@@ -149,6 +152,17 @@ class Publication:
         if self.interactive:
             return f"draft written to {self.path}"
         return f"result handed over as {self.experiment}, scale {self.scale}"
+
+    def conclude(self, runs: Runs | None = None, *, title: str, simulated: bool = False, sure: str = "") -> Conclusion:
+        """Finish, print where everything is, and return the conclusion, which a notebook shows at the end of a cell.
+
+        Args:
+            runs, title: as of `finish`.
+            simulated, sure: as of `moelab.design.conclusion.conclude`.
+        """
+        print(self.finish(runs, title=title))
+        seeds = runs.seeds if runs is not None else 0
+        return conclude(title, self.verdicts, seeds=seeds, simulated=simulated, sure=sure)
 
 
 def lines(data: pd.DataFrame) -> str:

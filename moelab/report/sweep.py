@@ -187,7 +187,7 @@ def publish(
 def _write(publication: Publication, experiment: Experiment, sweep: Sweep, comparison: Comparison) -> None:
     from matplotlib import pyplot as plt
 
-    from moelab.plotting import figures, sweeps
+    from moelab.plotting import sweeps
 
     losses, title = comparison.series == "arm", headline(experiment, sweep, comparison)
     lacking = f" Without a value: {'; '.join(comparison.lacking)}." if comparison.lacking else ""
@@ -196,7 +196,6 @@ def _write(publication: Publication, experiment: Experiment, sweep: Sweep, compa
         nats = "(nats per token)"
         values = {"loss": f"final validation loss {nats}", "difference": f"minus the first arm's {nats}"}
     figure = sweeps.draw(comparison.table, sweep.varied, series=comparison.series, values=values)
-    figures.title(figure, title)
     what = "Final validation loss of each arm, nats per token" if losses else "Value of each claim, in its unit"
     spread = "mean over seeds with its 95 % interval" if losses else "with its 95 % interval where there is one"
     paired = " Differences are to the first arm of the point, paired by seed." if losses else ""

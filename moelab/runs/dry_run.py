@@ -80,6 +80,7 @@ def show(runs: Sequence[PlannedRun]) -> None:
         terminal.console().print("nothing to train: the notebook measures or computes, and reads what is there")
         return
     seeds: dict[tuple[str, str, str, str], list[int]] = {}
+    rates = {(r.spec.title, r.spec.train.lr) for r in runs}
     for r in runs:
         spec, model, train, ranks = r.spec, r.spec.model, r.spec.train, r.spec.parallel.ranks
         size = state_bytes(spec)
@@ -91,7 +92,9 @@ def show(runs: Sequence[PlannedRun]) -> None:
             f"{_short(spec.own_tokens)} tokens in {r.steps:,} steps; "
             f"{ranks} rank{'s' * (ranks > 1)} x {passes}, {memory}; {cost}"
         )
-        seeds.setdefault((spec.title, _name(spec), r.state, numbers), []).append(train.seed)
+        swept = sum(title == spec.title for title, _ in rates) > 1
+        name = _name(spec) + (f", rate {train.lr:g}" if swept else "")
+        seeds.setdefault((spec.title, name, r.state, numbers), []).append(train.seed)
     console = terminal.console()
     for (arm, name, state, numbers), which in seeds.items():
         head = Text(arm, "bold").append(f" · {name}" * (name != arm), "not bold")

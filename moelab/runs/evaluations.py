@@ -61,16 +61,11 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
 
 def measure_all(runs: Sequence[Run], function: Callable[..., Any], *arguments: Any) -> list[tuple[Run, Any]]:
     """Return the runs that have a value or the weights, each with what `measure` returns; announce new measurements."""
-    there = [run for run in runs if available(run, function, *arguments)]
+    there = [run for run in runs if run.has_weights or _stored(run, function, arguments)]
     new = [run for run in there if not _current(run, function, arguments)]
     for run in announced(new, lambda run: f"{run.spec.title}, seed {run.spec.train.seed}"):
         measure(run, function, *arguments)
     return [(run, measure(run, function, *arguments)) for run in there]
-
-
-def available(run: Run, function: Callable[..., Any], *arguments: Any) -> bool:
-    """Return whether `measure` has a value or the weights."""
-    return run.has_weights or _stored(run, function, arguments) is not None
 
 
 def require(run: Run, function: Callable[..., Any], *arguments: Any) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from moelab import environment, paths
 from moelab.config import from_json, unknown
@@ -18,6 +20,10 @@ _OWN = (
     *("time", "nodes", "ntasks-per-node", "cpus-per-task", "job-name"),
 )
 """Options of sbatch on which moelab's jobs depend, and those that it makes from a profile and a run's layout."""
+
+_Positive = Annotated[int, Ge(1)]
+_NotNegative = Annotated[int, Ge(0)]
+"""Numbers of a profile, checked where its file is read."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +65,20 @@ class Profile:
     account: str = ""
     qos: str = ""
     constraint: str = ""
-    nodes: int = 1
-    gpus_per_node: int = 8
+    nodes: _Positive = 1
+    gpus_per_node: _Positive = 8
     gpu_type: str = ""
-    cpus_per_rank: int = 1
+    cpus_per_rank: _Positive = 1
     memory_per_rank: str = ""
     time: str = "24:00:00"
-    lead_s: int = 180
-    array_parallelism: int = 32
-    failures: int = 3
-    restarts: int = 100
+    lead_s: _Positive = 180
+    array_parallelism: _Positive = 32
+    failures: _NotNegative = 3
+    restarts: _NotNegative = 100
     notebook_time: str = "2:00:00"
-    notebook_cpus: int = 2
+    notebook_cpus: _Positive = 2
     notebook_memory: str = "8G"
-    notebook_gpus: int = 0
+    notebook_gpus: _NotNegative = 0
     lab_time: str = "8:00:00"
     lab_address: Literal["loopback", "node"] = "loopback"
     login: str = ""
@@ -86,19 +92,6 @@ class Profile:
     def __post_init__(self) -> None:
         where = f"profile {self.name}"
         self._check_characters(where)
-        for what, least in (
-            ("nodes", 1),
-            ("gpus_per_node", 1),
-            ("cpus_per_rank", 1),
-            ("lead_s", 1),
-            ("array_parallelism", 1),
-            ("failures", 0),
-            ("restarts", 0),
-            ("notebook_cpus", 1),
-            ("notebook_gpus", 0),
-        ):
-            if (value := getattr(self, what)) < least:
-                raise ValueError(f"{where}: {what} must be at least {least}, got {value}")
         for what in ("time", "notebook_time", "lab_time"):
             minutes(getattr(self, what), f"{where}: {what}")
         for what in ("memory_per_rank", "notebook_memory"):

@@ -47,10 +47,9 @@ class Submission:
     """Record what one call of `submit` queued.
 
     Attributes:
-        id: name of its folder.
+        id: name of its folder, which begins with the time (UTC).
         experiment, profile: names of the experiment and of the cluster profile.
         snapshot: folder of the code that its jobs run; None for the installed package.
-        created: time, ISO 8601.
         cluster: "slurm", or "local" for processes of one machine.
         publish: whether its notebooks go into the published results instead of the user's own.
         sweep: the sweep whose points its notebooks are, with all of its points; None where it is no sweep.
@@ -60,7 +59,6 @@ class Submission:
     experiment: str
     profile: str
     snapshot: str | None
-    created: str
     parts: list[Part] = field(default_factory=list)
     cluster: Literal["slurm", "local"] = "slurm"
     publish: bool = False

@@ -169,13 +169,11 @@ def _plan(
     todo = [spec for id, spec in wanted.items() if id not in done and (id not in queued or id in needed)]
 
     seconds, rest = divmod(time.time_ns(), 10**9)
-    now = time.gmtime(seconds)
     # Ids sort by time also where one second has several; the rest, in units of 60 ns, tells them apart.
-    id = f"{time.strftime('%Y%m%d-%H%M%S', now)}-{name}-{(rest << 24) // 10**9:06x}"
+    id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(seconds))}-{name}-{(rest << 24) // 10**9:06x}"
     code = snapshot.place(paths.home() / "snapshots")
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", now)
     submission = Submission(
-        id, name, profile.name, str(code) if code else None, created, cluster=profile.cluster, publish=publish
+        id, name, profile.name, str(code) if code else None, cluster=profile.cluster, publish=publish
     )
     plan = Plan(submission, profile, len(done), len(wanted) - len(done) - len(todo), replaced=replaced)
     planned = {spec.id for spec in todo}

@@ -204,6 +204,7 @@ def test_what_would_fail_after_the_training_is_refused_before():
     for name, given, message in (
         ("zero-shot", {"limit": "1"}, "limit must be 0"),
         ("specialisation", {"max_tokens": "-5"}, "max_tokens must be 0"),
+        ("specialisation", {"max_tokens": "50"}, "max_tokens must be 0 .all. or at least 64, got 50"),
         ("pr-moe", {"train.lr": "1e400"}, "finite"),
         ("all-to-all", {"scale": "paper"}, "all-to-all: scale paper needs -p measured_file=FILE, the exchange.jsonl"),
         ("inference-scaling", {"scale": "paper", "measured_file": "/no/file"}, "inference-scaling: /no/file: No such"),

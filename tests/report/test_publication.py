@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from moelab import paths
+from moelab import paper, paths
+from moelab.design.judging import judge
 from moelab.experiments import EXPERIMENTS
 from moelab.files import read_json, write_json
+from moelab.plotting import figures
 from moelab.report.publication import Publication
 from moelab.report.summary import SUMMARY
 from moelab.runs.collection import Runs
@@ -59,6 +61,16 @@ def test_figures_and_tables_stay_in_their_folder(tmp_path):
     plt.close("all")
 
 
+@pytest.mark.parametrize("own", ["", "A title of its own"])
+def test_a_figure_gets_its_title_unless_it_has_one(own):
+    fig, _ = figures.panels()
+    if own:
+        figures.title(fig, own)
+    Publication.open("pr-moe", "cpu", {}).figure(fig, "curves", title="The finding")
+    assert fig.get_suptitle() == (own or "The finding")
+    plt.close(fig)
+
+
 def test_a_run_that_stands_for_both_rates_counts_once(result):
     specs = [s for s in EXPERIMENTS["half-moe"].specs("full") if "First half" in s.label]
     assert len(specs) == 2 and specs[0].id == specs[1].id
@@ -72,6 +84,15 @@ def test_a_run_that_stands_for_both_rates_counts_once(result):
     publication.finish(Runs(runs), title="There")
     summary = read_json(publication.path / SUMMARY)
     assert summary["training_seconds"] == 1 and [run["label"] for run in summary["runs"]] == [s.title for s in specs]
+
+
+def test_a_conclusion_is_that_of_the_verdicts_which_are_published(capsys):
+    publication = Publication.open("pr-moe", "cpu", {})
+    publication.claims([judge(paper.claim("pr-moe-size"), [0.335], exact=True)])
+    said = str(publication.conclude(title="The finding"))
+    assert capsys.readouterr().out == f"draft written to {publication.path}\n"
+    assert "**What was found.** The finding.\n" in said and "*reproduced*" in said
+    assert read_json(publication.path / SUMMARY)["title"] == "The finding"
 
 
 @pytest.mark.parametrize(("losses", "named"), [((5.0, 3.0, 3.04), False), ((5.0, 3.0, 3.3, 3.2), True), ((), False)])

@@ -80,7 +80,7 @@ def submitted(tiny_spec, monkeypatch):
     """Four runs and a notebook on record; the test says what Slurm knows."""
     specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(4)]
     runs = [RunStore().run(spec) for spec in specs]
-    record = Submission("20260101-000000-x-abc", "x", "local", None, "2026-01-01T00:00:00Z")
+    record = Submission("20260101-000000-x-abc", "x", "local", None)
     record.parts = [
         Part("runs-0", "7", [run.spec.id for run in runs]),
         Part("notebook-0", "8", [run.spec.id for run in runs], {"seeds": 4}),

@@ -102,7 +102,7 @@ def test_a_dry_run_tells_budgets_of_an_arm_apart():
 
 
 def test_a_dry_run_of_a_sweep_is_a_line_a_point():
-    grid = ("-g", "train.tokens=1024,2048", "-g", 'arms=["Dense"];["Dense","MoE-32"]')
+    grid = ("-g", "train.tokens=1024,2048,1024", "-g", 'arms=["Dense"];["Dense","MoE-32"]')
     done = call("sweep", "pr-moe", "--scale", "smoke", "--profile", "local", *grid, "--dry-run")
     *points, last = done.output.splitlines()
     assert points == [
@@ -111,6 +111,13 @@ def test_a_dry_run_of_a_sweep_is_a_line_a_point():
         for n, arms in ((1, '["Dense"]'), (2, '["Dense","MoE-32"]'))
     ]
     assert last.startswith("# nothing was queued: 4 runs and 4 notebooks would be"), done.output
+
+
+def test_a_dry_run_tells_the_rates_of_an_arm_apart():
+    said = call("run", "learning-rate", "--scale", "smoke", "--dry-run", "-p", "seeds=2").output
+    rates = (0.004, 0.008, 0.016)
+    assert all(f"Dense · 350M twin, rate {rate:g} · seeds 100-101 · new" in said for rate in rates), said
+    assert "rate" not in call("run", "half-moe", "--scale", "smoke", "--dry-run").output
 
 
 def test_a_dry_run_rounds_no_hour_to_zero():

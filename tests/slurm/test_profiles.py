@@ -22,7 +22,8 @@ def test_a_bad_profile_is_one_line(tmp_path):
     for text, part in (
         ("partiton: gpu", "unknown field partiton; did you mean partition? allowed: name, cluster, partition"),
         ("nodes: many", "profile site.nodes must be a valid integer, got 'many'"),
-        ("nodes: 0", "nodes must be at least 1, got 0"),
+        ("nodes: 0", "profile site.nodes must be greater than or equal to 1, got '0'"),
+        ("failures: -1", "profile site.failures must be greater than or equal to 0, got '-1'"),
         ("time: soon", "time: expected minutes, H:M:S or D-H:M:S, got 'soon'"),
         ("memory_per_rank: 60", "memory_per_rank: expected a size such as 60G or 500M, got '60'"),
         ("time: 0:02:00", "lead_s must leave at least 30 s of the time limit 0:02:00, got 180"),
