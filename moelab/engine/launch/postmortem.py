@@ -36,11 +36,11 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def read_log(path: Path, start: int, at_most: int = 64_000) -> str:
-    """Return the end of a log, from byte `start` on."""
+def read_log(path: Path, start: int) -> str:
+    """Return a log from byte `start` on, at most its last 64,000 bytes."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(start, size(path) - at_most))
+            file.seek(max(start, size(path) - 64_000))
             return re.sub(r"\r", "\n", file.read().decode(errors="replace"))
     except FileNotFoundError:
         return ""
