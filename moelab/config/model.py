@@ -178,6 +178,7 @@ class ModelConfig:
             positions = list(range(1, layers, 2))  # layers 2, 4, ... counting from 1
             if half:
                 positions = [i for i in positions if (i < layers // 2) == (half == "firsthalf")]
+            _check(bool(positions), f"model name {name!r}: none of its {layers} layers would have experts")
             counts = dict.fromkeys(positions, first) | dict.fromkeys(positions[-2:], last)
             experts = tuple(counts.get(i, 0) for i in range(layers))
             canonical += "+" + {"firsthalf": "FirstHalf-", "secondhalf": "SecondHalf-", "": ""}[half]
