@@ -100,9 +100,13 @@ def read(path: Path, index: dict[str, Entry], pieces: Iterable[Piece]) -> None:
         try:
             with safe_open(regular_file(path, file), framework="pt") as opened:
                 for key, part, tensor in parts:
-                    tensor.copy_(opened.get_slice(key)[part] if part else opened.get_tensor(key))
+                    tensor.copy_(_read_part(opened, key, part))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: unreadable ({error})") from None
+
+
+def _read_part(opened: Any, key: str, part: Index) -> Tensor:
+    return opened.get_slice(key)[part] if part else opened.get_tensor(key)
 
 
 def _prepare(temporary: Path) -> None:
