@@ -149,10 +149,6 @@ class ExpertConfig:
         routed = self.routed(dense)
         return replace(routed, ffn=self.shared * (self.shared_ffn or routed.ffn)) if self.shared else None
 
-    def mixing_parameters(self, hidden: int) -> int:
-        """Return the parameters that weigh the shared experts' output of a layer: those of the learned gate."""
-        return hidden if self.shared_gate else 0
-
     def scaled(self, factor: float) -> Self:
         """Return the experts of a model `factor` times as wide."""
         return replace(self, ffn=scaled(self.ffn, factor), shared_ffn=scaled(self.shared_ffn, factor))

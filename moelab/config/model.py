@@ -178,6 +178,7 @@ class ModelConfig:
             positions = list(range(1, layers, 2))  # layers 2, 4, ... counting from 1
             if half:
                 positions = [i for i in positions if (i < layers // 2) == (half == "firsthalf")]
+            _check(bool(positions), f"model name {name!r}: none of its {layers} layers would have experts")
             counts = dict.fromkeys(positions, first) | dict.fromkeys(positions[-2:], last)
             experts = tuple(counts.get(i, 0) for i in range(layers))
             canonical += "+" + {"firsthalf": "FirstHalf-", "secondhalf": "SecondHalf-", "": ""}[half]
@@ -296,13 +297,6 @@ class ModelConfig:
         return self.decoder.kv_heads or self.heads
 
     @property
-    def ffn_sizes(self) -> tuple[int, ...]:
-        """Return the feed-forward sizes that occur in the model."""
-        kinds: list[FeedForward | None] = [self.dense_feed_forward] if self.moe_layers < self.layers else []
-        kinds += [self.expert_feed_forward, self.fixed_feed_forward] if self.is_moe else []
-        return tuple(sorted({one.ffn for one in kinds if one is not None}))
-
-    @property
     def attention_weights(self) -> int:
         """Return the elements of one layer's attention matrices: query, key, value and output."""
         return self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
@@ -315,7 +309,9 @@ class ModelConfig:
         """
         heads = self.heads if copies and parallel.tensor % self.kv_heads == 0 else self.kv_heads
         kind = "attention" if heads == self.heads else "key-value"
-        for ffn in self.ffn_sizes:
+        kinds: list[FeedForward | None] = [self.dense_feed_forward] if self.moe_layers < self.layers else []
+        kinds += [self.expert_feed_forward, self.fixed_feed_forward] if self.is_moe else []
+        for ffn in sorted({one.ffn for one in kinds if one is not None}):
             parallel.check(self.experts, heads=heads, ffn=ffn, kind=kind)
 
     def attention_parameters(self) -> int:
@@ -330,7 +326,7 @@ class ModelConfig:
         """Return the parameters that weigh an MoE layer's two branches: residual's learned mix or the shared gate."""
         if self.residual:
             return 2 * self.hidden + 2 if self.residual_mix == "learned" else 0
-        return self.expert.mixing_parameters(self.hidden)
+        return self.hidden if self.expert.shared_gate else 0
 
     def _shared(self) -> int:
         """Count the parameters of embeddings, attention, norms and dense feed-forwards."""

@@ -40,10 +40,10 @@ def identity(config: Any) -> Any:
     return config
 
 
-def digest(config: Any, length: int = 10) -> str:
-    """Return the hexadecimal SHA-256 of a config's `identity`, shortened."""
+def digest(config: Any) -> str:
+    """Return the first ten hexadecimal digits of the SHA-256 of a config's `identity`."""
     text = json.dumps(identity(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ ranks, sees the same data.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -169,13 +168,6 @@ def _validation_batches(
             yield domain, tokens[:-1].view(count, context), tokens[1:].view(count, context)
 
 
-class OverallLoss(NamedTuple):
-    """A loss over all domains."""
-
-    nats_per_token: float
-    bits_per_byte: float
-
-
 def bits_per_byte(data: TokenData, nats_per_token: float, domain: str | None = None) -> float:
     """Return a validation loss that compares across tokenizers: nats per token / ln 2 / UTF-8 bytes per token.
 
@@ -187,7 +179,7 @@ def bits_per_byte(data: TokenData, nats_per_token: float, domain: str | None = N
     return nats_per_token / math.log(2) / data.bytes_per_token(domain)
 
 
-def overall_loss(data: TokenData, nats_per_token: Mapping[str, float]) -> OverallLoss:
+def overall_loss(data: TokenData, nats_per_token: Mapping[str, float]) -> float:
     """Return the mean over all validation text of per-domain losses, each weighted by its domain's tokens.
 
     Weights are those of the full text, so they do not depend on how much of it was evaluated.
@@ -198,8 +190,7 @@ def overall_loss(data: TokenData, nats_per_token: Mapping[str, float]) -> Overal
     if nats_per_token.keys() != data.validation.keys():
         raise ValueError(f"data: losses of {sorted(nats_per_token)} given, of {sorted(data.validation)} needed")
     tokens = {domain: stored.size for domain, stored in data.validation.items()}
-    nats = sum(tokens[domain] * loss for domain, loss in nats_per_token.items()) / sum(tokens.values())
-    return OverallLoss(nats, bits_per_byte(data, nats))
+    return sum(tokens[domain] * loss for domain, loss in nats_per_token.items()) / sum(tokens.values())
 
 
 PAIRS = ("repeated", "changed", "new")

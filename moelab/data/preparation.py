@@ -5,7 +5,6 @@ build had encoded when it was killed, or failed for its disk or network, the nex
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -149,12 +148,16 @@ def _slug(name: str) -> str:
 
 
 def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str], None]) -> None:
-    from moelab.data.tokenizer import Tokenizer
+    from moelab.data.tokenizer import Tokenizer, bpe_vocabulary
 
-    started = time.monotonic()
+    started, size = time.monotonic(), bpe_vocabulary(config.tokenizer)
     sweep(folder.parent, older_s=7 * 86_400)  # what killed builds left; a build of a large corpus may take days
     scratch = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
     progress, spool = scratch / PROGRESS, scratch / "spool.jsonl"
+
+    def documents() -> Iterator[Document]:
+        return _spooled(spool) if spool.exists() else corpus.documents()
+
     try:
         if _open(folder, warn=False) is not None:
             return  # on a network file system it is seen only after the folder around it has changed
@@ -163,15 +166,18 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
             tokenizer = Tokenizer.load(scratch / "tokenizer.json")
             say(f"{corpus.name}: continuing after {done['documents']:,} documents")
         else:
-            if corpus.slow and config.tokenizer != "gpt2":  # learning and encoding are two readings
-                say(f"{corpus.name}: reading")
-                _write_spool(spool, corpus.documents())
-            say(f"{corpus.name}: learning {config.tokenizer}" if config.tokenizer != "gpt2" else "loading gpt2")
-            documents = functools.partial(_spooled, spool) if spool.exists() else corpus.documents
-            tokenizer = _make_tokenizer(config, documents, folder.parent)
+            if size is None:
+                say("loading gpt2")
+                tokenizer = Tokenizer.gpt2(folder.parent)
+            else:
+                if corpus.slow:  # learning and encoding are two readings
+                    say(f"{corpus.name}: reading")
+                    _write_spool(spool, corpus.documents())
+                say(f"{corpus.name}: learning {config.tokenizer}")
+                tokenizer = Tokenizer.train(_training_texts(documents()), size)
             tokenizer.save(scratch / "tokenizer.json")
             say(f"{corpus.name}: encoding")
-        meta = _encode(config, _spooled(spool) if spool.exists() else corpus.documents(), tokenizer, scratch, done, say)
+        meta = _encode(config, documents(), tokenizer, scratch, done, say)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
             for file in sorted(scratch.iterdir())
@@ -238,15 +244,6 @@ def _spooled(path: Path) -> Iterator[Document]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield Document(*json.loads(line))
-
-
-def _make_tokenizer(config: DataConfig, documents: Callable[[], Iterator[Document]], cache: Path) -> "Tokenizer":
-    from moelab.data.tokenizer import Tokenizer, bpe_vocabulary
-
-    size = bpe_vocabulary(config.tokenizer)
-    if size is None:
-        return Tokenizer.gpt2(cache)
-    return Tokenizer.train(_training_texts(documents()), size)
 
 
 def _training_texts(documents: Iterable[Document]) -> Iterator[str]:

@@ -92,9 +92,9 @@ class Tokenizer:
         Raises:
             ValueError: the file is not a tokenizer with an end-of-text token.
         """
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            backend = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file: {error}") from None
         return cls(backend, eot)

@@ -45,14 +45,14 @@ def copy_to_group(x: Tensor, group: Group, kind: str = "activations") -> Tensor:
     return x if group.size == 1 else _CopyToGroup.apply(x, group, kind)
 
 
-def reduce_from_group(x: Tensor, group: Group, kind: str = "activations") -> Tensor:
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     """Return the all-reduced sum of the ranks' partial results; the backward pass is the identity (Megatron's g)."""
-    return x if group.size == 1 else _ReduceFromGroup.apply(x, group, kind)
+    return x if group.size == 1 else _ReduceFromGroup.apply(x, group)
 
 
-def mean_over_group(x: Tensor, group: Group, kind: str = "activations") -> Tensor:
+def mean_over_group(x: Tensor, group: Group) -> Tensor:
     """Return the mean of the ranks' tensors on every rank; the backward pass averages the ranks' gradients of it."""
-    return copy_to_group(reduce_from_group(x, group, kind), group, kind) / group.size
+    return copy_to_group(reduce_from_group(x, group), group) / group.size
 
 
 def _gather(rows: Tensor, sizes: Sequence[int], group: Group, kind: str, backward: bool) -> Tensor:
@@ -123,11 +123,11 @@ class _CopyToGroup(torch.autograd.Function):
 
 class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group, kind):
+    def forward(ctx, x, group):
         total = x.contiguous().clone()
-        all_reduce(total, group, kind)
+        all_reduce(total, group, "activations")
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None, None
+        return grad, None

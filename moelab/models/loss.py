@@ -92,7 +92,11 @@ class _LinearLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dtypes = x_NM.dtype, w_VM.dtype
         with torch.autocast(x_NM.device.type, enabled=False):
-            losses_N, more = _forward(ctx, x_NM, w_VM, targets_N, soft, dtype, for_x, for_w)
+            x_NM = x_NM.to(dtype)
+            compute = head if has_kernel(x_NM, w_VM, soft) else _in_chunks
+            losses_N, dx_NM, dw_VM, of_soft = compute(x_NM, w_VM, targets_N, for_x, for_w, soft)
+            more = losses_N.new_zeros(()) if of_soft is None else of_soft.sum()
+        ctx.save_for_backward(dx_NM, dw_VM)
         ctx.mark_non_differentiable(more, losses_N)
         return losses_N.sum() + more, more, losses_N
 
@@ -105,23 +109,12 @@ class _LinearLosses(torch.autograd.Function):
         return dx_NM, dw_VM, None, None, None, None, None
 
 
-def _forward(
-    ctx,
-    x_NM: Tensor,
-    w_VM: Tensor,
-    targets_N: Tensor,
-    soft: SoftTargets | None,
-    dtype: torch.dtype,
-    for_x: bool,
-    for_w: bool,
-) -> tuple[Tensor, Tensor]:
-    N, V = len(x_NM), len(w_VM)
+def _in_chunks(
+    x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, for_x: bool, for_w: bool, soft: SoftTargets | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Return what `moelab.kernels.head.head` returns, the losses of soft targets summed, on any device and dtype."""
+    N, V, dtype = len(x_NM), len(w_VM), x_NM.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    x_NM = x_NM.to(dtype)
-    if has_kernel(x_NM, w_VM, soft):
-        losses_N, *gradients, soft_N = head(x_NM, w_VM, targets_N, for_x, for_w, soft)
-        ctx.save_for_backward(*gradients)
-        return losses_N, losses_N.new_zeros(()) if soft_N is None else soft_N.sum()
     w_MV, targets_N1 = w_VM.to(dtype).T.contiguous(), targets_N[:, None]
     losses_N1 = x_NM.new_empty(N, 1, dtype=wide)
     dx_NM = torch.empty_like(x_NM) if for_x else None
@@ -160,5 +153,4 @@ def _forward(
             dw_MV.addmm_(x_GM.T, logits_GV)
         elif dw_MV is not None:
             dw_MV += x_GM.T @ logits_GV
-    ctx.save_for_backward(dx_NM, None if dw_MV is None else dw_MV.T)
-    return losses_N1[:, 0], more
+    return losses_N1[:, 0], dx_NM, None if dw_MV is None else dw_MV.T, more

@@ -70,8 +70,8 @@ def evaluate(
     tokens = int(sums[..., 1].sum())
     overall = overall_loss(data, losses)
     return {
-        "loss": overall.nats_per_token,
-        "bits_per_byte": overall.bits_per_byte,
+        "loss": overall,
+        "bits_per_byte": bits_per_byte(data, overall),
         "by_domain": {
             domain: {"loss": loss, "bits_per_byte": bits_per_byte(data, loss, domain)}
             for domain, loss in losses.items()

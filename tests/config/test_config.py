@@ -76,6 +76,7 @@ def without_lines(change, part):
     ("text", "part"),
     [
         ("400M", "allowed: 125M, 350M"),
+        ("350M+FirstHalf-MoE-8+L3", "none of its 3 layers would have experts"),
         ("350M+MoE", "did you mean"),
         ("350M+PR-MoE-32", "two expert counts"),
         ("350M+MoE-32/64", "need Pyramid-MoE or PR-MoE"),

@@ -56,9 +56,10 @@ def test_names_and_other_files_are_refused(tmp_path):
     for name in ("bpe", "bpe--1", "gpt3", ""):
         with pytest.raises(ValueError, match="known are 'bpe-<vocabulary size>' and 'gpt2'"):
             bpe_vocabulary(name)
-    (tmp_path / "t.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a tokenizer file"):
-        Tokenizer.load(tmp_path / "t.json")
+    for content in (b"{}", b"\xff"):
+        (tmp_path / "t.json").write_bytes(content)
+        with pytest.raises(ValueError, match="not a tokenizer file"):
+            Tokenizer.load(tmp_path / "t.json")
 
 
 def test_gpt2_is_built_from_the_files_of_its_package(tmp_path):

@@ -435,6 +435,8 @@ def test_a_kill_for_want_of_memory_is_recognised(monkeypatch):
         "a kill (last seen with 2.0 GiB of 10.0 GiB)"
     )
     assert "likely out of memory (last seen with 6.0 GiB" in say(signal.SIGKILL, 1, [1 << 30, 6 << 30], oom_kill=False)
+    unseen = say(signal.SIGKILL, 0, [0, 9 << 30], oom_kill=False)
+    assert unseen.endswith("likely out of memory (9.0 GiB all ranks together)")
     assert "likely" not in say(signal.SIGKILL, 1, [1 << 30, 2 << 30], oom_kill=False)
     assert say(signal.SIGSEGV, 0, [0, 0], oom_kill=True) == "was killed by SIGSEGV"
 

@@ -73,8 +73,8 @@ def _read_config(record: dict[str, Any], where: Path) -> ModelConfig:
             norm_eps=norm_eps,
             qk_norm={"olmoe": "all", "qwen3_moe": "head"}.get(kind, "none"),
             rotary_base=rotary_base,
-            kv_heads=_unless(kv_heads, heads),
-            head_size=_unless(head_size, hidden // heads if hidden % heads == 0 else 0),
+            kv_heads=0 if kv_heads == heads else kv_heads,
+            head_size=0 if head_size * heads == hidden else head_size,
             ffn=ffn,
             biases="qkv" if kind == "qwen2_moe" else "none",
             tied=tied,
@@ -100,11 +100,6 @@ def _read_config(record: dict[str, Any], where: Path) -> ModelConfig:
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _unless(value: int, usual: int) -> int:
-    """Return 0, which stands for the usual value, in its place."""
-    return 0 if value == usual else value
 
 
 def _dense_layers(record: dict[str, Any], layers: int, where: Path) -> set[int]:
@@ -133,10 +128,7 @@ def _rotary_base(record: dict[str, Any], where: Path) -> float:
 
 def family_of(config: ModelConfig) -> str | None:
     """Return the model type of the family that describes a model, None if none does."""
-    for kind in _ARCHITECTURES:
-        if why_not(config, kind) is None:
-            return kind
-    return None
+    return next((kind for kind in _ARCHITECTURES if why_not(config, kind) is None), None)
 
 
 def why_not(config: ModelConfig, kind: str) -> str | None:

@@ -113,12 +113,12 @@ MOELAB = Format("moelab", _read_moelab_config, _write_moelab_config, _moelab_par
 
 # -- GPT-2 -------------------------------------------------------------------------------------------------------------
 
-# our parameter name -> GPT-2's name, and whether GPT-2 stores the transposed matrix
+# our parameter name -> GPT-2's name; of a block's, also whether GPT-2 stores the transposed matrix
 _TOP = {
-    "token_embedding.weight": ("wte.weight", False),
-    "position_embedding.weight": ("wpe.weight", False),
-    "norm.weight": ("ln_f.weight", False),
-    "norm.bias": ("ln_f.bias", False),
+    "token_embedding.weight": "wte.weight",
+    "position_embedding.weight": "wpe.weight",
+    "norm.weight": "ln_f.weight",
+    "norm.bias": "ln_f.bias",
 }
 _BLOCK = {
     "attention_norm.weight": ("ln_1.weight", False),
@@ -147,14 +147,12 @@ _GPT2_FIXED: dict[str, Any] = {
 
 def _read_gpt2_config(record: dict[str, Any], where: Path) -> ModelConfig:
     check_fixed(record, _GPT2_FIXED, where)
-    theirs = {"layers": "n_layer", "hidden": "n_embd", "heads": "n_head", "vocab": "vocab_size"}
-    sizes: dict[str, Any] = {
-        ours: setting(record, name, where) for ours, name in (*theirs.items(), ("context", "n_positions"))
-    }
-    if record.get("n_inner") not in (None, 4 * sizes["hidden"]):
+    theirs = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
+    layers, hidden, heads, vocab, context = (setting(record, name, where) for name in theirs)
+    if record.get("n_inner") not in (None, 4 * hidden):
         raise ValueError(f"{where}: n_inner is {record['n_inner']}, supported is 4 x n_embd")
     try:
-        return ModelConfig(**sizes)
+        return ModelConfig(layers, hidden, heads, vocab=vocab, context=context)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -185,8 +183,7 @@ def _write_gpt2_config(config: ModelConfig, eot: int | None) -> dict[str, Any]:
 
 def _gpt2_parts(name: str, shape: tuple[int, ...], config: ModelConfig) -> Iterator[Part]:
     if name in _TOP:
-        theirs, transposed = _TOP[name]
-        yield Part(theirs, (), transposed)
+        yield Part(_TOP[name])
         return
     _, layer, rest = name.split(".", 2)
     theirs, transposed = _BLOCK[rest]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moelab.config.upcycle import UpcycleConfig
 from moelab.engine.checkpoint import shards, storage, upcycling
@@ -179,34 +179,20 @@ def load(
         pieces += shards.pieces(name, value, placement)
     storage.read(path, index, pieces)
     for name, source in copied.items():
-        if source is not None and upcycle is not None:
-            _copy(path, index, source, name, parameters[name], placements, upcycle, seed, scores)
-
-
-def _copy(
-    path: Path,
-    index: dict[str, Any],
-    source: str,
-    name: str,
-    parameter: Tensor,
-    placements: Placements,
-    upcycle: UpcycleConfig,
-    seed: int,
-    scores: str,
-) -> None:
-    """Fill this rank's shards of a parameter of an MoE layer with copies of a stored tensor."""
-    entry = index[f"model/{source}"]
-    shape = tuple(entry["shape"])
-    stored = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
-    storage.read(path, index, [Piece(f"model/{source}", shape, (0,) * len(shape), stored)])
-    placement = shards.placement_of(name, parameter, placements)
-    try:
-        copies = upcycling.Copies(stored, source, name, placement.shape, upcycle, seed, scores)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {name}: {error}") from None
-    for piece in shards.pieces(name, parameter, placement):
-        at = zip(piece.offset, piece.tensor.shape, strict=True)
-        piece.tensor.copy_(copies.part(tuple(slice(start, start + size) for start, size in at)))
+        if source is None or upcycle is None:
+            continue
+        entry, parameter = index[f"model/{source}"], parameters[name]
+        shape = tuple(entry["shape"])
+        stored = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
+        storage.read(path, index, [Piece(f"model/{source}", shape, (0,) * len(shape), stored)])
+        placement = shards.placement_of(name, parameter, placements)
+        try:
+            copies = upcycling.Copies(stored, source, name, placement.shape, upcycle, seed, scores)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name}: {error}") from None
+        for piece in shards.pieces(name, parameter, placement):
+            at = zip(piece.offset, piece.tensor.shape, strict=True)
+            piece.tensor.copy_(copies.part(tuple(slice(start, start + size) for start, size in at)))
 
 
 def _stored(index: dict[str, Any]) -> dict[str, tuple[int, ...]]:

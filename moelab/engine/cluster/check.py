@@ -192,7 +192,7 @@ def _active_ports() -> list[Path]:
     return ports
 
 
-def _clocks(place: process.Place, nodes: Nodes, times: int = 5) -> Iterator[Finding]:
+def _clocks(place: process.Place, nodes: Nodes) -> Iterator[Finding]:
     """Compare each node's clock with rank 0's: a message there and back brackets the other clock."""
     group = gloo_group()
     first = [nodes.hosts.index(host) for host in dict.fromkeys(nodes.hosts)][1:]
@@ -200,7 +200,7 @@ def _clocks(place: process.Place, nodes: Nodes, times: int = 5) -> Iterator[Find
     offsets: dict[int, tuple[float, float]] = {}
     for other in first:
         best = (float("inf"), 0.0)
-        for _ in range(times):
+        for _ in range(5):
             if place.rank == 0:
                 sent = time.time()
                 dist.send(stamp, other, group=group.handle)

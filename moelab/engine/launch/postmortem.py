@@ -36,11 +36,11 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def read_log(path: Path, start: int, at_most: int = 64_000) -> str:
-    """Return the end of a log, from byte `start` on."""
+def read_log(path: Path, start: int) -> str:
+    """Return a log from byte `start` on, at most its last 64,000 bytes."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(start, size(path) - at_most))
+            file.seek(max(start, size(path) - 64_000))
             return re.sub(r"\r", "\n", file.read().decode(errors="replace"))
     except FileNotFoundError:
         return ""
@@ -82,7 +82,7 @@ def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: boo
     if oom_kill:
         return f"{how}, out of memory: the kernel counted a kill" + (f" ({seen})" if seen else "")
     if limit and (memory[rank] > limit / 2 or sum(memory) > 0.8 * limit):
-        return f"{how}, likely out of memory ({seen}, {_GiB(sum(memory))} all ranks together)"
+        return f"{how}, likely out of memory ({seen + ', ' if seen else ''}{_GiB(sum(memory))} all ranks together)"
     return how + (f" ({seen})" if seen else "")
 
 
@@ -141,7 +141,7 @@ def innermost(threads: Sequence[Stack]) -> str:
 
 def _waits(stack: Stack) -> bool:
     file, line, _ = stack[0]
-    inside = any("torch/distributed" in f.replace("\\", "/") for f, _, _ in stack[:4])
+    inside = any("torch/distributed" in f for f, _, _ in stack[:4])
     return inside or _FETCHES.search(linecache.getline(file, line)) is not None
 
 

@@ -116,8 +116,7 @@ def show_stacks_when_asked() -> None:
     The stack of a thread that the kernel ends (SIGSEGV, SIGBUS) stands there, too.
     """
     faulthandler.enable()
-    if hasattr(signal, "SIGUSR2"):
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 
 def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | None = None) -> Place:
