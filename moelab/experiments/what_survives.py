@@ -55,7 +55,7 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
     """Return every arm of one seed; a fine-grained expert is a quarter as wide as the others."""
     runs = []
     for label, (name, changes) in ARMS.items():
-        fine = {}
+        fine: dict[str, int] = {}
         if label == "Shared, fine":
             dense = settings.spec(name, scale, overrides=overrides).model.ffn
             fine = {"model.expert.ffn": dense // 4, "model.expert.shared_ffn": dense}
