@@ -224,7 +224,11 @@ def test_what_would_fail_after_the_training_is_refused_before():
         ("imported-model", {"gpus": "0"}, "imported-model: gpus must be at least 1, got 0"),
         ("learning-rate", {"train.lr": "0.01"}, "learning-rate: train.lr is what its runs differ in.* peaks are"),
         ("ladder", {"model.hidden": "64"}, "ladder: model.hidden is what its runs differ in"),
-        ("capacity", {"model.routing.capacity_factor": "1.5"}, "capacity: model.routing.capacity_factor is what its arms"),
+        (
+            "capacity",
+            {"model.routing.capacity_factor": "1.5"},
+            "capacity: model.routing.capacity_factor is what its arms",
+        ),
         ("distillation", {"data.part": "whole"}, "distillation: data.part cannot be set at scale smoke"),
         ("imported-model", {"dtype": "fp8"}, "imported-model: dtype must be bf16 or fp32, got 'fp8'"),
     ):
