@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from moelab import paper
-from moelab.config import ExpertConfig, ModelConfig
+from moelab.config import ExpertConfig, ModelConfig, RoutingConfig
 from moelab.design import settings
 from moelab.lazy import np, pd
 from moelab.runs.branching import token_budgets
@@ -86,7 +87,8 @@ def losses(runs: Runs) -> pd.DataFrame:
     for run in runs.finished:
         spec = run.spec
         arm = spec.start.run.title if spec.start else spec.title
-        dense = replace(spec.model, experts=(0,) * spec.model.layers, residual=False, top_k=1, expert=ExpertConfig())
+        without: dict[str, Any] = {"residual": False, "top_k": 1, "expert": ExpertConfig(), "routing": RoutingConfig()}
+        dense = replace(spec.model, experts=(0,) * spec.model.layers, **without)
         tokens = run.result["tokens"]
         each = tokens / dense.non_embedding_parameters()
         rows.append([arm, spec.train.seed, tokens, each, run.result["validation_loss"]])

@@ -175,9 +175,10 @@ def spec(
         name: of the model, such as ``350M+MoE-128``.
         overrides: settings in place of the scale's own, see `moelab.config.overrides`. With ``train.lr`` the rate ends
             at a tenth of it (at `full` at the paper's share of it) unless ``train.min_lr`` says otherwise; with fewer
-            ``train.tokens``, warm-up and decay keep their share unless they are given, too. With ``parallel.data`` a
-            twin's batch is cut into one micro-batch per data rank unless ``train.micro_batch`` says otherwise; that
-            makes it another run, because tokens are routed within a micro-batch.
+            ``train.tokens``, warm-up and decay keep their share unless they are given, too. Not so at `paper`, where
+            both stay as published, and at `smoke`, where the warm-up stays. With ``parallel.data`` a twin's batch is
+            cut into one micro-batch per data rank unless ``train.micro_batch`` says otherwise; that makes it another
+            run, because tokens are routed within a micro-batch.
         published: the run whose published settings the `paper` scale takes, and `full` in proportion; by default the
             model's own, or those of 350M+MoE-128 on its base if it has none.
         routing: by default the scale's own.

@@ -26,6 +26,8 @@ from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
 
 FACTORS = (0.5, 1.0, 1.25, 2.0)
+LIMITS = ("capacity_factor", "capacity_factor_eval", "drop_tokens")
+"""Fields of `RoutingConfig` that the arms are named by."""
 ARMS = {"drop-free": {"name": "350M+MoE-128"}} | {
     f"capacity {f:g}": {"name": "350M+MoE-128", "routing": RoutingConfig(capacity_factor=f, capacity_factor_eval=f)}
     for f in reversed(FACTORS)
@@ -40,6 +42,8 @@ def arms(scale: str) -> list[str]:
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
     """Return the runs of one seed."""
+    if limits := [f"model.routing.{name}" for name in LIMITS if f"model.routing.{name}" in overrides]:
+        raise ValueError(f"{limits[0]} is what its arms differ in, so it cannot be set")
     shared: dict[str, Any] = {"scale": scale, "seed": seed, "overrides": overrides, "rate": rate}
     return [settings.spec(**ARMS[label], **shared, label=label) for label in arms(scale)]
 

@@ -84,6 +84,8 @@ def build(
     if not 0 < stop < 1:
         raise ValueError(f"stop must be a share of the tokens between 0 and 1, got {stop}")
     split = reads_halves(scale)
+    if split and "data.part" in overrides:
+        raise ValueError(f"data.part cannot be set at scale {scale}, where teacher and student read a half each")
     shared: dict[str, Any] = {"scale": scale, "seed": seed, "rate": rate}
     theirs = shared | {"overrides": {**overrides, **({"data.part": "even blocks"} if split else {})}}
     shared |= {"overrides": {**overrides, **({"data.part": "odd blocks"} if split else {})}}

@@ -28,7 +28,7 @@ def headline(final: pd.DataFrame) -> str:
         return "no run has finished"
     means = final.groupby("arm")["validation_loss"].mean().sort_values()
     best, others = means.index[0], dict.fromkeys([*means.index[1:2], "1 (dense)"])
-    said = [comparison.difference(final, best, other) for other in others]
+    said = [comparison.difference(final, best, o) for o in others if o != best or len(means) == 1]
     return f"Lowest mean loss at {best} experts: {'; '.join(said)}"
 
 

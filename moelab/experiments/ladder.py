@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moelab.config import ModelConfig
+from moelab.config.overrides import check_overrides, override
 from moelab.design import budgets, settings
 from moelab.design.experiment import Experiment, Scale
 from moelab.lazy import np, pd
@@ -65,13 +66,15 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, larger: bool =
 
 
 def _trunk(arm: str, name: str, width: int, scale: str, seed: int, overrides: Mapping[str, Any]) -> RunSpec:
+    if "model.hidden" in overrides:
+        raise ValueError("model.hidden is what its runs differ in, so it cannot be set")
     label = _label(arm, width)
-    given = SETTINGS.get(scale, {}) | dict(overrides)
+    given = check_overrides(SETTINGS.get(scale, {}) | dict(overrides))
     spec = settings.spec(name, scale, seed, label=label, overrides=given)
     whole = ModelConfig.parse(name)
     shape: dict[str, Any] = {**settings.SHAPES[scale], "hidden": whole.hidden / width}
-    model = whole.shrink(**shape)
-    return replace(spec, model=replace(model, routing=spec.model.routing, name=f"{spec.model} {width} wide"))
+    model = replace(whole.shrink(**shape), routing=spec.model.routing, name=f"{spec.model} {width} wide")
+    return replace(spec, model=override("model", model, given))
 
 
 def _label(arm: str, width: int) -> str:
@@ -227,7 +230,13 @@ def trend(levers: Sequence[Leverage]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["at", "arm", *INTERVAL])
 
 
-def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
+def prediction(
+    table: pd.DataFrame,
+    fits: Mapping[str, laws.Fit],
+    scale: str,
+    seeds: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
     """Return what the laws predict for the larger width, and the losses that were measured.
 
     Columns: arm, width, tokens, compute, value, low, high (95 % for the mean over the seeds), measured (missing where
@@ -236,11 +245,12 @@ def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, se
     Args:
         table, fits: from `points` and `fits`.
         seeds: of the larger runs; those that were run where there are any.
+        overrides: those of the runs, with which a token of the larger width costs other FLOPs.
     """
     width, table, rows = LARGER[scale], longest(table), []
     for arm, fitted in fits.items():
         mine = table[table["arm"] == arm]
-        spec = _trunk(arm, ARMS[arm], width, scale, 0, {})
+        spec = _trunk(arm, ARMS[arm], width, scale, 0, overrides or {})
         flops = spec.model.flops_per_token(context=spec.data.context)
         tokens = sorted(mine.loc[mine["width"].isin(WIDTHS[scale]), "tokens"].unique())
         came = mine[mine["width"] == width]

@@ -75,6 +75,8 @@ def build(
     Args:
         peaks: peak rates of the 350M base in place of the scale's own.
     """
+    if "train.lr" in overrides:
+        raise ValueError("train.lr is what its runs differ in, so it cannot be set; peaks are the rates to try")
     return [
         settings.spec(
             name,

@@ -15,6 +15,7 @@ deep); measured somewhat less.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -33,10 +34,14 @@ def flops_ratio(dense: ModelConfig, moe: ModelConfig) -> float:
 
 
 def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Measure the training tokens/s of each arm, in turns, by `moelab.bench.train.side_by_side`."""
+    """Measure the training tokens/s of each arm, in turns, by `moelab.bench.train.side_by_side`.
+
+    The sequences are as long as those of the runs, which may be shorter than a model's context.
+    """
     from moelab.bench.train import side_by_side
 
-    return side_by_side({spec.label: spec.model for spec in specs}, specs[0].train, steps=steps, rounds=rounds)
+    models = {spec.label: replace(spec.model, context=spec.data.context) for spec in specs}
+    return side_by_side(models, specs[0].train, steps=steps, rounds=rounds)
 
 
 def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:

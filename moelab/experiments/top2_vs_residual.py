@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
@@ -75,7 +76,7 @@ def sessions(specs: Sequence[RunSpec], ranks: int, count: int, steps: int, round
     pair = [arms[label] for label in ("Residual-MoE-32", "Top2-MoE-32") if label in arms]
     if len(pair) < 2 or any(spec.train.device != "cpu" for spec in pair):
         return []
-    residual, top2 = ((spec.model, spec.train) for spec in pair)
+    residual, top2 = ((replace(spec.model, context=spec.data.context), spec.train) for spec in pair)
     return speed_ratios(residual, top2, ranks, count, steps, rounds)
 
 

@@ -54,7 +54,7 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
 
     spec, losses = run.spec, dict[str, Any]()
     data = prepare(spec.data, paths.home() / "data")
-    size = spec.train.batch_size
+    size = spec.train.micro_batch or spec.train.batch_size  # a limit is one of a micro-batch
     alone = [(x, y) for _, x, y in validation_batches(data, size, spec.data.context, tokens)]
     x_NT, y_NT = torch.cat([x for x, _ in alone]), torch.cat([y for _, y in alone])
     order_N = torch.randperm(len(x_NT), generator=torch.Generator().manual_seed(0))

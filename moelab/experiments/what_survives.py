@@ -55,8 +55,10 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
     """Return every arm of one seed; a fine-grained expert is a quarter as wide as the others."""
     runs = []
     for label, (name, changes) in ARMS.items():
-        width = settings.spec(name, scale).model.hidden  # a quarter of 4M
-        fine = {"model.expert.ffn": width, "model.expert.shared_ffn": 4 * width} if label == "Shared, fine" else {}
+        fine: dict[str, int] = {}
+        if label == "Shared, fine":
+            dense = settings.spec(name, scale, overrides=overrides).model.ffn
+            fine = {"model.expert.ffn": dense // 4, "model.expert.shared_ffn": dense}
         runs.append(settings.spec(name, scale, seed, label=label, overrides={**changes, **fine, **overrides}))
     return runs
 

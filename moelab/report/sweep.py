@@ -116,9 +116,11 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
 def _losses(runs: Runs) -> list[dict[str, Any]]:
     final, rows = comparison.by_peak_rate(runs.final(), [run.spec.train.lr for run in runs.finished]), []
     arms = list(dict.fromkeys(final["arm"])) if len(final) else []
+    there = runs and runs[0].spec.title in {run.spec.title for run in runs.finished}
+    first = arms[0] if there else ""  # where the point's first arm has no result, nothing takes its place
     for arm in arms:
         losses = list(final.loc[final["arm"] == arm, "validation_loss"])
-        paired = comparison.paired(final, arm, arms[0]) if arm != arms[0] else []
+        paired = comparison.paired(final, arm, first) if arm != first else []
         row = {"arm": arm, "runs": len(losses)} | _interval("loss", losses)
         rows.append(row | _interval("difference", paired))
     return rows

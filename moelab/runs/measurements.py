@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from moelab import paths
+from moelab.config import DataConfig
 from moelab.environment import INSTRUCTIONS
 from moelab.files import read_json, sha256_of, write_json
 from moelab.runs.provenance import hardware, provenance, versions
@@ -159,17 +160,31 @@ def as_json(value: Any) -> Any:
     """Return an argument as JSON values that tell it from others; ValueError, one line, where there are none."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    if isinstance(value, Run):  # trained again it has other weights
-        return {"run": value.spec.id, "result": file_digest(value.path / "result.json")}
+    if isinstance(value, Run):  # trained again it has other weights; values name it by its arm
+        return {"run": value.spec.id, "arm": value.spec.title, "result": file_digest(value.path / "result.json")}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__qualname__} | {
+        plain = {"type": type(value).__qualname__} | {
             f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)
         }
+        return plain | {"text": _text_now(value)} if isinstance(value, DataConfig) else plain
     if isinstance(value, Mapping):
         return {str(key): as_json(part) for key, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [as_json(part) for part in value]
     raise ValueError(f"measure: nothing can be stored by an argument of type {type(value).__name__}")
+
+
+def _text_now(data: DataConfig) -> str:
+    """Return a digest that changes with the files of a user's text; empty for texts that do not change."""
+    if not data.corpus.startswith(("folder:", "hf:")):
+        return ""
+    from moelab.data import open_corpus
+
+    try:
+        state = open_corpus(data, paths.home() / "data").state
+    except ValueError:  # it is gone, which is told where it is read
+        return ""
+    return hashlib.sha256(state.encode()).hexdigest()[:12]
 
 
 @functools.cache

@@ -65,6 +65,15 @@ def test_losses_of_trunks_and_budgets_stand_under_one_arm(tmp_path, result):
     assert [run.spec.title for run in budgets.trunks(runs)] == ["MoE-128"]
 
 
+def test_losses_of_the_papers_top2_have_the_tokens_a_parameter_of_its_base(tmp_path, result):
+    store = RunStore(tmp_path)
+    specs = experiment("pr-moe").specs("paper", arms=["Dense", "Top2-MoE-128"])
+    for spec in specs:
+        write_json(store.run(spec).path / "result.json", result(2.5, tokens=300_000_000_000))
+    found = budgets.losses(Runs([store.run(spec) for spec in specs]))
+    assert list(found["arm"]) == ["Dense", "Top2-MoE-128"] and found["per_parameter"].nunique() == 1
+
+
 def test_gaps_pair_seed_and_budget():
     losses = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (5.9, 4.8, 3.7), ("MoE", 1): (1, 1, 1)})
     found = budgets.gaps(losses, "Dense")

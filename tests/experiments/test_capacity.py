@@ -27,6 +27,8 @@ def test_one_trained_model_is_validated_with_its_limit_and_without(trained):
     assert 0.5 <= found["by_domain_dropped"] < 1 and 0.5 <= found["mixed_dropped"] < 1
     assert len({found["by_domain"], found["mixed"], found["without"]}) == 3
     assert validation_limits.validated(half, 64) != found
+    one = Run(replace(half.spec, train=replace(half.spec.train, micro_batch=1)), half.path)
+    assert validation_limits.validated(one)["by_domain"] != found["by_domain"], "a limit is one of a micro-batch"
     free = validation_limits.validated(under(trained, drop_tokens=False))
     assert free == dict.fromkeys(("by_domain", "mixed", "without"), free["by_domain"]), "without a limit all are one"
 

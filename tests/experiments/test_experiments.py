@@ -210,6 +210,16 @@ def test_sessions_on_ranks_are_a_row_each_and_need_both_arms():
     assert top2_vs_residual.sessions(top2_vs_residual.EXPERIMENT.specs("smoke")[:2], 2, 2, 1, 2) == []
 
 
+def test_speeds_are_of_sequences_as_long_as_the_runs(monkeypatch):
+    asked = []
+    monkeypatch.setattr("moelab.bench.train.side_by_side", lambda models, *_, **__: asked.extend(models.values()))
+    monkeypatch.setattr("moelab.bench.scaling.speed_ratios", lambda *sides: asked.extend(m for m, _ in sides[:2]) or [])
+    specs = top2_vs_residual.EXPERIMENT.specs("cpu", overrides={"data.context": 64})
+    throughput.speeds(specs, 3, 3)
+    top2_vs_residual.sessions(specs, 1, 1, 3, 3)
+    assert [model.context for model in asked] == [64] * 5 and {spec.model.context for spec in specs} == {128}
+
+
 def test_throughput_ratio_at_the_papers_size():
     ratio = throughput.flops_ratio(ModelConfig.parse("6.7B"), ModelConfig.parse("1.3B+MoE-128"))
     assert 4.5 < ratio < 5.3

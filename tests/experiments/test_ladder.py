@@ -50,6 +50,23 @@ def test_every_width_has_the_rate_of_the_350m_twin_unless_another_is_given():
     assert ladder.EXPERIMENT.specs("cpu", 1, overrides={"train.lr": 1e-3})[0].train.lr == 1e-3
 
 
+def test_settings_of_the_model_count_at_every_width_and_the_width_is_its_own():
+    given = {"model.top_k": "2", "model.expert.ffn": 64}
+    specs = ladder.EXPERIMENT.specs("cpu", 1, overrides=given, larger=True)
+    assert {(spec.model.top_k, spec.model.expert.ffn) for spec in specs} == {(2, 64)}
+    assert {spec.model.hidden for spec in specs} == {32, 64, 96, 128}
+
+
+def test_the_larger_width_is_predicted_with_the_settings_of_the_runs(table, fits):
+    plain = ladder.prediction(table, fits, "cpu", 3)
+    half = ladder.prediction(table, fits, "cpu", 3, {"data.context": 64, "model.decoder.ffn": 64})
+    larger = ladder.EXPERIMENT.specs("cpu", 1, overrides={"data.context": 64, "model.decoder.ffn": 64}, larger=True)
+    (dense,) = (spec for spec in larger if spec.label == "Dense, 128 wide")
+    last = half[half["arm"] == "Dense"].iloc[-1]
+    assert last["compute"] == dense.model.flops_per_token(context=64) * last["tokens"]
+    assert (half["compute"] < plain["compute"]).all()
+
+
 @pytest.mark.slow
 def test_laws_never_see_the_larger_width_nor_the_shorter_budgets(table, fits):
     below = ladder.fits(table[(table["width"] < 128) & (table["tokens"] > 4e6)], "cpu")

@@ -110,6 +110,13 @@ def test_an_arms_own_settings_yield_to_the_users():
     assert arm["overrides"]["model.top_k"] == 4, "the description stays as it is"
 
 
+def test_fine_grained_experts_are_a_quarter_as_wide_at_any_width():
+    for given in ({}, {"model.hidden": 64}, {"model.decoder.ffn": 96}):
+        specs = {spec.label: spec.model for spec in experiment("what-survives").specs("cpu", overrides=given)}
+        shared, fine = specs["Shared"], specs["Shared, fine"]
+        assert (4 * fine.expert_feed_forward.ffn, fine.expert.shared_ffn) == (shared.ffn, shared.ffn)
+
+
 def test_a_mistake_in_an_arm_is_one_line_with_what_is_allowed():
     for arm, part in (
         ({"name": "350M+MoE-128", "top_k": 4}, "no field 'top_k'; allowed: name, overrides, published, routing, "),
@@ -215,6 +222,14 @@ def test_what_would_fail_after_the_training_is_refused_before():
         ("imported-model", {"corpus": "mix6"}, "imported-model: data: unknown corpus 'mix6'"),
         ("imported-model", {"context": "0"}, "imported-model: .*context must be at least 1"),
         ("imported-model", {"gpus": "0"}, "imported-model: gpus must be at least 1, got 0"),
+        ("learning-rate", {"train.lr": "0.01"}, "learning-rate: train.lr is what its runs differ in.* peaks are"),
+        ("ladder", {"model.hidden": "64"}, "ladder: model.hidden is what its runs differ in"),
+        (
+            "capacity",
+            {"model.routing.capacity_factor": "1.5"},
+            "capacity: model.routing.capacity_factor is what its arms",
+        ),
+        ("distillation", {"data.part": "whole"}, "distillation: data.part cannot be set at scale smoke"),
         ("imported-model", {"dtype": "fp8"}, "imported-model: dtype must be bf16 or fp32, got 'fp8'"),
     ):
         with pytest.raises(ValueError, match=message):

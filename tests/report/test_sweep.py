@@ -58,6 +58,14 @@ def test_a_row_for_each_point_and_arm_with_intervals_over_seeds(two):
     assert len(found.runs) == 8 and found.lacking == ()
 
 
+def test_nothing_takes_the_place_of_a_first_arm_without_a_result(result):
+    asked = points("half-moe", [{"train.tokens": "1024"}], seeds="2")
+    finish(result, asked, lambda spec: None if spec.label == "Dense" else 3.0)
+    found = sweep.compare(HALF, asked, [None], RunStore())
+    assert list(found.table["arm"]) == ["First half", "Second half", "MoE-32"]
+    assert found.table["difference"].isna().all(), "it would be called the difference to the first arm"
+
+
 def test_one_result_with_a_figure_and_a_table_on_the_page(two):
     found = sweep.compare(HALF, two, [None, None], RunStore())
     folder = sweep.publish(HALF, two, found)

@@ -3,10 +3,11 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
-from moelab.config import ModelConfig
+from moelab.config import DataConfig, ModelConfig
 from moelab.lab import Lab
 from moelab.report.publication import SUMMARY
 from moelab.runs import measurements
@@ -90,6 +91,22 @@ def test_a_run_that_was_trained_again_is_another(store, tmp_path):
         (run.path / "result.json").write_text(json.dumps({"loss": loss}))
         ids.append(store.measure(timing, [run]).id)
     assert len(set(ids)) == 3 and store.measure(timing, [run]).read_back
+
+
+def test_a_run_under_another_label_is_measured_under_it(store, tiny_spec, tmp_path):
+    run, renamed = (Run(replace(tiny_spec, label=label), tmp_path) for label in ("tiny", "mine"))
+    assert store.measure(timing, [run]).id != store.measure(timing, [renamed]).id, "values name their arms"
+
+
+def test_a_text_that_has_changed_is_measured_anew(store, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    data = DataConfig(f"folder:{folder}")
+    ids = [store.measure(timing, data).id]  # not there yet
+    for text in ("one text", "another text"):
+        (folder / "a.txt").write_text(text)
+        ids.append(store.measure(timing, data).id)
+    assert len(set(ids)) == 3 and store.measure(timing, data).read_back
 
 
 def test_again_replaces_it(store):
