@@ -341,6 +341,19 @@ def test_a_full_queue_is_asked_for_once_and_read_right(slurm):
     assert set(jobs) == {("s", "runs-0", 0), ("s", "runs-0", 1), ("s", "notebook-0", 0)}
 
 
+def test_the_users_defaults_for_slurms_commands_and_hidden_partitions_hide_no_job(slurm, monkeypatch, tmp_path):
+    monkeypatch.setenv("SQUEUE_PARTITION", "login")
+    monkeypatch.setenv("SCANCEL_INTERACTIVE", "1")
+    for name in ("squeue", "scancel"):
+        with open(tmp_path / "bin" / name, "a") as script:
+            script.write(f'echo "{name} [$SQUEUE_PARTITION$SCANCEL_INTERACTIVE] $*" >> {tmp_path / "given"}\n')
+    queue.jobs()
+    queue.cancel(["7"])
+    asked, cancelled = (tmp_path / "given").read_text().splitlines()
+    assert asked.startswith("squeue [] ") and "--all" in asked.split() and cancelled == "scancel [] 7"
+    assert os.environ["SQUEUE_PARTITION"] == "login"
+
+
 def test_logs_are_found_by_the_beginning_of_an_id(submitted):
     runs, _, record, _ = submitted
     for run in runs[:2]:
