@@ -50,9 +50,9 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
         config: everything except `context` and `part` decides which folder it is. `context` is only checked against the
             lengths; `part` chooses from what is there.
         cache: folder for prepared corpora and downloaded packages; created if missing.
-        progress: called with a line of text at each stage, each time that what is encoded so far is saved, and every
-            `WAIT_S` seconds while another process prepares the same. It may raise an exception to stop; the next call
-            goes on from there.
+        progress: called with a line of text at each stage, each time that what is encoded so far is saved, as often
+            while what a dead build had encoded is read again, and every `WAIT_S` seconds while another process prepares
+            the same. It may raise an exception to stop; the next call goes on from there.
 
     Raises:
         ValueError: an unknown corpus or tokenizer, no training or validation text, or a context that is too long.
@@ -346,7 +346,11 @@ def _encode(
     for domain, counted in done["validation"].items():
         part_of(domain, counted)
     saved = time.monotonic()
-    rest = itertools.islice(documents, done["documents"], None)
+    rest = iter(documents)
+    for read, _ in enumerate(itertools.islice(rest, done["documents"]), 1):  # streamed again: hours of a large text
+        if time.monotonic() - saved >= SAVE_S:
+            saved = time.monotonic()
+            say(f"{config.corpus}: {read:,} of {done['documents']:,} documents read again")
     for read, (document, ids) in enumerate(_encoded(rest, tokenizer), done["documents"] + 1):
         (train if document.split == "train" else part_of(document.domain)).append(document, ids)
         if time.monotonic() - saved >= SAVE_S:
