@@ -37,6 +37,7 @@ PIECE = 1 << 20  # characters encoded at a time; longer documents are cut at lin
 BATCH = 8 << 20  # characters handed to all cores at once
 PROGRESS = "progress.json"  # of a build: how many documents are encoded, and what was counted about them
 SAVE_S = 60.0  # seconds of encoding between two saves of a build's progress
+WAIT_S = 20.0  # seconds of waiting for another process's build between two calls of `progress`
 
 
 def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | None = None) -> TokenData:
@@ -49,8 +50,9 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
         config: everything except `context` and `part` decides which folder it is. `context` is only checked against the
             lengths; `part` chooses from what is there.
         cache: folder for prepared corpora and downloaded packages; created if missing.
-        progress: called with a line of text at each stage, and each time that what is encoded so far is saved. It may
-            raise an exception to stop; the next call goes on from there.
+        progress: called with a line of text at each stage, each time that what is encoded so far is saved, as often
+            while what a dead build had encoded is read again, and every `WAIT_S` seconds while another process prepares
+            the same. It may raise an exception to stop; the next call goes on from there.
 
     Raises:
         ValueError: an unknown corpus or tokenizer, no training or validation text, or a context that is too long.
@@ -61,13 +63,11 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
     folder = cache / _folder_name(config, corpus)
     data = _open(folder, warn=False)
     if data is None:
-        from filelock import FileLock
-
         from moelab.data.tokenizer import bpe_vocabulary
 
         bpe_vocabulary(config.tokenizer)  # a wrong name should fail before any work
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f".{folder.name}.lock"):
+        with _held(cache / f".{folder.name}.lock", lambda: say(f"{corpus.name}: another process prepares it")):
             data = _open(folder)  # another process may have built it while this one waited
             if data is None:
                 _build(config, corpus, folder, say)
@@ -75,6 +75,24 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
     data = data.of_part(config.part)
     data.check_context(config.context)
     return data
+
+
+@contextlib.contextmanager
+def _held(file: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a file; call `waits` every `WAIT_S` seconds until another process has let go of it."""
+    from filelock import FileLock
+
+    lock = FileLock(file)
+    while True:
+        try:
+            lock.acquire(timeout=WAIT_S)
+            break
+        except TimeoutError:
+            waits()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_prepared(config: DataConfig, cache: Path) -> bool:
@@ -328,7 +346,11 @@ def _encode(
     for domain, counted in done["validation"].items():
         part_of(domain, counted)
     saved = time.monotonic()
-    rest = itertools.islice(documents, done["documents"], None)
+    rest = iter(documents)
+    for read, _ in enumerate(itertools.islice(rest, done["documents"]), 1):  # streamed again: hours of a large text
+        if time.monotonic() - saved >= SAVE_S:
+            saved = time.monotonic()
+            say(f"{config.corpus}: {read:,} of {done['documents']:,} documents read again")
     for read, (document, ids) in enumerate(_encoded(rest, tokenizer), done["documents"] + 1):
         (train if document.split == "train" else part_of(document.domain)).append(document, ids)
         if time.monotonic() - saved >= SAVE_S:

@@ -88,13 +88,15 @@ def jobs(limit_s: float = 120) -> dict[tuple[str, str, int], Job]:
     Raises:
         SlurmError: there is no Slurm here, or its controller does not answer within `limit_s`.
     """
-    out = _run("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%L|%l|%k", limit_s=limit_s)
+    # --all: also in partitions that the site hides.
+    out = _run("squeue", "--me", "--all", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%L|%l|%k", limit_s=limit_s)
     states = {}
     for line in out.splitlines():
         fields = line.split("|", 6)
         if len(fields) < 7:  # a comment of another program may have several lines
             continue
         number, state, reason, node, left, limit, note = fields
+        state = _without_signal(state)
         _, mark, rest = f" {note}".rpartition(f" {_MARK} ")  # after the profile's own comment
         submission, _, part = rest.partition(" ")
         if not mark or not part:
@@ -127,7 +129,7 @@ def check(script: str) -> None:
 def state(job: str) -> str:
     """Return the state of one job; an empty text when Slurm no longer knows the job."""
     try:
-        return _run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+        return _without_signal(_run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip())
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return ""
@@ -170,11 +172,15 @@ def retried(function: Callable[..., T], *arguments: str, times: int = 6, pause_s
 
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
-    """Remove the SLURM_ variables of a surrounding job, except those that tell where the controller is."""
+    """Remove the SLURM_ variables of a surrounding job, except those that tell where the controller is.
+
+    A user's defaults for Slurm's commands are removed, too: SQUEUE_PARTITION would hide jobs, and SCANCEL_INTERACTIVE
+    would have scancel ask and cancel nothing.
+    """
     from submitit.helpers import clean_env
 
     kept = {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT") if name in os.environ}
-    with clean_env():
+    with clean_env([name for name in os.environ if name.startswith(("SQUEUE_", "SINFO_", "SCANCEL_"))]):
         os.environ.update(kept)
         yield
 
@@ -196,12 +202,20 @@ def not_installed(command: str) -> SlurmError:
     return SlurmError(f"{command} is not installed here: this is not a machine of a Slurm cluster")
 
 
+def _without_signal(state: str) -> str:
+    """Return RUNNING for SIGNALING, which a running job is called until all its nodes have passed on a signal.
+
+    At the warning before the time limit and at a preemption with a grace time, Slurm sends SIGCONT first.
+    """
+    return "RUNNING" if state == "SIGNALING" else state
+
+
 _USABLE = ("idle", "mixed", "allocated", "completing")
 
 
 def _nodes(*options: str) -> list[tuple[str, str, str]]:
     """Return name, state and devices (GRES) of nodes; flags such as those of saved power do not count."""
-    out = _run("sinfo", "-h", "-N", *options, "-o", "%N|%T|%G")
+    out = _run("sinfo", "--all", "-h", "-N", *options, "-o", "%N|%T|%G")
     fields = [line.split("|") for line in out.splitlines() if line.count("|") == 2]
     return [(name, state.rstrip("~#%-"), devices) for name, state, devices in fields]
 

@@ -35,7 +35,8 @@ class Row:
         state: new (never started), waiting, starting, running, finished, incomplete (a notebook with missing runs),
             failed, stopped (cancelled, too), lost (its job ended and left no record), unknown (a notebook without a
             record while Slurm does not answer) or unreadable (one of its files is invalid).
-        job, slurm, node: id, state and node of its job in Slurm; empty when the job has left the queue.
+        job, slurm, node: id, state and node of its job in Slurm; empty when the job has left the queue. `slurm` is "?"
+            for an unfinished run while Slurm does not answer.
         step, steps: steps done and steps in all (of a notebook: cells).
         tokens_per_s, loss: speed and loss, from the last metric row.
         left_s: seconds to the end at that speed.

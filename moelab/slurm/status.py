@@ -206,7 +206,7 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
         reason = (
             f"its job ended as {job.state} before it began" if job else "its job left the queue before it began"
         ) + _AGAIN
-    elif state == "stopped" and not live:
+    elif state == "stopped" and not live and (answered or status.reason == CANCELLED):
         reason += _AGAIN
     speed = status.tokens_per_s if state == "running" else None
     return Row(
@@ -214,7 +214,8 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
         spec.label,
         path.name,
         state,
-        **_job(live),
+        # Without Slurm's answer, a run that stopped or failed may wait in the queue.
+        **(_job(live) if answered or finished else {"slurm": "?"}),
         step=status.step,
         steps=status.steps,
         tokens_per_s=speed,

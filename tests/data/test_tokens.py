@@ -256,7 +256,7 @@ def test_what_a_dead_build_had_encoded_is_taken_over(corpus, text_folder, readin
             yield document, ids
 
     def stopping(line):
-        if "encoded" in line:
+        if "encoded" in line or "again" in line:
             raise KeyboardInterrupt(line)
 
     monkeypatch.setattr(module, "SAVE_S", 0.0)
@@ -271,6 +271,8 @@ def test_what_a_dead_build_had_encoded_is_taken_over(corpus, text_folder, readin
     (left / ".progress.json.abcdefgh").write_text('{"half of": "a save')
 
     monkeypatch.setattr(module, "_encoded", lambda *a: failing(*a, after=None))
+    with pytest.raises(KeyboardInterrupt, match="1 of 51 documents read again"):
+        prepare(config, tmp_path / "again", stopping)
     lines: list[str] = []
     data = prepare(config, tmp_path / "again", lines.append)
     assert lines[0] == f"{corpus}: continuing after 51 documents"

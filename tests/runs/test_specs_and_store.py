@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from filelock import FileLock
 
-from moelab import lab
+from moelab import lab, paths
 from moelab.config import ModelConfig, TrainConfig
 from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
+from moelab.data import preparation
 from moelab.files import new_directory, read_json, write_json, write_text
 from moelab.lab import Lab
 from moelab.runs import executors
@@ -303,6 +304,15 @@ def test_who_waits_for_a_run_says_for_whom(run, capsys):
         execute(run, should_stop=lambda: next(asked))
     out = capsys.readouterr().out
     assert out.count("waits for process 41 on node7, which trains it since 2026-01-01T00:00:00Z; if it is gone") == 1
+
+
+def test_who_waits_for_another_process_to_prepare_the_text_stops_when_asked(run, data, monkeypatch):
+    monkeypatch.setattr(preparation, "WAIT_S", 0.1)
+    cache = paths.home() / "data"
+    cache.mkdir(parents=True)
+    with FileLock(cache / f".{data.folder.name}.lock"), pytest.raises(KeyboardInterrupt, match="training began"):
+        execute(run, should_stop=lambda: True)
+    assert (run.status.state, run.status.reason) == ("stopped", "stopped before the training began")
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):

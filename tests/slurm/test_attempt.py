@@ -99,5 +99,7 @@ def test_a_requeued_job_leaves_out_the_node_that_killed_it_if_there_are_others(s
     asked, again = ["scontrol show job 12_3", "scontrol show hostnames node[7-8]"], "scontrol requeue 12_3"
     assert requeue("node1") == [*asked, again, "scontrol update JobId=12_3 ExcNodeList=node1,node7,node8"]
     assert requeue("node1", nodes=2) == requeue("node9") == [*asked, again] and requeue("") == [again]
+    slurm.says("SIGNALING")
+    assert requeue("") == [again], "Slurm still sends the signal by which the ranks have stopped"
     slurm.says("COMPLETING")
     assert requeue("node1") == [], "it has been cancelled meanwhile"

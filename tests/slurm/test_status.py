@@ -66,6 +66,34 @@ def test_without_slurm_the_runs_still_speak(submitted, shown, monkeypatch):
     assert shown("none").strip() == "nothing submitted (by these names) · squeue: nobody answers"
 
 
+def test_a_run_that_stopped_may_wait_in_a_queue_that_does_not_answer(submitted, monkeypatch):
+    runs, job, _, jobs = submitted
+    spec = runs[0].spec
+    runs[0].set_status(Status("stopped", step=12, steps=24, reason="stopped at step 12 of 24"))
+    (one,) = Jobs.of([spec], RunStore())
+    job("runs-0", 0, "PENDING", "BeginTime")
+    answers, seen = iter([nobody_answers, lambda *_: jobs, nobody_answers]), []
+
+    def ask(*_):
+        return next(answers)()
+
+    monkeypatch.setattr(queue, "jobs", ask)
+    monkeypatch.setattr(status.time, "sleep", lambda _: None)
+
+    def show(now):
+        seen.append((now.rows[0].state, now.rows[0].slurm, now.rows[0].reason))
+        if len(seen) == 3:
+            write_json(runs[0].path / "result.json", {})
+            monkeypatch.setattr(queue, "jobs", nobody_answers)
+
+    last = status.watch(show, [spec.id])
+    said = "stopped at step 12 of 24"
+    assert seen[:3] == [("stopped", "?", said), ("waiting", "PENDING", f"BeginTime; before: {said}"), seen[0]]
+    assert (last.rows[0].state, last.rows[0].slurm) == ("finished", "") and one.done()
+    (runs[0].path / "result.json").unlink()
+    assert not one.done(), "nobody has said that its job is gone"
+
+
 def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatch):
     runs, job, record, jobs = submitted
     for index in range(4):
@@ -339,6 +367,19 @@ def test_a_full_queue_is_asked_for_once_and_read_right(slurm):
     jobs = queue.jobs()
     assert slurm.calls() == ["squeue"] and jobs["s", "runs-0", 0].id == "12_0", "the live job of two in one place"
     assert set(jobs) == {("s", "runs-0", 0), ("s", "runs-0", 1), ("s", "notebook-0", 0)}
+
+
+def test_the_users_defaults_for_slurms_commands_and_hidden_partitions_hide_no_job(slurm, monkeypatch, tmp_path):
+    monkeypatch.setenv("SQUEUE_PARTITION", "login")
+    monkeypatch.setenv("SCANCEL_INTERACTIVE", "1")
+    for name in ("squeue", "scancel"):
+        with open(tmp_path / "bin" / name, "a") as script:
+            script.write(f'echo "{name} [$SQUEUE_PARTITION$SCANCEL_INTERACTIVE] $*" >> {tmp_path / "given"}\n')
+    queue.jobs()
+    queue.cancel(["7"])
+    asked, cancelled = (tmp_path / "given").read_text().splitlines()
+    assert asked.startswith("squeue [] ") and "--all" in asked.split() and cancelled == "scancel [] 7"
+    assert os.environ["SQUEUE_PARTITION"] == "login"
 
 
 def test_logs_are_found_by_the_beginning_of_an_id(submitted):
