@@ -86,6 +86,8 @@ def build(
     split = reads_halves(scale)
     if split and "data.part" in overrides:
         raise ValueError(f"data.part cannot be set at scale {scale}, where teacher and student read a half each")
+    if overrides.get("distill.unit", "tokens") != "tokens":
+        raise ValueError("distill.unit must be tokens, which the experiment gives the end of staged distillation in")
     shared: dict[str, Any] = {"scale": scale, "seed": seed, "rate": rate}
     theirs = shared | {"overrides": {**overrides, **({"data.part": "even blocks"} if split else {})}}
     shared |= {"overrides": {**overrides, **({"data.part": "odd blocks"} if split else {})}}

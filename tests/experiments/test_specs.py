@@ -230,6 +230,7 @@ def test_what_would_fail_after_the_training_is_refused_before():
             "capacity: model.routing.capacity_factor is what its arms",
         ),
         ("distillation", {"data.part": "whole"}, "distillation: data.part cannot be set at scale smoke"),
+        ("distillation", {"distill.unit": "steps"}, "distillation: distill.unit must be tokens"),
         ("imported-model", {"dtype": "fp8"}, "imported-model: dtype must be bf16 or fp32, got 'fp8'"),
     ):
         with pytest.raises(ValueError, match=message):
