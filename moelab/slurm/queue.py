@@ -213,9 +213,13 @@ def _without_signal(state: str) -> str:
 _USABLE = ("idle", "mixed", "allocated", "completing")
 
 
-def _nodes(*options: str) -> list[tuple[str, str, str]]:
-    """Return name, state and devices (GRES) of nodes; flags such as those of saved power do not count."""
-    out = _run("sinfo", "--all", "-h", "-N", *options, "-o", "%N|%T|%G")
+def _nodes(*which: str) -> list[tuple[str, str, str]]:
+    """Return name, state and devices (GRES) of nodes; flags such as those of saved power do not count.
+
+    Args:
+        which: options of sinfo that choose partitions; by default all, also those that the site hides.
+    """
+    out = _run("sinfo", "-h", "-N", *(which or ("--all",)), "-o", "%N|%T|%G")
     fields = [line.split("|") for line in out.splitlines() if line.count("|") == 2]
     return [(name, state.rstrip("~#%-"), devices) for name, state, devices in fields]
 
