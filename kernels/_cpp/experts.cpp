@@ -1,4 +1,5 @@
-// The experts' feed-forward networks and their gradients; experts.py describes the operation and checks the arguments.
+// The experts' feed-forward networks and their gradients; kernels/experts.py describes the operation and
+// checks the arguments.
 //
 // A task is one expert and some of its rows, or some of its inner columns, so that a result has the same bits however
 // many threads share the tasks. M: width, F: inner width, N: columns of the first weights (2 F with gates, else F);

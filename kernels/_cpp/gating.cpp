@@ -1,4 +1,4 @@
-// The gate and its gradient; gating.py describes the operations and kernels/gating.py what they compute.
+// The gate and its gradient; kernels/gating.py describes the operation.
 //
 // A task is kBlock tokens, which are computed as many at a time as a vector has lanes, one vector for each expert: maxima,
 // choices and sums over experts need no operations across a vector, and any number of experts fills its vectors. Sums
