@@ -155,12 +155,16 @@ def ledger(*results: Path) -> list[Entry]:
 
 
 def of_the_plan(summary: Summary) -> bool:
-    """Return whether a result has the settings and, from 0 on, the seeds for which the looks at `full` were planned.
+    """Return whether a result says something about the paper's claims: its models are twins of the paper's.
 
-    A student whose distillation stops elsewhere than the paper's, at 70 %, is another student.
+    At `full` it also needs the settings and, from 0 on, the seeds for which the looks were planned. A student whose
+    distillation stops elsewhere than the paper's, at 70 %, is another student.
     """
     given = summary.parameters
-    changed = given.get("overrides") or given.get("first_seed") or given.get("stop", 0.7) != 0.7
+    overrides = given.get("overrides") or {}
+    if isinstance(overrides, dict) and any(name.startswith("model.") for name in overrides):
+        return False
+    changed = overrides or given.get("first_seed") or given.get("stop", 0.7) != 0.7
     return summary.scale != "full" or not changed
 
 

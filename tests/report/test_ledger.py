@@ -146,6 +146,14 @@ def test_at_full_length_only_the_planned_settings_and_seeds_decide(changed, tmp_
     assert entries(tmp_path)["moe128-beats-moe32"].deciding.result == "pr-moe/full/2026-01-03"
 
 
+@pytest.mark.parametrize(("setting", "decides"), [("model.hidden", False), ("train.tokens", True)])
+def test_another_model_than_the_papers_says_nothing_about_its_claims(setting, decides, tmp_path):
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [HIGHER], overrides={setting: 64})
+    newest = "pr-moe/cpu/2026-01-02" if decides else "pr-moe/cpu/2026-01-01"
+    assert entries(tmp_path)["moe128-beats-moe32"].deciding.result == newest
+
+
 def test_a_result_is_shown_by_todays_rule(tmp_path):
     stored = replace(LOWER, verdict=claims.UNDECIDED, p=0.5)
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [stored])
