@@ -10,17 +10,19 @@ import torch
 import torch.distributed as dist
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig, TrainConfig
+from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.data import TokenData
 from moelab.engine import checkpoint
 from moelab.engine.testing import Ranks
 from moelab.models import build
+from moelab.training.distill import Teacher
 from moelab.training.loop import TrainingStopped, train
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
 pytestmark = pytest.mark.multiprocess
 
-CLOSE = ("loss", "routing_loss", "grad_norm", "validation_loss", "router_entropy")
+CLOSE = ("loss", "routing_loss", "distill_loss", "grad_norm", "validation_loss", "router_entropy")
 SAME = ("step", "tokens", "lr", "dropped_share", "expert_load", "validation_tokens", "max_violation", "dead_experts")
 
 
@@ -39,19 +41,26 @@ def here(tmp_path_factory):
 def run(ranks, data, tmp_path, here):
     """Trains on as many ranks as the layout asks for, or here when it is None; "one …" is trained once a file."""
 
-    def start(name: str, layout: ParallelConfig | None, model: ModelConfig, config: TrainConfig, stop_after=0) -> Path:
+    def start(
+        name: str,
+        layout: ParallelConfig | None,
+        model: ModelConfig,
+        config: TrainConfig,
+        stop_after: int = 0,
+        teacher: Teacher | None = None,
+    ) -> Path:
         folder = (here if name.startswith("one") else tmp_path) / name
         folder.mkdir(exist_ok=True)
         if layout is None:
-            train(model, config, data, 32, folder)
+            train(model, config, data, 32, folder, teacher=teacher)
         else:
-            ranks[layout.ranks].run(on_rank, model, config, data.folder, folder, layout, stop_after)
+            ranks[layout.ranks].run(on_rank, model, config, data.folder, folder, layout, stop_after, teacher)
         return folder
 
     return start
 
 
-def on_rank(model, config, tokens, folder, layout, stop_after) -> None:
+def on_rank(model, config, tokens, folder, layout, stop_after, teacher) -> None:
     data = TokenData(tokens)
     asked = iter(range(1, 10_000))
     # Only one rank is told to stop: the others must hear of it.
@@ -61,7 +70,7 @@ def on_rank(model, config, tokens, folder, layout, stop_after) -> None:
         return bool(told) and next(asked) >= stop_after
 
     try:
-        train(model, config, data, 32, folder, parallel=layout, should_stop=stop)
+        train(model, config, data, 32, folder, parallel=layout, should_stop=stop, teacher=teacher)
         assert not stop_after
     except TrainingStopped as stop:
         assert "the checkpoint is written" in str(stop)
@@ -98,6 +107,18 @@ def test_the_curve_does_not_depend_on_the_layout(run, tiny_model, tiny_train, la
         for row in read_rows(many / TRAIN):
             excess = [max(load) * len(load) - 1 for load in row["expert_load"].values()]
             assert row["busiest_rank"] == pytest.approx(sum(excess) / len(excess))
+
+
+@pytest.mark.parametrize("layout", ["expert 4", "tensor 2, coordinated", "shard"])
+def test_a_student_learns_the_same_under_any_layout(run, tiny_model, tiny_train, layout):
+    """Its teacher is distributed by the student's layout."""
+    student, config = replace(tiny_model, dropout=0.0), replace(tiny_train, micro_batch=1, tokens=12 * 128)
+    model = replace(student, experts=(0, 4, 0, 4), residual=False)
+    teacher = Teacher(model, run("one teacher", None, model, config), DistillConfig(schedule="stop", unit="steps", stop=9))
+    one = run("one student", None, student, config, teacher=teacher)
+    many = run("many", LAYOUTS[layout], student, config, teacher=teacher)
+    assert_same_curve(one, many)
+    assert [row["step"] for row in read_rows(many / TRAIN) if row.get("distill_loss")] == [3, 6, 9]
 
 
 @pytest.mark.parametrize("layout", ["expert 4", "shard"])
