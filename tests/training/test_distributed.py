@@ -114,7 +114,9 @@ def test_a_student_learns_the_same_under_any_layout(run, tiny_model, tiny_train,
     """Its teacher is distributed by the student's layout."""
     student, config = replace(tiny_model, dropout=0.0), replace(tiny_train, micro_batch=1, tokens=12 * 128)
     model = replace(student, experts=(0, 4, 0, 4), residual=False)
-    teacher = Teacher(model, run("one teacher", None, model, config), DistillConfig(schedule="stop", unit="steps", stop=9))
+    teacher = Teacher(
+        model, run("one teacher", None, model, config), DistillConfig(schedule="stop", unit="steps", stop=9)
+    )
     one = run("one student", None, student, config, teacher=teacher)
     many = run("many", LAYOUTS[layout], student, config, teacher=teacher)
     assert_same_curve(one, many)
