@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from moelab.config import DataConfig
 from moelab.lazy import pd
@@ -90,10 +91,11 @@ class Runs(tuple[Run, ...]):
         """Refuse finished runs on a text of the user's that has changed between them: their ids have its name alone.
 
         Args:
-            now: returns the fingerprint that a text has now; with it, runs to come are refused, too.
+            now: returns the fingerprint that a text has now; with it, runs to come are refused, too, and finished ones
+                on a folder that has other texts now.
 
         Raises:
-            ValueError: one line: the two runs.
+            ValueError: one line: the two runs, or the one.
         """
         first: dict[DataConfig, tuple[str, Run]] = {}
         for run in (run for run in self.finished if run.spec.data.corpus.startswith(("folder:", "hf:"))):
@@ -106,10 +108,11 @@ class Runs(tuple[Run, ...]):
                 raise _changed(other, run)
         if now is None:
             return
-        for run in self.missing:
-            before, other = first.get(replace(run.spec.data, context=1), ("", run))
-            if before and now(run.spec.data) != before:
-                raise _changed(other, run)
+        to_come = {replace(run.spec.data, context=1): run for run in reversed(self.missing)}
+        for data, (before, other) in first.items():
+            there = Path(data.corpus.removeprefix("folder:")).is_dir()  # results outlive a folder that is gone
+            if before and (there or data in to_come) and now(other.spec.data) != before:
+                raise _changed(other, to_come.get(data, other))
 
     def explain_missing(self) -> str:
         """One line for each run without a result, and the end of its log; empty when there is none."""
@@ -171,7 +174,10 @@ def _unrepeated(by_pair: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def _changed(other: Run, run: Run) -> ValueError:
+    which, since = f"runs {other.spec.id} and {run.spec.id}", "between them"
+    if other is run:
+        which, since = f"run {run.spec.id}", "since it was trained"
     return ValueError(
-        f"runs {other.spec.id} and {run.spec.id}: the text {run.spec.data.corpus} has changed between them; remove the "
-        f"runs on the old one from {run.path.parent} and run again"
+        f"{which}: the text {run.spec.data.corpus} has changed {since}; remove the runs on the old one from "
+        f"{run.path.parent} and run again"
     )

@@ -78,6 +78,9 @@ def test_a_text_that_has_changed_is_refused(trained, tmp_path, monkeypatch):
     later = replace(trained.spec, train=replace(trained.spec.train, seed=7))
     with pytest.raises(ValueError, match="has changed between them"):
         Lab().run([trained.spec, later], executor="inline")
+    with pytest.raises(ValueError, match=rf"^run {trained.spec.id}: the text folder:.* has changed since it was"):
+        Lab().run([trained.spec])
+    assert Lab().run([trained.spec], executor="read")[0].finished
     run = Lab().store.run(later)
     assert not run.finished, "it is said before hours of training"
     shutil.rmtree(run.path)  # other tests name the run by the begin of its id

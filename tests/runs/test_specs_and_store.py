@@ -89,9 +89,9 @@ def test_spec_round_trip(tiny_spec):
         RunSpec.from_json({**tiny_spec.to_json(), "train": {"speed": 1}}, where="spec.json")
 
 
-def test_runs_on_a_text_that_has_changed_between_them_are_no_one_result(tiny_spec, result):
+def test_runs_on_a_text_that_has_changed_between_them_are_no_one_result(tiny_spec, data, result):
     specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(4)]
-    for spec, text in zip(specs, ("old", None, "old", "new"), strict=True):
+    for spec, text in zip(specs, (data.fingerprint, None, data.fingerprint, "new"), strict=True):
         write_json(RunStore().run(spec).path / "result.json", result(**{"data_fingerprint": text} if text else {}))
     assert len(Lab().run(specs[:3]).finished) == 3
     with pytest.raises(
