@@ -50,6 +50,23 @@ def test_an_arm_at_several_peak_rates_is_an_arm_for_each():
     assert found["arm"].tolist() == ["a, lr 0.1", "a, lr 0.1", "a, lr 0.2", "a, lr 0.2", "b"]
 
 
+def test_the_spread_is_of_the_papers_first_base_and_of_two_seeds_or_more():
+    for day, (base, seeds, spread) in enumerate((("350M", (0, 1), 0.1), ("1.3B", (0, 1), 0.2), ("350M", (0,), 0.3))):
+        losses = [("Teacher", 3.0), ("L21", 3.1), ("Teacher, shared rate", 3.0)]
+        runs = [
+            {"id": arm, "label": arm, "spec": {"train": {"seed": s}}, "result": {"validation_loss": loss + add}}
+            for s in seeds
+            for arm, loss in losses
+            for add in [spread * s * (arm == "L21")]
+        ]
+        about = {"experiment": "distillation", "scale": "full", "title": "t", "finished": f"2026-01-0{day + 1}"}
+        about |= {"seeds": seeds, "runs": runs, "parameters": {"base": base}}
+        write_json(paths.results() / "distillation" / "full" / str(day) / SUMMARY, about)
+    found = planning.needs("distillation", "full", paths.results())
+    assert list(found["comparison"]) == ["L21 − Teacher"], "an arm that is one run at both rates is no pair"
+    assert found["spread"][0] == pytest.approx(0.1 / 2**0.5)
+
+
 def test_runs_at_hand():
     found = planning.needs_of(final({"a": [1.0, 2.0, 3.0], "b": [1.5, 2.49, 3.51], "c": [0.0]}))
     assert list(found["comparison"]) == ["b − a"] and found["spread"][0] == pytest.approx(0.01)
