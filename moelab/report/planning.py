@@ -42,12 +42,13 @@ def needs(
     Raises:
         ValueError: one line: an unknown experiment, scale or arm, a bad effect, no result, or fewer than two seeds.
     """
-    find(experiment).scale(scale)
-    summaries = [s for _, s in read_all(*results)[0] if (s.experiment, s.scale) == (experiment, scale)]
+    about = find(experiment)  # by its name, or by its number
+    about.scale(scale)
+    summaries = [s for _, s in read_all(*results)[0] if (s.experiment, s.scale) == (about.name, scale)]
     if not summaries:
         raise ValueError(
-            f"power: no result of {experiment} at scale {scale} to take a spread from; "
-            f"`moelab run {experiment} --scale {scale} -p seeds=3` makes one"
+            f"power: no result of {about.name} at scale {scale} to take a spread from; "
+            f"`moelab run {about.name} --scale {scale} -p seeds=3` makes one"
         )
     summaries.sort(key=lambda summary: summary.finished, reverse=True)
     # One seed has no spread, and the arms of every base have the same names.

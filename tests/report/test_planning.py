@@ -24,6 +24,7 @@ def test_claims_and_arms_of_a_result(publish):
     (row,) = found.to_dict("records")
     assert row["comparison"] == "moe128-beats-moe32" and row["spread"] == pytest.approx(0.01)
     assert (row["seeds"], row["effect"], row["at most"]) == (3, 0.01, 12)
+    assert planning.needs("4", "cpu", results).equals(found), "by the number of its notebook"
     assert json.loads(Lab().power("pr-moe").to_json(orient="records"))[0]["at most"] == 12
     found = planning.needs("pr-moe", "cpu", results, effect=0.05)
     assert list(found["comparison"]) == ["350M+MoE-128 − 350M"] and found["effect"][0] == 0.05
