@@ -28,6 +28,8 @@ from moelab.design.verdicts import (
     CANNOT_TELL,
     DISAGREES,
     FEW,
+    FEW_SEEDS,
+    FEW_SESSIONS,
     KINDS,
     MEASURED,
     NOT_JUDGED,
@@ -71,7 +73,7 @@ def scale_rank(scale: str) -> int:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the newest result of one scale says about a claim.
+    """What the newest result of one scale that judges a claim says about it; if none does, the newest with a value.
 
     Attributes:
         scale: the result's scale, or `simulated` for a simulation, whatever scale it ran at.
@@ -181,8 +183,10 @@ def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
             evidence = _evidence(known[verdict.claim], verdict, path, summary)
             by_scale = by_claim.setdefault(verdict.claim, {})
             before = by_scale.get(evidence.scale)
-            # A newer result replaces an older one, unless it has no value for this claim.
-            if before is None or evidence.ours is not None or before.ours is None:
+            # A newer result replaces an older one, unless it has no value for this claim, or too few samples to judge
+            # what the older one judged.
+            few = evidence.verdict in (FEW_SEEDS, FEW_SESSIONS)
+            if before is None or before.ours is None or (evidence.ours is not None and not (few and before.judged)):
                 by_scale[evidence.scale] = evidence
     return _adjusted([_entry(claim, by_claim.get(claim.id, {})) for claim in paper.claims()])
 

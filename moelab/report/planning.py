@@ -28,7 +28,8 @@ def needs(
     `against` and for experiments without such claims, each arm and one other arm.
 
     Args:
-        results: folders of results.
+        results: folders of results; of several of this experiment and scale the newest with two seeds or more counts,
+            that of the 350M base before those of others.
         against: an arm with which all others are compared.
         effect: nats per token that two arms are to show, `SMALLEST` by default; claims have their own.
 
@@ -41,14 +42,17 @@ def needs(
     Raises:
         ValueError: one line: an unknown experiment, scale or arm, a bad effect, no result, or fewer than two seeds.
     """
-    find(experiment).scale(scale)
-    summaries = [s for _, s in read_all(*results)[0] if (s.experiment, s.scale) == (experiment, scale)]
+    about = find(experiment)  # by its name, or by its number
+    about.scale(scale)
+    summaries = [s for _, s in read_all(*results)[0] if (s.experiment, s.scale) == (about.name, scale)]
     if not summaries:
         raise ValueError(
-            f"power: no result of {experiment} at scale {scale} to take a spread from; "
-            f"`moelab run {experiment} --scale {scale} -p seeds=3` makes one"
+            f"power: no result of {about.name} at scale {scale} to take a spread from; "
+            f"`moelab run {about.name} --scale {scale} -p seeds=3` makes one"
         )
     summaries.sort(key=lambda summary: summary.finished, reverse=True)
+    # One seed has no spread, and the arms of every base have the same names.
+    summaries.sort(key=lambda summary: (len(summary.seeds) == 1, summary.other_base != ""))
     rows = _claims(summaries) if against is None and effect is None else []
     return _frame(rows) if rows else needs_of(_final(summaries[0]), against=against, effect=effect)
 
@@ -68,7 +72,7 @@ def needs_of(final: pd.DataFrame, *, against: str | None = None, effect: float |
     reference, wanted, rows = against or next(iter(arms), ""), effect or SMALLEST, []
     for arm in arms:
         values = comparison.paired(final, arm, reference) if arm != reference else []
-        if len(values) > 1:
+        if len(values) > 1 and any(values):  # all of them are 0 where a run stands for two arms
             spread = Estimate.of(values).spread
             numbers = _numbers(power.of_difference(spread, wanted))
             rows.append(

@@ -14,6 +14,8 @@ from moelab.design.verdicts import Verdict
 from moelab.files import read_json
 
 SUMMARY = "summary.json"
+BASE = "350M"
+"""The base of an experiment's models, unless its parameter `base` names another."""
 
 _FILE_NAME = re.compile(r"\w[\w .+=-]*")
 
@@ -180,6 +182,12 @@ class Summary:
     runs: tuple[RunRow, ...] = ()
     measurements: tuple[MeasurementRow, ...] = ()
     provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def other_base(self) -> str:
+        """The base of its models, where it is not the 350M of most experiments; else empty."""
+        base = str(self.parameters.get("base", BASE))
+        return base if base != BASE else ""
 
 
 def parse(record: Any) -> Summary:

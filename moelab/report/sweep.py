@@ -114,11 +114,13 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
 
 
 def _losses(runs: Runs) -> list[dict[str, Any]]:
-    final, rows = comparison.by_peak_rate(runs.final(), [run.spec.train.lr for run in runs.finished]), []
-    arms = list(dict.fromkeys(final["arm"])) if len(final) else []
-    there = runs and runs[0].spec.title in {run.spec.title for run in runs.finished}
-    first = arms[0] if there else ""  # where the point's first arm has no result, nothing takes its place
-    for arm in arms:
+    of = [(run.spec.title, run.spec.train.lr) for run in runs.finished]
+    final, rows = comparison.by_peak_rate(runs.final(), [rate for _, rate in of]), []
+    if not of:
+        return rows
+    # Where the point's first arm has no result, nothing takes its place, nor where it has none on the first seed.
+    first = dict(zip(of, final["arm"], strict=True)).get((runs[0].spec.title, runs[0].spec.train.lr), "")
+    for arm in dict.fromkeys(final["arm"]):
         losses = list(final.loc[final["arm"] == arm, "validation_loss"])
         paired = comparison.paired(final, arm, first) if arm != first else []
         row = {"arm": arm, "runs": len(losses)} | _interval("loss", losses)

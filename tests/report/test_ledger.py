@@ -44,6 +44,8 @@ def test_the_newest_result_of_the_most_telling_scale_decides(tmp_path):
     assert entry.verdict == claims.NOT_REPRODUCED, "what did not test a claim hides nothing"
     assert entry.deciding.result == "pr-moe/cpu/2026-01-02"
     assert entry.deciding.figure == "pr-moe/cpu/2026-01-02/gaps.svg"
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-04", [judge(ORDER, [-0.5])])
+    assert entries(tmp_path)["moe128-beats-moe32"] == entry, "nor what has too few seeds to judge it"
     publish(tmp_path, "pr-moe", "gpu", "2025-01-01", [judge(ORDER, [-0.2, -0.21, -0.22])])
     publish(tmp_path, "pr-moe", "planet", "2026-01-02", [HIGHER])
     file = tmp_path / "pr-moe" / "planet" / "2026-01-02" / SUMMARY

@@ -24,6 +24,7 @@ def test_claims_and_arms_of_a_result(publish):
     (row,) = found.to_dict("records")
     assert row["comparison"] == "moe128-beats-moe32" and row["spread"] == pytest.approx(0.01)
     assert (row["seeds"], row["effect"], row["at most"]) == (3, 0.01, 12)
+    assert planning.needs("4", "cpu", results).equals(found), "by the number of its notebook"
     assert json.loads(Lab().power("pr-moe").to_json(orient="records"))[0]["at most"] == 12
     found = planning.needs("pr-moe", "cpu", results, effect=0.05)
     assert list(found["comparison"]) == ["350M+MoE-128 − 350M"] and found["effect"][0] == 0.05
@@ -48,6 +49,23 @@ def test_branches_are_compared_but_for_budgets():
 def test_an_arm_at_several_peak_rates_is_an_arm_for_each():
     found = comparison.by_peak_rate(final({"a": [1.0, 2.0, 3.0, 4.0], "b": [1.0]}), [0.1, 0.1, 0.2, 0.2, 0.1])
     assert found["arm"].tolist() == ["a, lr 0.1", "a, lr 0.1", "a, lr 0.2", "a, lr 0.2", "b"]
+
+
+def test_the_spread_is_of_the_papers_first_base_and_of_two_seeds_or_more():
+    for day, (base, seeds, spread) in enumerate((("350M", (0, 1), 0.1), ("1.3B", (0, 1), 0.2), ("350M", (0,), 0.3))):
+        losses = [("Teacher", 3.0), ("L21", 3.1), ("Teacher, shared rate", 3.0)]
+        runs = [
+            {"id": arm, "label": arm, "spec": {"train": {"seed": s}}, "result": {"validation_loss": loss + add}}
+            for s in seeds
+            for arm, loss in losses
+            for add in [spread * s * (arm == "L21")]
+        ]
+        about = {"experiment": "distillation", "scale": "full", "title": "t", "finished": f"2026-01-0{day + 1}"}
+        about |= {"seeds": seeds, "runs": runs, "parameters": {"base": base}}
+        write_json(paths.results() / "distillation" / "full" / str(day) / SUMMARY, about)
+    found = planning.needs("distillation", "full", paths.results())
+    assert list(found["comparison"]) == ["L21 − Teacher"], "an arm that is one run at both rates is no pair"
+    assert found["spread"][0] == pytest.approx(0.1 / 2**0.5)
 
 
 def test_runs_at_hand():

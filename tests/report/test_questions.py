@@ -168,6 +168,17 @@ def test_the_costs_of_a_student_are_those_of_how_it_is_distilled_at_its_own_rate
     assert line.flops == pytest.approx((alone.cost + forward) / teacher.cost, rel=1e-4), "with its teacher's passes"
 
 
+def test_results_of_two_bases_stand_beside_each_other_and_the_line_is_of_the_papers_first():
+    def of(base, scale):
+        return result(experiment="distillation", scale=scale, seeds=[0, 1, 2], parameters={"base": base}, title=base)
+
+    newest_first = [of("1.3B", "full"), of("350M", "full"), of("1.3B", "full"), of("1.3B", "cpu")]
+    (chapter,) = (c for c in chapters(newest_first) if c.results)
+    assert chapter.results == [newest_first[1], newest_first[0], newest_first[3]]
+    (line,) = digest.digest([chapter], [])
+    assert line.outcome == "350M" and strongest(newest_first, "distillation") is newest_first[1]
+
+
 def test_the_papers_points_stand_at_the_share_of_its_training():
     points = charts.fig_1("350M+MoE-128")
     assert points[-1][0] == pytest.approx(1, abs=0.05) and charts.fig_1("nobody") == []

@@ -66,6 +66,14 @@ def test_nothing_takes_the_place_of_a_first_arm_without_a_result(result):
     assert found.table["difference"].isna().all(), "it would be called the difference to the first arm"
 
 
+def test_the_first_arm_stays_the_first_without_its_first_seed(result):
+    asked = points("half-moe", [{"train.tokens": "1024"}], seeds="2", arms='["Dense","Second half"]')
+    lost = ("Dense", 0)
+    finish(result, asked, lambda s: None if (s.label, s.train.seed) == lost else 3.0 + (s.label == "Dense"))
+    differences = sweep.compare(HALF, asked, [None], RunStore()).table.set_index("arm")["difference"]
+    assert math.isnan(differences["Dense"]) and differences["Second half"] == -1.0
+
+
 def test_one_result_with_a_figure_and_a_table_on_the_page(two):
     found = sweep.compare(HALF, two, [None, None], RunStore())
     folder = sweep.publish(HALF, two, found)

@@ -60,8 +60,15 @@ def test_what_changes_or_goes_in_the_results_does_so_on_the_pages(both):
     for file in (folder := paths.own_results() / OWN).iterdir():
         file.unlink()
     folder.rmdir()
+    for gone in (
+        paths.results() / "benchmarks" / "gate.provenance.json",
+        *(paths.own_results() / "runs").glob("350m*"),
+    ):
+        gone.unlink()
     built = site.update()
     assert built.results == 1 and OWN not in built.index.read_text() and not (paths.pages() / OWN).exists()
+    assert [p.name for p in (paths.pages() / "benchmarks").iterdir()] == ["another-cpu"]
+    assert "350m-twin-s7" not in (paths.pages() / "runs.html").read_text()
 
 
 def test_files_are_copied_where_there_are_no_links(both, monkeypatch):

@@ -62,7 +62,7 @@ def digest(chapters: Sequence[Chapter], rows: Sequence[ClaimRow]) -> list[Row]:
     """Return a row for every experiment that has a result, in the order of the paper: the strongest scale of each."""
     found = []
     for chapter in chapters:
-        about, result = chapter.about, next(iter(chapter.results.values()), None)
+        about, result = chapter.about, next(iter(chapter.results), None)
         if result is None:
             continue
         claims = [r for r in rows if r.result is result and r.ours is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moelab import paper
@@ -17,11 +17,11 @@ class Chapter:
 
     Attributes:
         about: the experiment.
-        results: scale -> newest result, the strongest evidence first.
+        results: the newest of each scale and base, the strongest evidence first.
     """
 
     about: Experiment
-    results: Mapping[str, Result]
+    results: Sequence[Result]
 
 
 def chapters(results: Sequence[Result]) -> list[Chapter]:
@@ -30,11 +30,11 @@ def chapters(results: Sequence[Result]) -> list[Chapter]:
     Args:
         results: the newest first.
     """
-    newest: dict[str, dict[str, Result]] = {}
+    newest: dict[str, dict[tuple[str, str], Result]] = {}
     for result in sorted(results, key=weakness):
-        newest.setdefault(result.experiment, {}).setdefault(result.scale, result)
+        newest.setdefault(result.experiment, {}).setdefault((result.scale, result.summary.other_base), result)
     names = dict.fromkeys([*paper.experiments(), *EXPERIMENTS, *newest])
-    return [Chapter(described(name), newest.get(name, {})) for name in names]
+    return [Chapter(described(name), list(newest.get(name, {}).values())) for name in names]
 
 
 def by_chapter(rows: Sequence[ClaimRow], chapters: Sequence[Chapter]) -> list[tuple[Chapter, list[ClaimRow]]]:

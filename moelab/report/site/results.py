@@ -306,16 +306,15 @@ def strongest(results: Sequence[Result], experiment: str, data: str = "") -> Res
     return min(found, key=weakness, default=None)
 
 
-def weakness(result: Result) -> tuple[int, int]:
+def weakness(result: Result) -> tuple[int, int, bool]:
     """Return the sort key of an experiment's results, the strongest evidence first, as in the ledger.
 
     One or two seeds judge nothing (one less than two), and a result at `full` with other seeds or settings is not of
-    the plan.
+    the plan. At one scale the base that has most of the paper's claims comes first.
     """
     summary, rank = result.summary, scale_rank(result.scale)
-    if not of_the_plan(summary):
-        return MIN_SAMPLES, rank
-    return max(0, MIN_SAMPLES - len(summary.seeds)) if summary.seeds else 0, rank
+    few = max(0, MIN_SAMPLES - len(summary.seeds)) if summary.seeds else 0
+    return few if of_the_plan(summary) else MIN_SAMPLES, rank, summary.other_base != ""
 
 
 BENCHMARKS = {

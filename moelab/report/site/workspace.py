@@ -30,7 +30,7 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
     """Put the files of all results, benchmarks and packed runs into one folder, in which pages can be built.
 
     Files are hard links, and copies where the file system has none. What is rewritten in `pages` takes the place of the
-    link, so the results themselves stay as they are. Folders of results that are gone are removed.
+    link, so the results themselves stay as they are. What is gone from the results is removed.
     """
     folders = find_results(*roots)
     for old in set(find_results(pages)) - set(folders):
@@ -41,6 +41,9 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
         for folder in (root / "benchmarks", *(root / "benchmarks").glob("[!.]*/"), root / "runs"):
             if folder.is_dir():
                 _link_files(folder, pages / folder.relative_to(root))
+    for file in (*(pages / "benchmarks").rglob("*"), *(pages / "runs").glob("*")):
+        if file.is_file() and not any((root / file.relative_to(pages)).exists() for root in roots):
+            file.unlink()
 
 
 def _link_files(source: Path, target: Path) -> None:
