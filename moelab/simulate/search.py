@@ -139,7 +139,10 @@ class Plan:
                 how = f"{1 - 1 / ratio:.1%} lower throughput"
             else:
                 how = f"{ratio - 1:.1%} higher {self.objective}"
-            worse = max(other.parts_ms, key=lambda p: other.parts_ms[p] - best.parts_ms[p])
+            # A step's time, or a GPU's for a token: batches and slices may differ.
+            by_step = self.objective == "latency"
+            mine, its = (1.0 if by_step else e.parallel.tensor / e.batch for e in (best, other))
+            worse = max(other.parts_ms, key=lambda p: its * other.parts_ms[p] - mine * best.parts_ms[p])
             lines.append(
                 f"runner-up: {describe(other)}: {other.latency_ms:.2f} ms, "
                 f"{other.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; "

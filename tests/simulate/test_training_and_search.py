@@ -122,6 +122,15 @@ def test_a_plan_is_the_best_of_all(objective):
     assert front[0][0] == pytest.approx(min(s.latency_ms[s.fits].min() for s in sweeps))
 
 
+def test_the_runner_up_loses_by_what_a_token_takes_where_batches_differ():
+    found = simulate.plan("24B+MoE-128", 256, objective="throughput", batches=(32, 64), max_latency_ms=40.0)
+    best, other = found.best, found.runner_up
+    assert (best.batch, other.batch, other.bound) == (64, 32, "attention")
+    more = {part: ms / other.batch - best.parts_ms[part] / best.batch for part, ms in other.parts_ms.items()}
+    assert best.parallel.tensor == other.parallel.tensor and max(more, key=more.get) == "experts"
+    assert found.why[2].endswith("lower throughput, most of it reading and multiplying experts")
+
+
 def test_a_latency_bound_is_kept():
     free = simulate.plan("1.3B+MoE-128", 64, objective="throughput")
     bound = simulate.plan("1.3B+MoE-128", 64, objective="throughput", max_latency_ms=16.0)
