@@ -217,6 +217,8 @@ def plan(
         raise ValueError(f"plan: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if gpus < 1 or not batches:
         raise ValueError(f"plan: needs at least one GPU and one batch, got {gpus} and {list(batches)}")
+    if not max_latency_ms >= 0:
+        raise ValueError(f"plan: max_latency_ms must be 0 (no limit) or more, got {max_latency_ms:g}")
     options = layouts(model, sizes(gpus, where.gpus_per_node), where.gpus_per_node, code)
     settings: dict[str, Any] = {"program": code, "context": context, "dtype": dtype}
     sweeps = {b: decode_sweep(model, options, where, batch=b, **settings) for b in batches}

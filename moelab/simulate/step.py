@@ -142,6 +142,8 @@ def training(
         )
     if dtype not in ("bf16", "fp16", "fp8"):
         raise ValueError(f"simulate: training's dtype must be one of bf16, fp16, fp8, got {dtype!r}")
+    if dtype == "fp8" and not where.gpu.fp8:
+        raise ValueError(f"simulate: {where.gpu.name} has no fp8")
     if zero not in (0, 1, 2):
         raise ValueError(f"simulate: zero must be 0, 1 or 2, got {zero}")
     if pipeline < 1 or chunks < 1 or (not code.modern and (pipeline > 1 or dtype == "fp8")):

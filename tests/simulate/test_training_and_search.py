@@ -69,6 +69,9 @@ def test_pr_moe_needs_less_memory_in_training():
         (lambda: simulate.decode("350M", ParallelConfig(), "a100", batch=0), "batch and context must be at least 1"),
         (lambda: simulate.decode("350M", ParallelConfig(), "a100", dtype="fp4"), "dtype must be one of"),
         (lambda: simulate.decode("350M", ParallelConfig(), "a100", imbalance=0.5), "imbalance"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", imbalance=float("inf")), "finite, got inf"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", dtype="fp8"), "A100-SXM4-40GB has no fp8; int8"),
+        (lambda: dense(program="megatron", dtype="fp8"), "A100-SXM4-40GB has no fp8"),
         (lambda: simulate.decode("350M+MoE-32", ParallelConfig(data=16, gpus_per_node=16), "a100"), "more than the 8"),
         (lambda: dense(batch=1000), "not a multiple of 16 data ranks x micro_batch 4"),
         (lambda: dense(micro_batch=0), "not a multiple"),
@@ -79,6 +82,8 @@ def test_pr_moe_needs_less_memory_in_training():
         (lambda: simulate.plan("24B+MoE-128", 8), "does not fit 8 GPUs of a100-40gb; it needs 64"),
         (lambda: simulate.plan("1.3B", 8, objective="speed"), "objective must be one of latency"),
         (lambda: simulate.plan("1.3B", 8, max_latency_ms=0.1), "is faster than"),
+        (lambda: simulate.plan("1.3B", 8, max_latency_ms=-1.0), "max_latency_ms must be 0 (no limit) or more, got -1"),
+        (lambda: simulate.plan("1.3B", 8, max_latency_ms=float("nan")), "no limit) or more, got nan"),
         (lambda: simulate.plan("1.3B", 0), "at least one GPU"),
     ],
 )
