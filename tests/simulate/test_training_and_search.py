@@ -6,6 +6,7 @@ from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate.decoding import decode_sweep
 from moelab.simulate.search import layouts, pareto, sizes
+from moelab.simulate.step import training_slots
 
 
 def dense(**kw):
@@ -59,6 +60,18 @@ def test_pr_moe_needs_less_memory_in_training():
     pr, plain = (simulate.training(m, layout, "a100", batch=8) for m in ("350M+PR-MoE-32/64", "350M+MoE-128"))
     states = [sum(m.memory_gib[k] for k in ("weights", "gradients", "optimizer")) for m in (plain, pr)]
     assert 2 < states[0] / states[1] < 3.2
+
+
+@pytest.mark.parametrize(("recompute", "layers"), [(True, 1), (False, 12)])
+def test_a_rank_keeps_the_rows_that_it_sends_to_experts_and_has_none_in_dense_layers(recompute, layers):
+    model = ModelConfig.parse("1.3B+MoE-128")
+
+    def kept(exchange):
+        layout = ParallelConfig(tensor=4, data=32, exchange=exchange, recompute=recompute)
+        return simulate.training(model, layout, batch=512, program="deepspeed").memory_gib["activations"] * 2**30
+
+    rows = 128 * training_slots(model, 2048, 128)  # without coordination each of the 4 ranks sends all
+    assert kept("flat") - kept("coordinated") == pytest.approx(layers * 3 / 4 * 2 * rows * (2 + 4) * 2048)
 
 
 @pytest.mark.parametrize(
