@@ -174,7 +174,8 @@ def _experience(model: str, got) -> list[str]:
     near = public.nearest("decode", model, got.cluster, batch=got.batch, tensor=p.tensor, expert=expert)
     if not near:
         return [held]
-    return [held, f"nearest measurement: {near.value:g} {near.unit}, {near.system} on {near.cluster}: {near.settings}"]
+    unit = near.unit + " a node" * (near.metric == "node")
+    return [held, f"nearest measurement: {near.value:g} {unit}, {near.system} on {near.cluster}: {near.settings}"]
 
 
 @app.command()
