@@ -179,6 +179,8 @@ def _run(part: Part, folder: Path) -> dict[str, Any]:
     """Run a part's command to its end or its limit; return how it ended."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [str(folder) if argument == OUT else argument for argument in part.command]
+    for earlier in folder.glob("*.jsonl"):  # else a part that fails would publish them as numbers of this commit
+        earlier.unlink()
     started, log = time.monotonic(), folder / "log.txt"
     with log.open("wb") as file:
         process = subprocess.Popen(

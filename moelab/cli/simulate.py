@@ -163,16 +163,19 @@ def _experience(model: str, got) -> list[str]:
     from moelab.simulate import public
     from moelab.simulate.systems import system
 
-    if not system(got.system).modern:
+    code = system(got.system)
+    if not code.modern:
         return []
     factor, within, rows = public.experience("decode")
     low, high = got.latency_ms / factor, got.latency_ms * factor
     held = f"range {low:.2f} to {high:.2f} ms a token: ranges like it held for {within} of {rows} sealed measurements"
     p = got.parallel
-    near = public.nearest("decode", model, got.cluster, batch=got.batch, tensor=p.tensor, expert=p.expert)
+    expert = p.expert or (1 if code.sliced else p.ranks // p.expert_slicing)  # 0: as many as there can be
+    near = public.nearest("decode", model, got.cluster, batch=got.batch, tensor=p.tensor, expert=expert)
     if not near:
         return [held]
-    return [held, f"nearest measurement: {near.value:g} {near.unit}, {near.system} on {near.cluster}: {near.settings}"]
+    unit = near.unit + " a node" * (near.metric == "node")
+    return [held, f"nearest measurement: {near.value:g} {unit}, {near.system} on {near.cluster}: {near.settings}"]
 
 
 @app.command()
@@ -329,7 +332,9 @@ def _print_fit(found, free) -> None:
 
 
 def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slicing: int, exchange: str):
-    if gpus < 1 or tensor < 1 or gpus % tensor:
+    if gpus < 1 or tensor < 1:
+        raise ValueError(f"--gpus and --tensor must be at least 1, got {gpus} and {tensor}")
+    if gpus % tensor:
         raise ValueError(f"--tensor {tensor} does not divide --gpus {gpus}")
     return ParallelConfig(
         tensor=tensor,

@@ -57,7 +57,8 @@ def check(parameters: Mapping[str, Any]) -> None:
     model, corpus = parameters.get("model", ""), parameters.get("corpus", "")
     try:
         simulate.cluster(parameters.get("cluster", "h100"))
-        simulate.system(parameters.get("system", "moelab"))
+        if (code := simulate.system(parameters.get("system", "moelab"))).only == "training":
+            raise ValueError(f"system {code.name} is for training alone")
         data = DataConfig(corpus or CORPUS["cpu"], context=parameters.get("context", 512))
         if corpus:
             from moelab.data import open_corpus
@@ -167,7 +168,8 @@ def serving(
         if estimate not in even:
             even.append(estimate)
     even.sort(key=lambda estimate: estimate.latency_ms)
-    factors = [imbalance(loads, e.parallel) for e in even]
+    sliced = simulate.system(program).sliced  # every rank has a slice of all experts
+    factors = [1.0 if sliced else imbalance(loads, e.parallel) for e in even]
     uneven = [
         simulate.decode(config, e.parallel, where, batch=e.batch, imbalance=factor, **options)
         for e, factor in zip(even, factors, strict=True)

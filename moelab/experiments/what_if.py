@@ -9,6 +9,7 @@ notebooks 10 to 14. Models of today stand with the range of such a prediction an
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from moelab import simulate
@@ -45,19 +46,19 @@ def grid(scale: str, context: int) -> pd.DataFrame:
     rows = []
     for name, where in itertools.product(MODELS[scale], simulate.clusters()):
         settings: dict[str, Any] = {"program": "engine", "dtype": TODAY[name]} if name in TODAY else {}
-        if settings.get("dtype") == "fp8" and where.startswith("a100"):
-            continue
         for most, batch, objective in itertools.product(GPUS[scale], BATCHES[scale], OBJECTIVES):
             try:
                 found = simulate.plan(
                     name, most, where, objective=objective, batches=[batch], context=context, **settings
                 ).best
-            except ValueError:  # it does not fit
+            except ValueError:  # it does not fit, or the GPUs have no fp8
                 continue
             about = {"model": name, "cluster": where, "most_gpus": most, "best_by": objective}
             of_cluster = {"memory_gib": found.capacity_gib, "currency": found.currency}
             beside = beside_measurements(name, found) if name in TODAY else {}
             rows.append(about | frame([found]).iloc[0].to_dict() | of_cluster | beside)
+    if not rows:
+        raise ValueError(f"what-if: no model fits any cluster with {context} tokens of a sequence in the cache")
     return pd.DataFrame(rows)
 
 
@@ -81,6 +82,12 @@ def headline(rows: pd.DataFrame) -> str:
     )
 
 
+def check(parameters: Mapping[str, Any]) -> None:
+    """Refuse a cache without tokens, which no layout could serve; ValueError, one line."""
+    if (cached := parameters.get("cached", 1)) < 1:
+        raise ValueError(f"what-if: cached must be at least 1, got {cached}")
+
+
 EXPERIMENT = Experiment(
     name="what-if",
     number=16,
@@ -94,4 +101,5 @@ EXPERIMENT = Experiment(
             "thirteen models on simulated clusters of up to 256 GPUs", "minutes (computed, nothing is measured)"
         ),
     },
+    check=check,
 )

@@ -172,8 +172,9 @@ def decode_sweep(
     where, code = cluster(on), system(program)
     _check(code.only != "training", f"system {code.name} is for training alone")
     _check(batch >= 1 and context >= 1, f"batch and context must be at least 1, got {batch} and {context}")
-    _check(imbalance >= 1, f"imbalance must be at least 1 (even), got {imbalance}")
+    _check(1 <= imbalance < np.inf, f"imbalance must be at least 1 (even) and finite, got {imbalance}")
     _check(dtype in WEIGHT_BYTES, f"dtype must be one of {', '.join(WEIGHT_BYTES)}, got {dtype!r}")
+    _check(dtype != "fp8" or where.gpu.fp8, f"{where.gpu.name} has no fp8; int8 has weights of the same size")
     known = constants or (_constants.modern() if code.modern else _constants.fitted())
     weight = WEIGHT_BYTES[dtype]
     width = max(weight, 2)

@@ -28,12 +28,14 @@ class Gpu:
         memory_gib: memory that CUDA reports, GiB.
         memory_gb_s: memory bandwidth, 1e9 bytes per second.
         tflops: dense fp16 or bf16 tensor-core rate, 1e12 operations per second.
+        fp8: whether it multiplies fp8, at twice that rate.
     """
 
     name: str
     memory_gib: float
     memory_gb_s: float
     tflops: float
+    fp8: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Cluster:
         for what, value in zip(figures, attrgetter(*figures)(self), strict=True):
             if not value > 0:
                 raise ValueError(f"cluster {self.name}: {what} must be positive, got {value}")
-        if self.price_per_gpu_hour < 0:
+        if not self.price_per_gpu_hour >= 0:
             raise ValueError(
                 f"cluster {self.name}: price_per_gpu_hour must not be negative, got {self.price_per_gpu_hour}"
             )

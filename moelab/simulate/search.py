@@ -139,7 +139,10 @@ class Plan:
                 how = f"{1 - 1 / ratio:.1%} lower throughput"
             else:
                 how = f"{ratio - 1:.1%} higher {self.objective}"
-            worse = max(other.parts_ms, key=lambda p: other.parts_ms[p] - best.parts_ms[p])
+            # A step's time, or a GPU's for a token: batches and slices may differ.
+            by_step = self.objective == "latency"
+            mine, its = (1.0 if by_step else e.parallel.tensor / e.batch for e in (best, other))
+            worse = max(other.parts_ms, key=lambda p: its * other.parts_ms[p] - mine * best.parts_ms[p])
             lines.append(
                 f"runner-up: {describe(other)}: {other.latency_ms:.2f} ms, "
                 f"{other.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; "
@@ -214,6 +217,8 @@ def plan(
         raise ValueError(f"plan: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if gpus < 1 or not batches:
         raise ValueError(f"plan: needs at least one GPU and one batch, got {gpus} and {list(batches)}")
+    if not max_latency_ms >= 0:
+        raise ValueError(f"plan: max_latency_ms must be 0 (no limit) or more, got {max_latency_ms:g}")
     options = layouts(model, sizes(gpus, where.gpus_per_node), where.gpus_per_node, code)
     settings: dict[str, Any] = {"program": code, "context": context, "dtype": dtype}
     sweeps = {b: decode_sweep(model, options, where, batch=b, **settings) for b in batches}

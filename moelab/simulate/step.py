@@ -142,6 +142,8 @@ def training(
         )
     if dtype not in ("bf16", "fp16", "fp8"):
         raise ValueError(f"simulate: training's dtype must be one of bf16, fp16, fp8, got {dtype!r}")
+    if dtype == "fp8" and not where.gpu.fp8:
+        raise ValueError(f"simulate: {where.gpu.name} has no fp8")
     if zero not in (0, 1, 2):
         raise ValueError(f"simulate: zero must be 0, 1 or 2, got {zero}")
     if pipeline < 1 or chunks < 1 or (not code.modern and (pipeline > 1 or dtype == "fp8")):
@@ -329,11 +331,17 @@ def _memory(
         data = parallel.data if split or parallel.shard else 1
         return STATE_BYTES[what] * (outside / data + experts / (copies if split else 1))
 
+    def experts_rows(experts: int) -> float:
+        """Return the bytes of a rank's rows in and out of experts, and between their two products."""
+        rows = experts * training_slots(model, tokens, experts) / parallel.spread(experts).senders
+        return 2 * rows * (2 * M + model.expert_feed_forward.inner)
+
     layer = _kept(model, tokens, L, code)
-    slots = max((e * training_slots(model, tokens, e) for e in model.experts if e), default=0)
-    # Rows in and out of experts, and between their two products.
-    layer += 2 * slots * (2 * M + model.expert_feed_forward.inner)
-    kept = model.layers * tokens * M * 2 + layer if parallel.recompute else model.layers * layer
+    moe = [experts_rows(e) for e in model.experts if e]
+    if parallel.recompute:
+        kept = model.layers * tokens * M * 2 + layer + max(moe, default=0.0)
+    else:
+        kept = model.layers * layer + sum(moe)
     return {
         "weights": state("weights", False),
         "gradients": state("gradients", zero == 2),

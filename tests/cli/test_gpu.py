@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,11 @@ def test_a_part_that_fails_or_hangs_loses_nothing_and_does_not_stop_the_others(t
     assert (folder / "passes" / "log.txt").read_text() == "kept" and "fails: passed in" in capsys.readouterr().out
     assert gpu.run([PASSES], folder, results, again=True)
     assert "measured" in (folder / "passes" / "log.txt").read_text()
+
+    # What measures nothing publishes nothing, and leaves the numbers of an earlier commit with their provenance.
+    (results / "passes.provenance.json").write_text("earlier")
+    assert not gpu.run([replace(PASSES, command=("-c", "raise SystemExit(1)"))], folder, results, again=True)
+    assert (results / "passes.provenance.json").read_text() == "earlier" and (results / "passes.jsonl").exists()
 
 
 ABSENT = (

@@ -126,3 +126,10 @@ def test_serving_with_the_load_measured():
         imported_model.serving(config, loads, "b100", 16)
     drawn = [imported_model.drawn_layers(layers) for layers in (range(1, 49), [1, 2])]
     assert drawn == [[1, 10, 20, 29, 39, 48], [1, 2]]
+
+
+def test_a_program_that_slices_all_experts_feels_no_uneven_load():
+    """Also where the experts, such as Qwen2-MoE's 60, could not be spread over its GPUs."""
+    config = ModelConfig(layers=1, hidden=8192, heads=8, experts=(60,), top_k=4, vocab=50304, context=64)
+    rows = imported_model.serving(config, {"1": [4, *[1] * 59]}, "h100", 8, program="engine-tp")
+    assert (rows["tensor"] == 8).any() and (rows["imbalance"] == 1).all()

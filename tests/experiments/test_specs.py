@@ -219,6 +219,8 @@ def test_what_would_fail_after_the_training_is_refused_before():
         ("imported-model", {"model": "/no/model"}, "imported-model: run '/no/model': no such run or directory"),
         ("imported-model", {"cluster": "h1000"}, "imported-model: no cluster 'h1000'; did you mean h100"),
         ("imported-model", {"system": "vllm"}, "imported-model: no system 'vllm'"),
+        ("imported-model", {"system": "megatron"}, "imported-model: system megatron is for training alone"),
+        ("what-if", {"cached": "0"}, "what-if: cached must be at least 1, got 0"),
         ("imported-model", {"corpus": "mix6"}, "imported-model: data: unknown corpus 'mix6'"),
         ("imported-model", {"context": "0"}, "imported-model: .*context must be at least 1"),
         ("imported-model", {"gpus": "0"}, "imported-model: gpus must be at least 1, got 0"),

@@ -1,5 +1,7 @@
 """The grid of simulated layouts: models of today stand beside public measurements."""
 
+import pytest
+
 from moelab import simulate
 from moelab.config.parallel import ParallelConfig
 from moelab.experiments import what_if
@@ -19,3 +21,12 @@ def test_a_step_has_its_range_and_the_nearest_measurement():
     assert beside["low_ms"] < step.latency_ms < beside["high_ms"]
     assert beside["nearest"] == "12.8 ms a token, batch 8, SGLang on h200"
     assert what_if.beside_measurements("qwen3-30b", step)["nearest"] == ""
+
+
+def test_a_cache_that_fits_nowhere_is_one_line(monkeypatch):
+    def plan(*given, **settings):
+        raise ValueError("plan: it does not fit")
+
+    monkeypatch.setattr(simulate, "plan", plan)
+    with pytest.raises(ValueError, match=r"^what-if: no model fits any cluster with 10000000000 tokens"):
+        what_if.grid("smoke", 10**10)

@@ -35,6 +35,7 @@ def test_shipped_clusters_are_whole_and_cite_their_source():
         (GOOD + "colour: red", "unknown field colour"),
         (GOOD.replace("far_gb_s: 5", "far_gb_s: fast"), "far_gb_s must be a valid number, got 'fast'"),
         (GOOD.replace("far_gb_s: 5", "far_gb_s: -5"), "far_gb_s must be positive, got -5"),
+        (GOOD + "price_per_gpu_hour: .nan", "price_per_gpu_hour must not be negative, got nan"),
         (GOOD.replace("gpus_per_node: 4", "gpus_per_node: 4.5"), "gpus_per_node must be a valid integer, got 4.5"),
         ("name: [", "line 1: not valid YAML"),
         ("- a", "expected fields such as name and gpu, got list"),

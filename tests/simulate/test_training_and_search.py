@@ -6,6 +6,7 @@ from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate.decoding import decode_sweep
 from moelab.simulate.search import layouts, pareto, sizes
+from moelab.simulate.step import training_slots
 
 
 def dense(**kw):
@@ -61,6 +62,18 @@ def test_pr_moe_needs_less_memory_in_training():
     assert 2 < states[0] / states[1] < 3.2
 
 
+@pytest.mark.parametrize(("recompute", "layers"), [(True, 1), (False, 12)])
+def test_a_rank_keeps_the_rows_that_it_sends_to_experts_and_has_none_in_dense_layers(recompute, layers):
+    model = ModelConfig.parse("1.3B+MoE-128")
+
+    def kept(exchange):
+        layout = ParallelConfig(tensor=4, data=32, exchange=exchange, recompute=recompute)
+        return simulate.training(model, layout, batch=512, program="deepspeed").memory_gib["activations"] * 2**30
+
+    rows = 128 * training_slots(model, 2048, 128)  # without coordination each of the 4 ranks sends all
+    assert kept("flat") - kept("coordinated") == pytest.approx(layers * 3 / 4 * 2 * rows * (2 + 4) * 2048)
+
+
 @pytest.mark.parametrize(
     ("call", "part"),
     [
@@ -69,6 +82,9 @@ def test_pr_moe_needs_less_memory_in_training():
         (lambda: simulate.decode("350M", ParallelConfig(), "a100", batch=0), "batch and context must be at least 1"),
         (lambda: simulate.decode("350M", ParallelConfig(), "a100", dtype="fp4"), "dtype must be one of"),
         (lambda: simulate.decode("350M", ParallelConfig(), "a100", imbalance=0.5), "imbalance"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", imbalance=float("inf")), "finite, got inf"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", dtype="fp8"), "A100-SXM4-40GB has no fp8; int8"),
+        (lambda: dense(program="megatron", dtype="fp8"), "A100-SXM4-40GB has no fp8"),
         (lambda: simulate.decode("350M+MoE-32", ParallelConfig(data=16, gpus_per_node=16), "a100"), "more than the 8"),
         (lambda: dense(batch=1000), "not a multiple of 16 data ranks x micro_batch 4"),
         (lambda: dense(micro_batch=0), "not a multiple"),
@@ -79,6 +95,8 @@ def test_pr_moe_needs_less_memory_in_training():
         (lambda: simulate.plan("24B+MoE-128", 8), "does not fit 8 GPUs of a100-40gb; it needs 64"),
         (lambda: simulate.plan("1.3B", 8, objective="speed"), "objective must be one of latency"),
         (lambda: simulate.plan("1.3B", 8, max_latency_ms=0.1), "is faster than"),
+        (lambda: simulate.plan("1.3B", 8, max_latency_ms=-1.0), "max_latency_ms must be 0 (no limit) or more, got -1"),
+        (lambda: simulate.plan("1.3B", 8, max_latency_ms=float("nan")), "no limit) or more, got nan"),
         (lambda: simulate.plan("1.3B", 0), "at least one GPU"),
     ],
 )
@@ -120,6 +138,15 @@ def test_a_plan_is_the_best_of_all(objective):
     front = [(e.latency_ms, e.tokens_per_s_per_gpu) for e in found.front]
     assert front == sorted(front) and [t for _, t in front] == sorted(t for _, t in front)
     assert front[0][0] == pytest.approx(min(s.latency_ms[s.fits].min() for s in sweeps))
+
+
+def test_the_runner_up_loses_by_what_a_token_takes_where_batches_differ():
+    found = simulate.plan("24B+MoE-128", 256, objective="throughput", batches=(32, 64), max_latency_ms=40.0)
+    best, other = found.best, found.runner_up
+    assert (best.batch, other.batch, other.bound) == (64, 32, "attention")
+    more = {part: ms / other.batch - best.parts_ms[part] / best.batch for part, ms in other.parts_ms.items()}
+    assert best.parallel.tensor == other.parallel.tensor and max(more, key=more.get) == "experts"
+    assert found.why[2].endswith("lower throughput, most of it reading and multiplying experts")
 
 
 def test_a_latency_bound_is_kept():
