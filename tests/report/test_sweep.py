@@ -146,7 +146,8 @@ def test_an_arm_at_several_peak_rates_is_an_arm_for_each(result):
     asked = points("learning-rate", [{"seeds": "2"}])
     specs = chosen.specs_of(asked.points[0])
     for spec in specs:
-        write_json(RunStore().run(spec).path / "result.json", result(3.0 + spec.train.lr * spec.train.seed))
+        loss = 3.0 + spec.model.is_moe + spec.train.lr * spec.train.seed
+        write_json(RunStore().run(spec).path / "result.json", result(loss))
     found = sweep.compare(chosen, asked, [None], RunStore())
     arms = [f"{arm}, lr {rate}" for arm in ("Dense", "MoE-128") for rate in ("0.004", "0.008", "0.016")]
     assert found.table["arm"].tolist() == arms and set(found.table["runs"]) == {2}
