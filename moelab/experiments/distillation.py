@@ -228,17 +228,19 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame, until: float) ->
 
 
 def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = "350M") -> list[Verdict]:
-    """Judge the claims on distillation throughout and staged, for the runs of one base."""
+    """Judge the claims on distillation throughout and staged that are about one base."""
     arms, looks = names(base), EXPERIMENT.looks_at(scale)
     judged = []
     for claim in paper.claims("distillation"):
-        if claim.id == "full-kd-helps-early" and claim.right == arms["L21 alone"]:
+        if settings.base_of(claim.left) != base:
+            continue
+        if claim.id == "full-kd-helps-early":
             values = list(early(curves).query("arm == 'L21 + KD'")["gap"])
             peak = ", at the peak rate" if reads_halves(scale) else ""
             note = f"Mean over the evaluations of the first half of training{peak}; twins, paired by seed."
             lost = comparison.missing(final, "L21 + KD", "L21 alone") if values else ()
             judged.append(judge(claim, values, note=note, scale=scale, looks=looks, missing=lost))
-        elif claim.id == "full-kd-turns-at-400k" and claim.right == arms["L21 alone"]:
+        elif claim.id == "full-kd-turns-at-400k":
             share = comparison.share_of_training((claim.left, claim.right), final, arms, scale)
             whole, pair = paper.training_settings(claim.left).steps, ("L21 alone", "L21 + KD")
             judged.append(shares.judge_crossing(claim, curves, pair, whole, share, scale=scale, looks=looks))

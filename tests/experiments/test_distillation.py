@@ -101,10 +101,12 @@ def test_where_distillation_turns_is_judged_in_the_papers_steps():
     lines = [curves({"L21 alone": [4] * 5, "L21 + KD": t}, shares).assign(seed=i) for i, t in enumerate(taught)]
     done = final({key: [5.0, 5.1, 5.2] for key in STUDENTS}).assign(tokens=tokens)
 
-    def turned(base):
-        judged = distillation.verdicts(done, pd.concat(lines), "full", base)
-        return next(v for v in judged if v.claim == "full-kd-turns-at-400k")
+    def judged(base):
+        return {v.claim: v for v in distillation.verdicts(done, pd.concat(lines), "full", base)}
 
-    assert turned("350M").values == pytest.approx([572_205 * share for share in (0.8, 0.6, 0.8)])
-    assert turned("350M").verdict == claims.UNDECIDED
-    assert turned("1.3B").ours is None, "the claim is on the 350M base"
+    turned = judged("350M")["full-kd-turns-at-400k"]
+    assert turned.values == pytest.approx([572_205 * share for share in (0.8, 0.6, 0.8)])
+    assert turned.verdict == claims.UNDECIDED
+    one, other = (set(judged(base)) for base in ("350M", "1.3B"))
+    assert one | other == {claim.id for claim in paper.claims("distillation")}
+    assert not one & other and "staged-kd-matches-teacher-1.3b" in other, "a claim is about one base"
