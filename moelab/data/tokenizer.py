@@ -97,6 +97,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+        if backend.token_to_id(eot) is None:
+            raise ValueError(f"{path} has no token {eot}; eos_token in tokenizer_config.json names the end of a text")
         return cls(backend, eot)
 
     def save(self, path: Path) -> None:
