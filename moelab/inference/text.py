@@ -68,7 +68,7 @@ class Writer:
         """Return the continuations in the order of the prompts."""
         completions = self.generator.generate(self._encode(prompts), self._with_end(sampling))
         return [
-            Text(prompt, self.tokenizer.decode(self._without_end(c.tokens)), len(c.tokens), c.finish)
+            Text(prompt, self.tokenizer.decode_after(self._without_end(c.tokens)), len(c.tokens), c.finish)
             for prompt, c in zip(prompts, completions, strict=True)
         ]
 
@@ -89,13 +89,13 @@ class Writer:
                 if text := steps[i](piece.token):
                     shown[i] = shown.get(i, 0) + len(text)
                     yield i, text
-            if piece.finish and (rest := self.tokenizer.decode(tokens.get(i, []))[shown.get(i, 0) :]):
+            if piece.finish and (rest := self.tokenizer.decode_after(tokens.get(i, []))[shown.get(i, 0) :]):
                 yield i, rest  # an incomplete character at the end
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise ValueError("generate: prompts must be a list of texts, got one text")
-        return [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
+        return [self.tokenizer.encode_prompt(prompt) or [self.tokenizer.eot] for prompt in prompts]
 
     def _with_end(self, sampling: Sampling | None) -> Sampling:
         sampling = sampling or Sampling()
