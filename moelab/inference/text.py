@@ -58,10 +58,6 @@ class Writer:
     """
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
-        if tokenizer.vocab_size > (vocab := generator.model.config.vocab):
-            raise ValueError(
-                f"generate: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
-            )
         self.generator, self.tokenizer = generator, tokenizer
 
     def generate(self, prompts: Sequence[str], sampling: Sampling | None = None) -> list[Text]:
@@ -150,6 +146,10 @@ def open_model(
         tokenizer = hf.load_tokenizer(directory)
     else:
         raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")
+    if tokenizer.vocab_size > (vocab := model.config.vocab):
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
+        )
     return model, tokenizer
 
 
