@@ -7,7 +7,7 @@ no code. The base alphabet is the 256 bytes, so any text can be encoded and deco
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -131,12 +131,6 @@ class Tokenizer:
     def decode_after(self, ids: Iterable[int]) -> str:
         """Return the text that the ids add to a text before them, of which some tokenizers strip the first space."""
         return self.decode([self.eot, *ids])[len(self.decode([self.eot])) :]
-
-    def stream(self) -> Callable[[int], str]:
-        """Return a function that takes one id after another and returns what it adds to `decode_after`, if complete."""
-        state = decoders.DecodeStream(skip_special_tokens=False)
-        state.step(self.backend, self.eot)
-        return lambda token: state.step(self.backend, int(token)) or ""
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

@@ -6,7 +6,7 @@ for prompt, text in writer.stream(["Fellow citizens"]): print(text, end="")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,20 +73,15 @@ class Writer:
         return self._texts(self.generator.stream(self._encode(prompts), self._with_end(sampling)))
 
     def _texts(self, pieces: Iterator[Piece]) -> Iterator[tuple[int, str]]:
-        tokens: dict[int, list[int]] = {}
-        shown: dict[int, int] = {}  # characters
-        steps: dict[int, Callable[[int], str]] = {}
+        waiting: dict[int, list[int]] = {}  # tokens of a character that may be incomplete
         for piece in pieces:
-            i = piece.prompt
+            tokens = waiting.setdefault(piece.prompt, [])
             if piece.token != self.tokenizer.eot:
-                tokens.setdefault(i, []).append(piece.token)
-                if i not in steps:
-                    steps[i] = self.tokenizer.stream()
-                if text := steps[i](piece.token):
-                    shown[i] = shown.get(i, 0) + len(text)
-                    yield i, text
-            if piece.finish and (rest := self.tokenizer.decode_after(tokens.get(i, []))[shown.get(i, 0) :]):
-                yield i, rest  # an incomplete character at the end
+                tokens.append(piece.token)
+            text = self.tokenizer.decode_after(tokens)
+            if text and (piece.finish or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+                yield piece.prompt, text
+                tokens.clear()
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str):

@@ -7,18 +7,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
+from tokenizers import decoders, models
 from typer.testing import CliRunner
 
 from moelab.cli import app
 from moelab.cli._options import run_names
 from moelab.config import ModelConfig
 from moelab.data import prepare
-from moelab.data.tokenizer import Tokenizer
+from moelab.data.tokenizer import EOT, Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.inference import Sampling
-from moelab.inference.text import load_run, open_model, open_text
+from moelab.inference.text import Writer, load_run, open_model, open_text
 from moelab.lab import Lab
 from moelab.models import build
 from moelab.runs.store import RunStore
@@ -46,6 +48,16 @@ def test_a_run_writes_and_streams_the_same_text(opened):
     for tokens, text in (((e, grave), "è"), ((e, e), "\N{REPLACEMENT CHARACTER}" * 2)):
         pieces = [SimpleNamespace(prompt=0, token=t, finish=f) for t, f in zip(tokens, (None, "length"), strict=True)]
         assert list(writer._texts(iter(pieces))) == [(0, text)]
+
+
+def test_bytes_that_are_no_character_are_shown_with_what_follows():
+    """Of a tokenizer with tokens for bytes, as Mixtral's, whose library gives up such a stream."""
+    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab={**bytes_, EOT: 256, "as": 257}, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    pieces = [SimpleNamespace(prompt=0, token=t, finish=None) for t in (0x26, 0xE9, 257)]
+    shown = [text for _, text in Writer(None, Tokenizer(backend))._texts(iter(pieces))]
+    assert shown == ["&", "\N{REPLACEMENT CHARACTER}as"]
 
 
 def test_modes_and_exports_write_the_same_text(trained, workspace, opened, tmp_path):
