@@ -197,7 +197,7 @@ class Lab:
 
     def generate(
         self,
-        run: Run | str,
+        run: Run | str | Path,
         prompts: str | Sequence[str],
         *,
         mode: str = "optimised",
@@ -215,7 +215,7 @@ class Lab:
         from moelab.inference import Sampling
         from moelab.inference.text import open_text
 
-        directory = run.path if isinstance(run, Run) else self.store.find(run)
+        directory = run.path if isinstance(run, Run) else self.store.find(str(run))
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         how = from_json(Sampling, sampling, "lab.generate")
         batch = min(max(len(several), 1), 32)

@@ -78,7 +78,7 @@ def generate(
         return
     completions = writer.generate(prompts, sampling)
     if mesh is None or mesh.rank == 0:
-        given = {"model": directory.name, "dtype": dtype, "sampling": asdict(sampling)}
+        given = {"model": directory.resolve().name, "dtype": dtype, "sampling": asdict(sampling)}
         lines = [json.dumps(given | asdict(text)) for text in completions] if as_json else map(str, completions)
         print(("\n" if as_json else "\n\n").join(lines))
     process.leave()

@@ -7,7 +7,7 @@ no code. The base alphabet is the 256 bytes, so any text can be encoded and deco
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -50,6 +50,8 @@ class Tokenizer:
         if eot is None:
             raise ValueError(f"tokenizer has no {end} token")
         backend.encode_special_tokens = True  # "treat special tokens in text as text"; not part of the saved file
+        backend.no_truncation()  # those of a file are left from its model's training
+        backend.no_padding()
         self.backend = backend
         self.eot: int = eot
         self.vocab_size: int = backend.get_vocab_size()
@@ -97,6 +99,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+        if backend.token_to_id(eot) is None:
+            raise ValueError(f"{path} has no token {eot}; eos_token in tokenizer_config.json names the end of a text")
         return cls(backend, eot)
 
     def save(self, path: Path) -> None:
@@ -111,6 +115,10 @@ class Tokenizer:
         """Token ids of the text; no `eot` is added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that begins a document, with what the file puts before it, such as Mixtral's "<s>"."""
+        return self.backend.encode(text).ids
+
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Token ids of each text, computed on all cores."""
         for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False):
@@ -120,10 +128,9 @@ class Tokenizer:
         """Return the text of the ids (a list, array or tensor), `eot` as "<|endoftext|>", broken UTF-8 as U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def stream(self) -> Callable[[int], str]:
-        """Return a function that takes one id after another and returns the text that it adds, if complete."""
-        state = decoders.DecodeStream(skip_special_tokens=False)
-        return lambda token: state.step(self.backend, int(token)) or ""
+    def decode_after(self, ids: Iterable[int]) -> str:
+        """Return the text that the ids add to a text before them, of which some tokenizers strip the first space."""
+        return self.decode([self.eot, *ids])[len(self.decode([self.eot])) :]
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

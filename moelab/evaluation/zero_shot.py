@@ -117,8 +117,8 @@ def evaluate(
         batch: number of sequences at a time.
 
     Raises:
-        ValueError: one line: no model, an unknown task, a task whose data cannot be fetched, or lm-eval is not
-            installed.
+        ValueError: one line: no model, an unknown task, one without accuracy, a task whose data cannot be fetched, or
+            lm-eval is not installed.
         CorpusUnavailable: the package of the packaged tasks cannot be fetched.
         CheckpointError: the checkpoint belongs to another model.
     """
@@ -161,6 +161,10 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
             ) from None
         for one in loaded["tasks"].values():
             one.set_config("num_fewshot", 0)
+            if not {"exact_match", "acc"} & set(one.aggregation()):
+                raise ValueError(
+                    f"eval: {task} has {', '.join(one.aggregation())}; only tasks with acc or exact_match are scored"
+                )
         # Not `simple_evaluate`, which lists all installed packages with pip at each call.
         results = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
     kind = results["configs"][task]["output_type"]

@@ -72,8 +72,8 @@ class Generator:
     Args:
         model: the whole model, or this rank's part; on the device and in the dtype in which it computes.
         batch: number of sequences at a time (per data rank).
-        length: longest sequence in tokens, prompt and output; 0 means the model's context. The cache's memory is
-            proportional to it.
+        length: longest sequence in tokens, prompt and output, for which the cache is made; 0 means the model's context,
+            and the cache grows up to it with the prompts and their `max_new_tokens`.
         mesh: the ranks; None means this process alone.
         static: decode with the same shapes at each step and all state on the device (see `moelab.inference.cache`).
             None chooses it on CUDA, unless the host must read numbers from the device: on several ranks message sizes,
@@ -113,7 +113,8 @@ class Generator:
             raise ValueError(
                 f"generate: static decoding in baseline mode takes at most {STATIC_TOKENS} sequences, got {batch}"
             )
-        self.cache = KVCache(model, batch, length or context, weight.dtype, weight.device)
+        self.length = length or context
+        self.cache = KVCache(model, batch, length or 1, weight.dtype, weight.device)
         self._step: _StaticStep | None = None
         self._capture = capture and cuda
         self._newest: object = None  # the stream that the cache belongs to
@@ -152,23 +153,28 @@ class Generator:
         sampling = sampling or Sampling()
         ids = [tuple(int(t) for t in p) for p in prompts]
         self._check(ids)
-        room = self.cache.length - min(map(len, ids), default=0)  # most new tokens of any prompt
+        room = self.length - min(map(len, ids), default=0)  # most new tokens of any prompt
+        longest = min(self.length, max(map(len, ids), default=0) + sampling.max_new_tokens)
         count = 0 if sampling.greedy else min(sampling.max_new_tokens, room)
         draws = uniforms(sampling.seed, ids, count).tolist()
         data, ranks = (self.mesh.data.index, self.mesh.data.size) if self.mesh is not None else (0, 1)
         queue = deque(_Sequence(i, ids[i], draws[i]) for i in range(data, len(ids), ranks))
-        return self._alone((self._stream_static if self.static else self._stream)(queue, sampling))
+        return self._alone((self._stream_static if self.static else self._stream)(queue, sampling), longest)
 
-    def _alone(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Yield the pieces of a stream; RuntimeError after another stream has begun."""
+    def _alone(self, pieces: Iterator[Piece], longest: int) -> Iterator[Piece]:
+        """Yield the pieces of a stream, of sequences up to `longest`; RuntimeError after another stream has begun."""
         mine = self._newest = object()
+        if longest > (old := self.cache).length:
+            self._step = None  # it reads the old cache
+            self.cache = KVCache(self.model, old.slots, longest, old.keys.dtype, old.device)
+        del old
         for piece in pieces:
             yield piece
             if self._newest is not mine:
                 raise RuntimeError("generate: this stream ended when a later one of the same generator began")
 
     def _check(self, prompts: list[tuple[int, ...]]) -> None:
-        vocab, length = self.model.config.vocab, self.cache.length
+        vocab, length = self.model.config.vocab, self.length
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"generate: prompt {i} is empty; give at least one token")
@@ -260,7 +266,7 @@ class Generator:
             return "stop"
         if len(sequence.tokens) == sampling.max_new_tokens:
             return "length"
-        return "context" if sequence.cached + 1 == self.cache.length else None
+        return "context" if sequence.cached + 1 == self.length else None
 
     # -- static --------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ for prompt, text in writer.stream(["Fellow citizens"]): print(text, end="")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,13 @@ class Writer:
     """
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
-        if tokenizer.vocab_size > (vocab := generator.model.config.vocab):
-            raise ValueError(
-                f"generate: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
-            )
         self.generator, self.tokenizer = generator, tokenizer
 
     def generate(self, prompts: Sequence[str], sampling: Sampling | None = None) -> list[Text]:
         """Return the continuations in the order of the prompts."""
         completions = self.generator.generate(self._encode(prompts), self._with_end(sampling))
         return [
-            Text(prompt, self.tokenizer.decode(self._without_end(c.tokens)), len(c.tokens), c.finish)
+            Text(prompt, self.tokenizer.decode_after(self._without_end(c.tokens)), len(c.tokens), c.finish)
             for prompt, c in zip(prompts, completions, strict=True)
         ]
 
@@ -77,25 +73,20 @@ class Writer:
         return self._texts(self.generator.stream(self._encode(prompts), self._with_end(sampling)))
 
     def _texts(self, pieces: Iterator[Piece]) -> Iterator[tuple[int, str]]:
-        tokens: dict[int, list[int]] = {}
-        shown: dict[int, int] = {}  # characters
-        steps: dict[int, Callable[[int], str]] = {}
+        waiting: dict[int, list[int]] = {}  # tokens of a character that may be incomplete
         for piece in pieces:
-            i = piece.prompt
+            tokens = waiting.setdefault(piece.prompt, [])
             if piece.token != self.tokenizer.eot:
-                tokens.setdefault(i, []).append(piece.token)
-                if i not in steps:
-                    steps[i] = self.tokenizer.stream()
-                if text := steps[i](piece.token):
-                    shown[i] = shown.get(i, 0) + len(text)
-                    yield i, text
-            if piece.finish and (rest := self.tokenizer.decode(tokens.get(i, []))[shown.get(i, 0) :]):
-                yield i, rest  # an incomplete character at the end
+                tokens.append(piece.token)
+            text = self.tokenizer.decode_after(tokens)
+            if text and (piece.finish or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+                yield piece.prompt, text
+                tokens.clear()
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise ValueError("generate: prompts must be a list of texts, got one text")
-        return [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
+        return [self.tokenizer.encode_prompt(prompt) or [self.tokenizer.eot] for prompt in prompts]
 
     def _with_end(self, sampling: Sampling | None) -> Sampling:
         sampling = sampling or Sampling()
@@ -150,6 +141,10 @@ def open_model(
         tokenizer = hf.load_tokenizer(directory)
     else:
         raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")
+    if tokenizer.vocab_size > (vocab := model.config.vocab):
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
+        )
     return model, tokenizer
 
 

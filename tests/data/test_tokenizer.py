@@ -7,6 +7,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, processors
 
 from moelab.data.tokenizer import EOT, Tokenizer, bpe_vocabulary
 
@@ -47,6 +48,23 @@ def test_another_process_learns_the_same(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, json.dumps(TEXTS), str(tmp_path / "there.json")], check=True)
     assert (tmp_path / "here.json").read_bytes() == (tmp_path / "there.json").read_bytes()
+
+
+def test_a_file_of_others_opens_a_text_as_it_does_and_a_continuation_keeps_its_space(tmp_path):
+    """As Mixtral's, saved while its model was trained on short sequences."""
+    other = Tokenizer.train(TEXTS, 280)
+    other.backend.post_processor = processors.TemplateProcessing(single=f"{EOT} $A", special_tokens=[(EOT, 0)])
+    other.backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    other.backend.enable_truncation(4)
+    other.backend.enable_padding(length=9)
+    other.save(tmp_path / "t.json")
+    read, text = Tokenizer.load(tmp_path / "t.json"), " the cat sat on the log"
+    ids = SMALL.encode(text)
+    assert (
+        len(ids) > 4 and read.encode(text) == ids and list(read.encode_batch([text, "x"])) == [ids, SMALL.encode("x")]
+    )
+    assert read.encode_prompt(text) == [0, *ids] and SMALL.encode_prompt(text) == ids
+    assert read.decode(ids) == text[1:] and read.decode_after(ids) == text
 
 
 def test_names_and_other_files_are_refused(tmp_path):

@@ -2,6 +2,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
 
@@ -89,6 +90,21 @@ def test_the_tokenizer_goes_along(tmp_path, transformers):
     assert hf.load_tokenizer(folder).encode(text) == tokenizer.encode(text)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert theirs(text)["input_ids"] == tokenizer.encode(text) and theirs.eos_token_id == tokenizer.eot
+
+
+def test_the_end_of_a_text_goes_along(tmp_path):
+    file = Tokenizer.train(["the wave"], 300).backend.to_str().replace("<|endoftext|>", "</s>")
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(file), "</s>")
+    folder = hf.export(made(DENSE), tmp_path / "out", tokenizer)
+    assert hf.load_tokenizer(folder).eot == tokenizer.eot
+    hf.convert(folder, tmp_path / "ours")
+    hf.convert(tmp_path / "ours", tmp_path / "back", "gpt2")
+    assert read_json(tmp_path / "back" / "config.json")["eos_token_id"] == tokenizer.eot
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"/out/tokenizer\.json has no token <\|endoftext\|>; eos_token in tokenizer_con"
+    ):
+        hf.load_tokenizer(folder)
 
 
 def test_bad_directories(tmp_path):

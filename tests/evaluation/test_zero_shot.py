@@ -322,6 +322,11 @@ def test_bad_input_is_one_line(lm_eval, exported, cache, monkeypatch):
             evaluate(folder, cache=cache, limit=limit)
     with pytest.raises(ValueError, match="batch must be at least 1"):
         evaluate(folder, cache=cache, batch=0)
+    other = {"metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]}
+    known = zero_shot.definition
+    monkeypatch.setattr(zero_shot, "definition", lambda task: known(task) | other)
+    with pytest.raises(ValueError, match=r"packaged_piqa has acc_norm; only tasks with acc or exact_match are scored"):
+        evaluate(folder, ["packaged_piqa"], cache=cache)
     monkeypatch.setattr(zero_shot, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="lm-eval is not installed; install moelab with its extra"):
         evaluate(folder, cache=cache)

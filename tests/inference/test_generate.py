@@ -104,6 +104,18 @@ def test_more_tokens_than_the_context_holds_cost_nothing(static, prompts, kinds,
     assert found[0] == found[1] and all(c.finish == "context" for c in found[1])
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_the_cache_is_as_long_as_its_sequences_need(static, prompts, kinds, make):
+    """A published model's context may be a million tokens."""
+    model = set_mode(make(kinds["dense"]))
+    generator = Generator(model, batch=3, static=static)
+    generator.generate([[1, 2], [3]], Sampling(max_new_tokens=4, temperature=0))
+    assert generator.cache.length == 6
+    found = generator.generate(prompts, GREEDY)
+    assert generator.cache.length == 38
+    assert found == Generator(model, batch=3, length=48, static=static).generate(prompts, GREEDY)
+
+
 def test_capacity_on_request(prompts, kinds, make):
     """With drops, a capacity of few slots changes outputs; drop-free is the default whatever the model was trained with."""
     tight = replace(kinds["MoE"], routing=RoutingConfig(capacity_factor_eval=0.1, min_capacity=1))

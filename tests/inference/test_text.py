@@ -3,20 +3,26 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
+from tokenizers import decoders, models
 from typer.testing import CliRunner
 
 from moelab.cli import app
 from moelab.cli._options import run_names
+from moelab.config import ModelConfig
 from moelab.data import prepare
+from moelab.data.tokenizer import EOT, Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.inference import Sampling
-from moelab.inference.text import load_run, open_text
+from moelab.inference.text import Writer, load_run, open_model, open_text
 from moelab.lab import Lab
+from moelab.models import build
 from moelab.runs.store import RunStore
 
 SAMPLING = Sampling(max_new_tokens=20, temperature=0.7, top_k=20)
@@ -44,6 +50,16 @@ def test_a_run_writes_and_streams_the_same_text(opened):
         assert list(writer._texts(iter(pieces))) == [(0, text)]
 
 
+def test_bytes_that_are_no_character_are_shown_with_what_follows():
+    """Of a tokenizer with tokens for bytes, as Mixtral's, whose library gives up such a stream."""
+    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab={**bytes_, EOT: 256, "as": 257}, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    pieces = [SimpleNamespace(prompt=0, token=t, finish=None) for t in (0x26, 0xE9, 257)]
+    shown = [text for _, text in Writer(None, Tokenizer(backend))._texts(iter(pieces))]
+    assert shown == ["&", "\N{REPLACEMENT CHARACTER}as"]
+
+
 def test_modes_and_exports_write_the_same_text(trained, workspace, opened, tmp_path):
     expected = opened().generate(["the wave"], SAMPLING)
     assert opened(mode="baseline").generate(["the wave"], SAMPLING) == expected
@@ -60,6 +76,9 @@ def test_one_line_in_a_notebook(trained):
     for wrong, said in (({"topp": 0.5}, r"topp.*max_new_tokens"), ({"top_k": 2.5}, r"top_k must be .* got 2\.5")):
         with pytest.raises(ValueError, match=rf"lab\.generate.*{said}"):
             lab.generate(trained, "wave", **wrong)
+    assert lab.generate(trained.path, "wave", max_new_tokens=5, temperature=0) == text
+    with pytest.raises(ValueError, match="run 'nosuch': no such run or directory"):
+        lab.generate(Path("nosuch"), "wave")
     with pytest.raises(ValueError, match="device must be cpu, or cuda where there is a GPU, got 'gpu'"):
         lab.generate(trained, "wave", device="gpu")
 
@@ -92,7 +111,7 @@ def moelab(*arguments):
     return done.output
 
 
-def test_commands(trained, tmp_path):
+def test_commands(trained, tmp_path, monkeypatch):
     few = ("--max-new-tokens", "6", "--temperature", "0")
     assert moelab("generate", trained.spec.id, "--prompt", "wave salt", *few).startswith("wave salt")
     assert "moelab format in" in moelab("export", trained.spec.id[:6], str(tmp_path / "out"))
@@ -102,6 +121,8 @@ def test_commands(trained, tmp_path):
     rows = [json.loads(line) for line in lines.splitlines()]
     assert "\n\n".join(row["prompt"] + row["text"] for row in rows) + "\n" == both
     assert rows[0]["model"] == "out" and rows[0]["sampling"]["temperature"] == 0
+    monkeypatch.chdir(tmp_path / "out")
+    assert json.loads(moelab("generate", ".", "--prompt", "wave", *few, "--json")) == rows[0]
 
 
 def test_published_weights_are_opened_by_name(trained, tmp_path, monkeypatch):
@@ -161,6 +182,10 @@ def test_a_damaged_checkpoint(trained, tmp_path, caplog):
 def test_what_cannot_be_opened(trained, workspace, opened, tmp_path):
     with pytest.raises(ValueError, match="neither a run"):
         open_text(tmp_path, cache=workspace / "data")
+    small = build(ModelConfig(layers=1, hidden=32, heads=2, vocab=200, context=8), 0)
+    folder = hf.export(small, tmp_path / "small", Tokenizer.train(["wave"], 257))
+    with pytest.raises(ValueError, match=r"/small: the tokenizer has 257 entries, the model's embedding only 200"):
+        open_model(folder, cache=workspace / "data")
     empty = RunStore(tmp_path / "runs").run(trained.spec).path
     with pytest.raises(ValueError, match="no checkpoint yet; train the run first"):
         open_text(empty, cache=workspace / "data")

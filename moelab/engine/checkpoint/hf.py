@@ -7,7 +7,7 @@
 Logits are equal to those of transformers in both directions. Our own format has the model's parameters by name; an
 expert's parameters are by its global id, each a tensor of its own, so that tools can read single experts:
 
-    config.json     {"model_type": "moelab", "format": 1, "model": ModelConfig as JSON}
+    config.json     {"model_type": "moelab", "format": 1, "model": ModelConfig as JSON, "eos_token_id": ends a text}
     *.safetensors   blocks.1.ffn.experts.7.up [M, F] (gated: [M, 2, F]), .up_bias [F], .down [F, M], .down_bias [M]
 
 `hf_formats` and `hf_families` say which tensor holds which parameter. Parameters are read one at a time and written by
@@ -74,7 +74,7 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None, mode
         if tokenizer is not None:
             tokenizer.save(new / _TOKENIZER)
             special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context}
-            write_json(new / "tokenizer_config.json", {**special, "eos_token": "<|endoftext|>"})
+            write_json(new / "tokenizer_config.json", {**special, "eos_token": tokenizer.backend.id_to_token(eot)})
     return directory
 
 

@@ -97,7 +97,7 @@ def _read_moelab_config(record: dict[str, Any], where: Path) -> ModelConfig:
 
 
 def _write_moelab_config(config: ModelConfig, eot: int | None) -> dict[str, Any]:
-    return {"model_type": "moelab", "format": VERSION, "model": to_json(config)}
+    return {"model_type": "moelab", "format": VERSION, "model": to_json(config), "eos_token_id": eot}
 
 
 def _moelab_parts(name: str, shape: tuple[int, ...], config: ModelConfig) -> Iterator[Part]:
