@@ -115,11 +115,12 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
 
 def _losses(runs: Runs) -> list[dict[str, Any]]:
     of = [(run.spec.title, run.spec.train.lr) for run in runs.finished]
-    final, rows = comparison.by_peak_rate(runs.final(), [rate for _, rate in of]), []
     if not of:
-        return rows
+        return []
+    final = comparison.by_peak_rate(runs.final(), [rate for _, rate in of])
     # Where the point's first arm has no result, nothing takes its place, nor where it has none on the first seed.
     first = dict(zip(of, final["arm"], strict=True)).get((runs[0].spec.title, runs[0].spec.train.lr), "")
+    rows = []
     for arm in dict.fromkeys(final["arm"]):
         losses = list(final.loc[final["arm"] == arm, "validation_loss"])
         paired = comparison.paired(final, arm, first) if arm != first else []
