@@ -74,7 +74,8 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None, mode
         if tokenizer is not None:
             tokenizer.save(new / _TOKENIZER)
             special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context}
-            write_json(new / "tokenizer_config.json", {**special, "eos_token": tokenizer.backend.id_to_token(tokenizer.eot)})
+            end = tokenizer.backend.id_to_token(tokenizer.eot)
+            write_json(new / "tokenizer_config.json", {**special, "eos_token": end})
     return directory
 
 
