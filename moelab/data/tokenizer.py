@@ -50,7 +50,7 @@ class Tokenizer:
         if eot is None:
             raise ValueError(f"tokenizer has no {end} token")
         backend.encode_special_tokens = True  # "treat special tokens in text as text"; not part of the saved file
-        backend.no_truncation()  # those of a file are left from its model's training
+        backend.no_truncation()  # a file may still ask for the cut and the padding of its model's training
         backend.no_padding()
         self.backend = backend
         self.eot: int = eot
