@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
+    from matplotlib.text import Text
 
 WIDTH = 4.4
 """Inches of every figure. On a phone of 390 pixels it is drawn 358 wide: a text of `TEXT` points is 11 pixels high."""
@@ -76,7 +77,8 @@ def legend_below(ax: Axes, columns: int = 0, *, of: Sequence[Axes] = ()) -> Lege
             marks.setdefault(label, mark)
     columns = columns or (2 if max(map(len, marks), default=0) <= 21 else 1)
     figure: Any = ax.get_figure()
-    below = _fit(ax)
+    _fit(figure, [ax])
+    below = _below(ax)
     turned = max(0.0, below - 0.75)
     figure.set_figheight(figure.get_figheight() + _LINE * math.ceil(len(marks) / columns) + turned)
     return ax.legend(
@@ -103,40 +105,45 @@ def name_rows(ax: Axes, names: Sequence[str], *, above: float = 0.3) -> None:
 
 def title(fig: Figure, text: str) -> Figure:
     """Write the title above the figure, and fit the labels of its axes to its width; call it last."""
-    for ax in fig.axes:
-        _fit(ax)
+    _fit(fig, fig.axes)
     lines = wrapped(typeset(text), _CHARACTERS["title"])
     fig.suptitle(lines, x=0.01, ha="left", fontsize=11)
     fig.set_figheight(fig.get_figheight() + _LINE * len(lines.splitlines()))
     return fig
 
 
-def _fit(ax: Axes) -> float:
-    """Wrap an axis's labels to the figure's width, and turn those of the horizontal axis that would overlap.
-
-    Returns:
-        Inches that ticks and label take below the axis.
-    """
+def _fit(figure: Any, axes: Sequence[Axes]) -> None:
+    """Wrap the labels of axes to the figure's width, and turn those of a horizontal axis that would overlap."""
     from matplotlib.ticker import AutoLocator, MaxNLocator
 
+    for ax in axes:
+        ax.set_ylabel(wrapped(ax.get_ylabel(), _CHARACTERS["ylabel"]))
+        for place in ("left", "center"):
+            ax.set_title(wrapped(ax.get_title(loc=place), _CHARACTERS["title"]), loc=place)
+        if isinstance(locator := ax.xaxis.get_major_locator(), AutoLocator | MaxNLocator):
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=getattr(locator, "_integer", False)))
+    figure.draw_without_rendering()  # once for all axes: it takes a tenth of a second and more
+    for ax in axes:
+        box = ax.get_window_extent()
+        center = (box.x0 + box.x1) / 2
+        room = 2 * min(center - figure.bbox.x0, figure.bbox.x1 - center) / figure.dpi
+        ax.set_xlabel(wrapped(ax.get_xlabel(), max(20, int(room / _LETTER))))
+        ticks = _ticks(ax)
+        boxes = [one.get_window_extent() for one in ticks]
+        if any(left.x1 + 2 > right.x0 for left, right in zip(boxes, boxes[1:], strict=False)):
+            for one in ticks:
+                one.set(rotation=40, ha="right", rotation_mode="anchor")
+
+
+def _ticks(ax: Axes) -> list[Text]:
+    return [one for one in ax.get_xticklabels() if one.get_text() and one.get_visible()]
+
+
+def _below(ax: Axes) -> float:
+    """Return the inches that ticks and label take below an axis."""
     figure: Any = ax.get_figure()
-    ax.set_ylabel(wrapped(ax.get_ylabel(), _CHARACTERS["ylabel"]))
-    for place in ("left", "center"):
-        ax.set_title(wrapped(ax.get_title(loc=place), _CHARACTERS["title"]), loc=place)
-    if isinstance(locator := ax.xaxis.get_major_locator(), AutoLocator | MaxNLocator):
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=getattr(locator, "_integer", False)))
     figure.draw_without_rendering()
-    box = ax.get_window_extent()
-    center = (box.x0 + box.x1) / 2
-    room = 2 * min(center - figure.bbox.x0, figure.bbox.x1 - center) / figure.dpi
-    ax.set_xlabel(wrapped(ax.get_xlabel(), max(20, int(room / _LETTER))))
-    ticks = [one for one in ax.get_xticklabels() if one.get_text() and one.get_visible()]
-    boxes = [one.get_window_extent() for one in ticks]
-    if any(left.x1 + 2 > right.x0 for left, right in zip(boxes, boxes[1:], strict=False)):
-        for one in ticks:
-            one.set(rotation=40, ha="right", rotation_mode="anchor")
-    figure.draw_without_rendering()
-    labels = [one.get_window_extent() for one in (*ticks, ax.xaxis.label) if one.get_text()]
+    labels = [one.get_window_extent() for one in (*_ticks(ax), ax.xaxis.label) if one.get_text()]
     return (ax.get_window_extent().y0 - min((one.y0 for one in labels), default=ax.get_window_extent().y0)) / figure.dpi
 
 
