@@ -126,7 +126,7 @@ def bounds(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def fit(points: pd.DataFrame) -> Fit:
+def fit(points: pd.DataFrame, draws: int = 0) -> Fit:
     """Fit a family's law by least squares, and again to points with residuals drawn anew.
 
     The budgets of a trunk share most of their training, so residuals are drawn a whole trunk at a time. They are
@@ -136,6 +136,7 @@ def fit(points: pd.DataFrame) -> Fit:
     Args:
         points: columns flops (training FLOPs of a token), seed, tokens, loss. Sizes and seeds with a missing or
             non-finite loss are left out.
+        draws: refits; 0 takes `DRAWS`.
 
     Raises:
         ValueError: one line: there are not more points than parameters, or fewer than three sizes or budgets.
@@ -157,9 +158,9 @@ def fit(points: pd.DataFrame) -> Fit:
     wider = math.sqrt(trunks / left) * float(t.isf(0.025, left) / norm.isf(0.025))
     residuals = (table.to_numpy() - fitted - misfit) * wider
     draw = np.random.default_rng(0)
-    drawn = [residuals[draw.integers(trunks, size=trunks)] for _ in range(DRAWS)]
-    draws = tuple(_fit(flops[:, None], tokens[None, :], fitted + some, law) for some in drawn)
-    return Fit(law, misfit, draws, residuals)
+    drawn = [residuals[draw.integers(trunks, size=trunks)] for _ in range(draws or DRAWS)]
+    laws = tuple(_fit(flops[:, None], tokens[None, :], fitted + some, law) for some in drawn)
+    return Fit(law, misfit, laws, residuals)
 
 
 def _fit(flops: np.ndarray, tokens: np.ndarray, losses: np.ndarray, start: Law | None) -> Law:

@@ -51,6 +51,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 FITTED = 3
 """How many of each width's budgets the laws are fitted to: the longest. At `cpu` the others have 250 and 500 steps."""
 
+REFITS = {"smoke": 40}
+"""Scale -> refits behind an interval, where they are fewer than `moelab.design.laws.DRAWS`: no law fits untrained models."""
+
 INTERVAL = ("value", "low", "high")
 
 
@@ -110,7 +113,8 @@ def fits(table: pd.DataFrame, scale: str) -> dict[str, laws.Fit]:
     table, by_arm = longest(table), {}
     for arm in ARMS:
         try:
-            by_arm[arm] = laws.fit(table[(table["arm"] == arm) & table["width"].isin(WIDTHS[scale])])
+            mine = table[(table["arm"] == arm) & table["width"].isin(WIDTHS[scale])]
+            by_arm[arm] = laws.fit(mine, REFITS.get(scale, 0))
         except ValueError:
             continue
     return by_arm

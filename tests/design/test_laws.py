@@ -46,6 +46,7 @@ def test_the_larger_term_decides():
 
 def test_a_law_is_found_again_from_exact_points():
     found = laws.fit(points())
+    assert len(found.draws) == laws.DRAWS
     assert found.law.floor == pytest.approx(1.8, abs=0.01)
     assert found.law.exponent == pytest.approx(LAW.exponent, abs=0.01)
     assert found.law.compute(2.6) == pytest.approx(LAW.compute(2.6), rel=0.02)
@@ -56,7 +57,8 @@ def test_a_law_is_found_again_from_exact_points():
 
 @pytest.mark.slow
 def test_intervals_hold_the_truth_and_widen_with_the_noise():
-    quiet, loud, again = (laws.fit(points(noise)) for noise in (0.003, 0.02, 0.02))
+    quiet, loud, again = (laws.fit(points(noise), draws=150) for noise in (0.003, 0.02, 0.02))
+    assert len(loud.draws) == 150
     assert again.predict(8e6, TOKENS, 3) == loud.predict(8e6, TOKENS, 3), "the same points give the same numbers"
     for found in (quiet, loud):
         for value in (lambda law: law.floor, lambda law: law.exponent, lambda law: law.compute(2.6)):

@@ -25,6 +25,13 @@ def made(widths, better=0.2, noise=0.004):
     return pd.DataFrame(rows, columns=["arm", "width", "seed", "flops", "tokens", "compute", "loss"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laws, "DRAWS", 100)
+        yield
+
+
 @pytest.fixture(scope="module")
 def table():
     return made((32, 64, 96, 128))
