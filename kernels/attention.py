@@ -30,7 +30,15 @@ def _fits(T: int, D: int) -> bool:
 
 
 def attention(qkv_BT3HD: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Return the attention's output [B, T, H, D] in the input's dtype. Differentiable (once)."""
+    """Return the attention's output [B, T, H, D] in the input's dtype. Differentiable (once).
+
+    Raises ``ValueError`` for another shape or integers.
+    """
+    if qkv_BT3HD.dim() != 5 or qkv_BT3HD.shape[2] != 3 or not qkv_BT3HD.is_floating_point():
+        raise ValueError(
+            f"attention: queries, keys and values must be floating point [B, T, 3, H, D], not {qkv_BT3HD.dtype} "
+            f"{tuple(qkv_BT3HD.shape)}"
+        )
     T, D = qkv_BT3HD.shape[1], qkv_BT3HD.shape[4]
     fits = _fits(T, D) and (T <= LONGEST or backend == "cpp")
     if pick_backend("attention", backend, qkv_BT3HD, fits=fits) == "cpp":
