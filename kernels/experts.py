@@ -144,7 +144,7 @@ def _fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor, gated: bool) -> bool:
     """Return whether the C++ takes rows and weights of these sizes, multiples of `MULTIPLE`, and dtypes."""
     _, F, M = w2_EFM.shape
     bytes_ = (3 if gated else 2) * F * M * x_RM.element_size()
-    sizes = M % MULTIPLE == F % MULTIPLE == 0 and bytes_ <= LARGEST
+    sizes = F > 0 and M % MULTIPLE == F % MULTIPLE == 0 and bytes_ <= LARGEST
     return sizes and x_RM.dtype in (torch.float32, torch.bfloat16)
 
 
@@ -194,7 +194,8 @@ def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activ
 def _grouped(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
     """Compute the experts by PyTorch's grouped products, for machines without the C++."""
     sizes = {*w1_EMF.shape[1:], *w2_EFM.shape[1:]}
-    if x_RM.dtype not in FLOATS or any(n * x_RM.element_size() % 16 for n in sizes):  # they need aligned rows
+    aligned = all(n > 0 and n * x_RM.element_size() % 16 == 0 for n in sizes)  # rows, which they need
+    if x_RM.dtype not in FLOATS or not aligned:
         return _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation)
     x_RM, w1_EMF, w2_EFM = contiguous(x_RM, w1_EMF, w2_EFM)
     expert_R = torch.repeat_interleave(offsets_E1.diff())

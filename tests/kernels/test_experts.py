@@ -235,9 +235,11 @@ def test_offsets_may_not_change_before_the_backward_pass(target):
         y.sum().backward()
 
 
-def test_large_experts_are_left_to_the_reference():
+def test_large_and_empty_experts_are_left_to_the_reference():
     assert experts._fits(torch.zeros(1, 16), torch.empty(1, 64, 16), False)
     assert not experts._fits(torch.zeros(1, 16), torch.empty(1, 1 << 20, 16, device="meta"), False)
+    empty = [torch.ones(1, 16, 0), None, torch.ones(1, 0, 16), torch.full((1, 16), 2.0)]
+    assert expert_ffn(torch.ones(3, 16), torch.tensor([0, 3]), *empty).eq(2).all(), "the bias alone"
 
 
 def test_a_counter_of_operations_sees_the_products(target):
