@@ -44,7 +44,8 @@ def attention(qkv_BT3HD: Tensor, *, backend: Backend = "auto") -> Tensor:
     if pick_backend("attention", backend, qkv_BT3HD, fits=fits) == "cpp":
         return _Attention.apply(qkv_BT3HD)
     q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    with torch.autocast(qkv_BT3HD.device.type, enabled=False):  # which would return its own dtype
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):

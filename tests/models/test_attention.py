@@ -65,6 +65,12 @@ def test_integers_and_other_shapes_are_refused(wrong):
         kernels.attention(wrong)
 
 
+def test_autocast_changes_no_dtype_on_either_path():
+    qkv = torch.randn(1, 17, 3, 1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.attention(qkv).dtype == kernels.attention(qkv[:, :16]).dtype == torch.float32
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("scale", [1, 4])  # of queries and keys: flat and peaked probabilities
 def test_bf16_is_as_exact_as_the_fused_kernel(scale, autocast):
