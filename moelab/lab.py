@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from moelab import environment, machine, paths
 from moelab.config import DataConfig, from_json
 from moelab.files import write_json
-from moelab.lazy import pd
+from moelab.lazy import pd, whole_imports
 from moelab.report.publication import Publication
 from moelab.runs import executors
 from moelab.runs.collection import Runs
@@ -85,7 +85,7 @@ class Lab:
                 shows their state and waits for them; stopping the cell leaves them in the queue. "read" trains nothing.
                 "auto" takes the value of the environment variable `MOELAB_EXECUTOR` (in a notebook's batch job "read");
                 else it is "processes", but "inline" for runs that end before a process of their own would have begun
-                (these have no log).
+                (their log has errors only).
             workers: processes at a time, one for each rank; by default as many as the cores allow at each run's
                 threads. At least one run is trained at a time, and on GPUs no more.
             profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.
@@ -212,8 +212,9 @@ class Lab:
             device: "cpu" or "cuda".
             sampling: fields of `moelab.inference.Sampling`, such as ``max_new_tokens=40, top_p=0.9``.
         """
-        from moelab.inference import Sampling
-        from moelab.inference.text import open_text
+        with whole_imports():
+            from moelab.inference import Sampling
+            from moelab.inference.text import open_text
 
         directory = run.path if isinstance(run, Run) else self.store.find(str(run))
         several = [prompts] if isinstance(prompts, str) else list(prompts)
