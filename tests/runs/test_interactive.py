@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moelab.training.loop
+from moelab import lab, paths
 from moelab.lab import Lab
 from moelab.lazy import whole_imports
 from moelab.runs.collection import NoResult
@@ -59,6 +60,29 @@ def test_the_log_that_a_failure_names_has_the_traceback(tiny_spec, monkeypatch):
     (run,) = error.value.runs
     log = (run.path / "log.txt").read_text()
     assert "in wrong\n" in log and log.endswith("ZeroDivisionError: division by zero in my router\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "parameters", "why"),
+    [
+        ("zero-shot", "smoke", {"scale": "smoke", "limit": 1}, "limit must be 0"),
+        ("what-if", "smoke", {"scale": "smoke", "cached": 0}, "cached must be at least 1"),
+        ("what-if", "quik", {"scale": "quik"}, "no scale 'quik'; allowed: smoke, cpu"),
+    ],
+)
+def test_what_a_notebook_could_not_use_after_its_runs_is_refused_before(name, scale, parameters, why):
+    with pytest.raises(ValueError, match=why):
+        Lab().publish(name, scale, parameters)
+    assert not (paths.home() / "drafts").exists()
+    assert Lab().publish("mine", scale, parameters).interactive, "a notebook of one's own has any"
+
+
+def test_a_text_that_is_prepared_in_the_notebook_says_so(tiny_spec, capsys):
+    lab._fingerprint(tiny_spec.data)
+    said = capsys.readouterr().out
+    assert "encoding" in said and "training tokens in" in said
+    lab._fingerprint(tiny_spec.data)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrap", [lambda spec: spec, lambda spec: (one for one in [spec]), lambda spec: [spec.model]])
