@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from moelab import environment, machine, paths
 from moelab.config import DataConfig, from_json
 from moelab.files import write_json
-from moelab.lazy import pd
+from moelab.lazy import pd, whole_imports
 from moelab.report.publication import Publication
 from moelab.runs import executors
 from moelab.runs.collection import Runs
 from moelab.runs.measurements import Measurement, MeasurementStore
+from moelab.runs.preflight import check_devices
 from moelab.runs.progress import NotebookProgress, in_notebook
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
@@ -43,7 +44,7 @@ def _fingerprint(data: DataConfig) -> str:
     """Return the fingerprint that a text has now."""
     from moelab.data import prepare
 
-    return prepare(data, paths.home() / "data").fingerprint
+    return prepare(data, paths.home() / "data", print).fingerprint
 
 
 def _short(run: Run, workers: int) -> bool:
@@ -85,12 +86,13 @@ class Lab:
                 shows their state and waits for them; stopping the cell leaves them in the queue. "read" trains nothing.
                 "auto" takes the value of the environment variable `MOELAB_EXECUTOR` (in a notebook's batch job "read");
                 else it is "processes", but "inline" for runs that end before a process of their own would have begun
-                (these have no log).
+                (their log has errors only).
             workers: processes at a time, one for each rank; by default as many as the cores allow at each run's
                 threads. At least one run is trained at a time, and on GPUs no more.
             profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.
 
         Raises:
+            ValueError: one line: no list of specs, a text that has changed, or no CUDA device for runs that want one.
             NoResult: one line: an arm has no result of any seed, and why its first run failed. A notebook's batch job,
                 which reads what other jobs trained, goes on with one arm; `executor="read"` asks for none.
         """
@@ -106,6 +108,8 @@ class Lab:
         if executor == "slurm" and (waiting := [run.spec for run in runs if not run.finished]):
             self._on_cluster(waiting, profile)
         todo = [run for run in runs if not run.finished]
+        if executor not in ("slurm", "read"):
+            check_devices([run.spec for run in todo])
         at_once = workers or self._workers(todo)
         show = NotebookProgress(runs)
         try:
@@ -212,8 +216,9 @@ class Lab:
             device: "cpu" or "cuda".
             sampling: fields of `moelab.inference.Sampling`, such as ``max_new_tokens=40, top_p=0.9``.
         """
-        from moelab.inference import Sampling
-        from moelab.inference.text import open_text
+        with whole_imports():
+            from moelab.inference import Sampling
+            from moelab.inference.text import open_text
 
         directory = run.path if isinstance(run, Run) else self.store.find(str(run))
         several = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -250,5 +255,15 @@ class Lab:
 
         A batch run (`moelab run`) publishes to `.moelab/results/`, with `--publish` to `results/`; an interactive one
         writes a draft to `.moelab/drafts/`.
+
+        Raises:
+            ValueError: one line: an experiment of moelab has no such scale, or a parameter that it could not use once
+                the runs have been trained.
         """
+        from moelab.experiments import EXPERIMENTS
+
+        if (known := EXPERIMENTS.get(experiment)) is not None:
+            known.scale(scale)
+            if known.check is not None:
+                known.check(parameters or {})
         return Publication.open(experiment, scale, parameters or {}, measurements=self.measured)

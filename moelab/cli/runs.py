@@ -49,6 +49,7 @@ def import_(
         raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
     store = RunStore()
     taken = here = 0
+    begun = []
     for archive in archives:
         try:
             taken_over = records.read(archive, store)
@@ -56,6 +57,13 @@ def import_(
             print(f"moelab: {error}", file=sys.stderr)
             continue
         taken, here = taken + (taken_over is not None), here + (taken_over is None)
+        if not (store.root / archive.stem / "result.json").exists():
+            begun.append(archive.stem)
     print(f"{taken} runs taken over, {here} were here already ({store.root})")
+    if begun:
+        print(
+            f"{len(begun)} of these are not finished and go on from their own checkpoints; remove the folder of one to "
+            f"take it over: {', '.join(begun)}"
+        )
     if refused := len(archives) - taken - here:
         raise ValueError(f"{refused} of {len(archives)} records were not taken over")

@@ -27,8 +27,21 @@ RAISED = (
 
 
 def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
-    """Return one column of `final` as a table: a row per seed, a column per arm."""
+    """Return one column of `final` as a table: a row per seed, a column per arm.
+
+    Raises:
+        ValueError: one line: an arm has several runs of one seed.
+    """
+    _check_labels(final)
     return final.pivot(index="seed", columns="arm", values=value)
+
+
+def _check_labels(final: pd.DataFrame) -> None:
+    """Check that an arm has one run of each seed; ValueError, one line, where runs that differ have the same label."""
+    again = final[final.duplicated(["arm", "seed"])]
+    if len(again):
+        arm, seed = again.iloc[0][["arm", "seed"]]
+        raise ValueError(f"arm {arm!r} has several runs of seed {seed}; give each of their specs a label of its own")
 
 
 def by_peak_rate(final: pd.DataFrame, rates: Sequence[float]) -> pd.DataFrame:
@@ -67,6 +80,7 @@ def _missing(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
 
 def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return columns arm, seed and gap: final loss minus the reference arm's of the same seed, nats per token."""
+    _check_labels(final)
     base = final[final["arm"] == reference].set_index("seed")["validation_loss"]
     there = final[final["seed"].isin(base.index)]
     return there.assign(gap=there["validation_loss"] - there["seed"].map(base))[["arm", "seed", "gap"]]
@@ -325,9 +339,11 @@ def summary(runs: Runs) -> pd.DataFrame:
     Not the time of the runs, which depends on what else their machines did; `moelab bench train` measures arms in turn.
     """
     final = runs.final()
+    if not len(final):
+        return pd.DataFrame()
+    _check_labels(final)
     rows = []
-    for arm in dict.fromkeys(final["arm"]) if len(final) else ():
-        part = final[final["arm"] == arm]
+    for arm, part in final.groupby("arm", sort=False):
         mean, low, high = interval(list(part["validation_loss"]))
         one = len(part) < 2
         rows.append(
@@ -341,7 +357,7 @@ def summary(runs: Runs) -> pd.DataFrame:
                 "tokens (M)": part["tokens"].iloc[0] / 1e6,
             }
         )
-    return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
+    return pd.DataFrame(rows).set_index("arm")
 
 
 def costs(specs: Sequence[RunSpec]) -> pd.DataFrame:

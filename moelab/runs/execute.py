@@ -18,6 +18,7 @@ from moelab import paths
 from moelab.config import to_json
 from moelab.engine.launch import process
 from moelab.files import read_json, sweep, write_json
+from moelab.lazy import whole_imports
 from moelab.runs import sessions
 from moelab.runs.branching import starting_point
 from moelab.runs.provenance import provenance
@@ -154,8 +155,9 @@ def _holder(run: Run) -> str:
 
 def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
     """Train and write all about it; the caller holds the lock."""
-    from moelab.data import prepare
-    from moelab.training.loop import TrainingStopped
+    with whole_imports():
+        from moelab.data import prepare
+        from moelab.training.loop import TrainingStopped
 
     spec, before = run.spec, run.status
     state: dict[str, Any] = {"step": before.step, "steps": spec.train.steps(spec.data.context)}
@@ -249,8 +251,9 @@ def _call_train(run: Run, data: TokenData, should_stop: ShouldStop, on_progress:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(spec.train.threads)
-        start = starting_point(spec, run.path, runs, train_until, say)
-        return _train_in(spec, run.path, runs, data, start=start, on_progress=on_progress, should_stop=should_stop)
+        with torch.random.fork_rng(devices=[]):  # the steps seed the generator that a notebook draws from, too
+            start = starting_point(spec, run.path, runs, train_until, say)
+            return _train_in(spec, run.path, runs, data, start=start, on_progress=on_progress, should_stop=should_stop)
     finally:
         torch.set_num_threads(threads)
 

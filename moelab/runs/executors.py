@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,10 @@ _MARGIN_S = 30.0
 
 
 def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
-    """One after the other in this process. A run that fails leaves its reason in its status; the others go on."""
+    """One after the other in this process; the others go on where a run fails.
+
+    A run that fails leaves its reason in its status, and the traceback in its log, as in a process of its own.
+    """
     for run in runs:
         before = run.status_time
         try:
@@ -40,6 +44,9 @@ def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
                 status = Status.read(run.path) or Status("new")
                 if not _said(run, status, before):  # it was raised before the training or after it
                     run.set_status(replace(status, state="failed", reason=one_line(error)))
+                if run.spec.parallel.ranks == 1:  # ranks have logs of their own
+                    with open(run.path / "log.txt", "a", encoding="utf-8") as log:
+                        traceback.print_exception(error, file=log)
             except OSError:  # such as a store that is read-only
                 print(f"run {run.spec.id}: {one_line(error)}", file=sys.stderr)
         tick()

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
@@ -74,6 +75,7 @@ class MeasurementStore:
 
     def __init__(self) -> None:
         self.root = paths.home() / "measurements"
+        code()  # now, while the files are still those that this process imports
 
     def measure(
         self,
@@ -83,6 +85,9 @@ class MeasurementStore:
         before: Callable[[], None] = lambda: None,
     ) -> Measurement:
         """Return what `function(*arguments)` returns, from the store if it is there.
+
+        A value is not kept, and one line on standard error says so, where files of moelab have changed since this
+        process began: it may be of code that no file has, or of several versions.
 
         Args:
             function: of a module of moelab; returns what JSON can hold (tuples come back as lists).
@@ -115,7 +120,14 @@ class MeasurementStore:
                 "provenance": provenance(),
                 "value": value,
             }
-            write_json(file, record)
+            if source() == record["code"]:
+                write_json(file, record)
+            else:
+                print(
+                    f"{function.__name__}: not kept, because files of moelab have changed since this process began; "
+                    "restart the kernel",
+                    file=sys.stderr,
+                )
         return _of(key, record, read_back=False)
 
     def _read(self, key: str) -> Measurement | None:
@@ -189,7 +201,15 @@ def _text_now(data: DataConfig) -> str:
 
 @functools.cache
 def code() -> str:
-    """Digest of moelab's source and data files, kernels and their C++ included, and of what was tuned here."""
+    """Return the digest of moelab's files when this process asked first, which stands for the code that it runs."""
+    return source()
+
+
+def source() -> str:
+    """Digest of moelab's source and data files, kernels and their C++ included, and of what was tuned here.
+
+    Hidden files and folders are left out: an editor keeps its locks and copies there.
+    """
     hashed = hashlib.sha256()
     places = {"tuned": [str(paths.home() / "tuned")]}
     for package in ("moelab", "moelab.kernels"):
@@ -197,7 +217,9 @@ def code() -> str:
         places[package] = list((spec.submodule_search_locations or ()) if spec else ())
     for name, root in ((name, Path(root)) for name, roots in places.items() for root in roots):
         for file in sorted(file for file in root.rglob("*.*") if file.suffix in _KINDS):
-            hashed.update(f"{name}/{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+            place = file.relative_to(root)
+            if not any(part.startswith(".") for part in place.parts):
+                hashed.update(f"{name}/{place}\0".encode() + file.read_bytes() + b"\0")
     return hashed.hexdigest()[:12]
 
 

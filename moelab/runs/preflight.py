@@ -52,7 +52,7 @@ def check(
     _check_writable("home", environment.HOME.name, paths.home())
     if publish:
         _check_writable("results", environment.RESULTS.name, paths.results())
-    _check_devices(todo if executor in ("processes", "inline") else [], device)
+    check_devices(todo if executor in ("processes", "inline") else [], device)
     for teacher in {s.teacher.id: s.teacher for s in todo if s.teacher}.values():
         if (run := Run(teacher, store.root / teacher.id)).finished:
             run.require_weights()
@@ -72,8 +72,16 @@ def _check_writable(name: str, variable: str, folder: Path) -> None:
         raise ValueError(f"{name} folder {folder}: {there} {why}; {variable} names another")
 
 
-def _check_devices(specs: Sequence[RunSpec], device: str) -> None:
-    needed = max((spec.parallel.ranks for spec in specs if spec.train.device == "cuda"), default=int(device == "cuda"))
+def check_devices(specs: Sequence[RunSpec], device: str = "cpu") -> None:
+    """Check that this machine has the CUDA devices that the runs want, and `device`; ValueError, one line.
+
+    Runs on several ranks in a job of Slurm are not checked: other machines may train them.
+    """
+    from moelab.engine.launch.ranks import in_allocation
+
+    elsewhere = in_allocation(os.environ)
+    here = [s.parallel.ranks for s in specs if s.train.device == "cuda" and not (elsewhere and s.parallel.ranks > 1)]
+    needed = max(here, default=int(device == "cuda"))
     if not needed:
         return
     if not (count := machine.cuda_devices()):
@@ -81,9 +89,7 @@ def _check_devices(specs: Sequence[RunSpec], device: str) -> None:
             "no CUDA device is available here; scales smoke, quick, cpu and full need none, `moelab submit` asks a "
             "cluster"
         )
-    from moelab.engine.launch.launcher import in_allocation
-
-    if needed > count and not in_allocation(os.environ):
+    if needed > count:
         raise ValueError(
             f"a run on {needed} ranks needs as many CUDA devices, {count} here; `moelab submit` asks a cluster"
         )

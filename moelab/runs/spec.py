@@ -256,7 +256,15 @@ def closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
 
     Where a run is asked for and required by another, layout and label are those of the one asked for, first. It keeps
     all checkpoints that any of them needs.
+
+    Raises:
+        ValueError: one line: what was given is no list of specs.
     """
+    odd: list[Any] = (
+        [spec for spec in specs if not isinstance(spec, RunSpec)] if isinstance(specs, Sequence) else [specs]
+    )
+    if odd:
+        raise ValueError(f"runs: expected a list of specs, got {type(odd[0]).__name__}")
     asked = {spec.id: spec for spec in reversed(specs)}
     runs: dict[str, RunSpec] = {}
     for needed in (run for spec in specs for run in (*spec.requires(), spec)):

@@ -33,6 +33,20 @@ def test_a_run_that_is_both_is_one_run_and_is_shown_twice(tmp_path, monkeypatch)
     assert rates.at_own(specs) == specs[:1]
 
 
+def test_runs_that_differ_under_one_label_are_named(tmp_path, result):
+    specs = [settings.spec("350M", "smoke", overrides={"train.lr": rate}) for rate in (4e-3, 8e-3)]
+    runs = Runs([RunStore(tmp_path).run(spec) for spec in specs])
+    for run in runs:
+        write_json(run.path / "result.json", result())
+    for compare in (comparison.by_arm, lambda final: comparison.gaps(final, specs[0].title)):
+        with pytest.raises(
+            ValueError, match=r"^arm '350M twin' has several runs of seed 0; give each of their specs a"
+        ):
+            compare(runs.final())
+    with pytest.raises(ValueError, match="several runs of seed 0"):
+        comparison.summary(runs)
+
+
 def test_a_claim_is_decided_where_both_rates_agree():
     claim, faster = paper.claim("moe128-350m-beats-own-base"), paper.claim("residual-faster-than-top2")
     lower, higher = judge(claim, [-0.31, -0.30, -0.305]), judge(claim, [0.31, 0.30, 0.305])

@@ -80,7 +80,34 @@ def test_the_code_is_all_source_with_the_kernels_and_their_tables(tmp_path, monk
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
         seen.append(measurements.code.__wrapped__())
+    (tmp_path / "kernels" / ".#gate.py").symlink_to("me@here.123")  # an editor's lock, a link to nowhere
+    seen.append(measurements.code.__wrapped__())
     assert len(set(seen)) == 5
+
+
+def test_what_was_measured_by_code_that_is_in_no_file_any_more_is_not_kept(tmp_path, monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    place = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(measurements, "find_spec", lambda name: place)
+
+    def process():
+        measurements.code.cache_clear()
+        CALLS.clear()
+        return MeasurementStore()
+
+    try:
+        (tmp_path / "gate.py").write_text("x = 1\n")
+        old = process()
+        (tmp_path / "gate.py").write_text("x = 2\n")  # edited while a kernel has imported it
+        assert not old.measure(timing, 8).read_back and "restart the kernel" in capsys.readouterr().err
+        new = process()
+        assert not new.measure(timing, 8).read_back and not capsys.readouterr().err
+        assert new.measure(timing, 8).read_back
+        (tmp_path / "gate.py").write_text("x = 1\n")
+        assert not process().measure(timing, 8).read_back
+    finally:
+        measurements.code.cache_clear()
 
 
 def test_a_run_that_was_trained_again_is_another(store, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from moelab import machine
 from moelab.data import is_prepared, prepare
 from moelab.experiments import EXPERIMENTS
+from moelab.lab import Lab
 from moelab.runs import preflight
 from moelab.runs.spec import Start
 from moelab.runs.store import RunStore
@@ -40,6 +41,14 @@ def test_a_missing_device_is_refused(tiny_spec, monkeypatch):
         with pytest.raises(ValueError, match="no CUDA device is available here"):
             preflight.check(**arguments)
     preflight.check(EXPERIMENTS["pr-moe"].specs("smoke"))
+
+
+def test_a_notebook_hears_of_a_missing_device_before_the_text_is_prepared(tiny_spec, monkeypatch, home):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device is available here"):
+        Lab().run([on_cuda(tiny_spec)])
+    assert not (home / "data").exists()
+    assert not Lab().run([on_cuda(tiny_spec)], executor="read").finished
 
 
 def test_more_ranks_than_devices_are_refused(tiny_spec, monkeypatch):

@@ -324,6 +324,17 @@ def test_a_bad_archive_keeps_no_other_from_being_taken(finished, tmp_path, capsy
     assert "1 runs taken over, 0 were here already" in shown.out and "a.zip: unreadable" in shown.err
 
 
+def test_a_run_that_has_begun_here_is_named_as_unfinished(finished, tmp_path, capsys, home):
+    records.write([finished], tmp_path / "zips")
+    here = shutil.copytree(finished.path, home / "runs" / finished.path.name)
+    import_(tmp_path / "zips")
+    assert "not finished" not in capsys.readouterr().out
+    (here / "result.json").unlink()
+    import_(tmp_path / "zips")
+    shown = capsys.readouterr().out
+    assert "1 were here already" in shown and "1 of these are not finished" in shown and here.name in shown
+
+
 def test_a_run_of_another_version_keeps_no_other_from_being_packed(finished, tmp_path, capsys, home):
     shutil.copytree(finished.path, home / "runs" / finished.path.name)
     old = shutil.copytree(finished.path, home / "runs" / "350m-old")
