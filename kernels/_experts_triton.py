@@ -376,14 +376,14 @@ class TritonExperts(torch.autograd.Function):
             h, _ = _activate(activation, pre)
         y = _mm(plan, h, w2, b2)
         if keep:
-            ctx.save_for_backward(x, w1, b1, w2, b2, pre)
+            ctx.save_for_backward(x, w1, b1, w2, b2, pre, offsets_E1)  # of the plan: PyTorch refuses changes in place
             ctx.plan, ctx.act, ctx.exact, ctx.activation = plan, act, exact, activation
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, w1, b1, w2, b2, pre = ctx.saved_tensors
+        x, w1, b1, w2, b2, pre, _ = ctx.saved_tensors
         plan, need, dy = ctx.plan, ctx.needs_input_grad, dy.contiguous()
         second = need[3] or need[4]
         if ctx.act:

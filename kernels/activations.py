@@ -106,7 +106,8 @@ def activate(pre: Tensor, activation: str, *, backend: Backend = "auto") -> Tens
     act = named("activate", activation)
     if activation == "none":
         return pre
-    fits = act.number is not None and pre.is_floating_point() and not (act.gated and pre.shape[-1] % 2)
+    fits = act.number is not None and pre.is_floating_point() and pre.dim() > 0
+    fits = fits and not (act.gated and pre.shape[-1] % 2)
     if pick_backend("activate", backend, pre, fits=fits) != "cpp":
         return act.forward(pre)
     return _Activate.apply(pre, act, torch.is_grad_enabled() and pre.requires_grad)

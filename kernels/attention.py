@@ -30,13 +30,22 @@ def _fits(T: int, D: int) -> bool:
 
 
 def attention(qkv_BT3HD: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Return the attention's output [B, T, H, D] in the input's dtype. Differentiable (once)."""
+    """Return the attention's output [B, T, H, D] in the input's dtype. Differentiable (once).
+
+    Raises ``ValueError`` for another shape or integers.
+    """
+    if qkv_BT3HD.dim() != 5 or qkv_BT3HD.shape[2] != 3 or not qkv_BT3HD.is_floating_point():
+        raise ValueError(
+            f"attention: queries, keys and values must be floating point [B, T, 3, H, D], not {qkv_BT3HD.dtype} "
+            f"{tuple(qkv_BT3HD.shape)}"
+        )
     T, D = qkv_BT3HD.shape[1], qkv_BT3HD.shape[4]
     fits = _fits(T, D) and (T <= LONGEST or backend == "cpp")
     if pick_backend("attention", backend, qkv_BT3HD, fits=fits) == "cpp":
         return _Attention.apply(qkv_BT3HD)
     q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    with torch.autocast(qkv_BT3HD.device.type, enabled=False):  # which would return its own dtype
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):

@@ -12,7 +12,9 @@ from it; this takes a third less memory than keeping both. On a CPU, the activat
 Weight gradients are written expert by expert, in a fixed order and without atomics, so that they are bitwise
 reproducible.
 
-The weights may be packed (``packed.py``): then nothing is differentiable, and a row has the same bits in any batch.
+The weights may be packed (``packed.py``), as the matrices [N, K] of the products: ``pack(w1_EMF.mT)``, with a gated
+activation ``pack(w1_EMN.unflatten(2, (2, F)).permute(0, 2, 3, 1))``, and ``pack(w2_EFM.mT)``. Then nothing is
+differentiable, and a row has the same bits in any batch.
 
 The Triton implementation is in ``_experts_triton.py``, that for CPU in ``_cpp/experts.cpp``.
 """
@@ -57,8 +59,11 @@ def expert_ffn(
     (``_common.dot_precision``). ``activation`` is a name in ``ACTIVATIONS``. Raises ``ValueError`` for another one, and
     for shapes or dtypes that do not fit.
     """
-    if isinstance(w1_EMF, Packed):
-        assert isinstance(w2_EFM, Packed)
+    if isinstance(w1_EMF, Packed) or isinstance(w2_EFM, Packed):
+        if not (isinstance(w1_EMF, Packed) and isinstance(w2_EFM, Packed)) or backend not in ("auto", "cpp"):
+            raise ValueError(
+                f"expert_ffn: both weights are packed or none, for backend 'auto' or 'cpp', not {backend!r}"
+            )
         weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("expert_ffn", activation))
         offsets_E1 = offsets_E1.to(torch.int32).contiguous()
         return operations().packed_experts.default(x_RM.contiguous(), offsets_E1, *weights)
@@ -69,6 +74,9 @@ def expert_ffn(
     if chosen != "cpp" or x_RM.dtype != torch.bfloat16:  # the C++ converts to bfloat16 by itself
         tensors = tuple(None if t is None else t.to(x_RM.dtype) for t in tensors)
     if chosen == "reference":
+        bounds = offsets_E1.tolist()
+        if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > len(x_RM):  # as the C++
+            raise RuntimeError(f"expert_ffn: offsets must rise from 0 to at most {len(x_RM)}")
         slow = backend == "reference" or x_RM.device.type != "cpu" or _get_current_dispatch_mode() is not None
         run: Callable[..., torch.Tensor] = _reference if slow else _grouped
         return run(offsets_E1, *tensors, act)
@@ -128,13 +136,15 @@ def _check(x, offsets_E1, activation, *layers) -> None:
                     f"expert_ffn: {activation}'s first weights hold gate and up, so {width} columns must be even"
                 )
             width //= 2
+    if width != x.shape[1]:
+        raise ValueError(f"expert_ffn: second weights {tuple(layers[1][0].shape)} for rows of width {x.shape[1]}")
 
 
 def _fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor, gated: bool) -> bool:
     """Return whether the C++ takes rows and weights of these sizes, multiples of `MULTIPLE`, and dtypes."""
     _, F, M = w2_EFM.shape
     bytes_ = (3 if gated else 2) * F * M * x_RM.element_size()
-    sizes = M % MULTIPLE == F % MULTIPLE == 0 and bytes_ <= LARGEST
+    sizes = F > 0 and M % MULTIPLE == F % MULTIPLE == 0 and bytes_ <= LARGEST
     return sizes and x_RM.dtype in (torch.float32, torch.bfloat16)
 
 
@@ -184,7 +194,8 @@ def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activ
 def _grouped(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
     """Compute the experts by PyTorch's grouped products, for machines without the C++."""
     sizes = {*w1_EMF.shape[1:], *w2_EFM.shape[1:]}
-    if x_RM.dtype not in FLOATS or any(n * x_RM.element_size() % 16 for n in sizes):  # they need aligned rows
+    aligned = all(n > 0 and n * x_RM.element_size() % 16 == 0 for n in sizes)  # rows, which they need
+    if x_RM.dtype not in FLOATS or not aligned:
         return _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation)
     x_RM, w1_EMF, w2_EFM = contiguous(x_RM, w1_EMF, w2_EFM)
     expert_R = torch.repeat_interleave(offsets_E1.diff())

@@ -38,7 +38,7 @@ def has_kernel(x_NM: Tensor, w_VM: Tensor, soft: SoftTargets | None = None) -> b
     sizes are multiples of `MULTIPLE`.
     """
     fits = x_NM.shape[1] % MULTIPLE == len(w_VM) % MULTIPLE == 0 and w_VM.dtype in (x_NM.dtype, torch.float32)
-    fits &= soft is None or soft.logits_NV.dtype == x_NM.dtype
+    fits &= x_NM.is_floating_point() and (soft is None or soft.logits_NV.dtype == x_NM.dtype)
     return fits and pick_backend("head", "auto", x_NM, w_VM) == "cpp"
 
 
@@ -49,8 +49,17 @@ def head(
 
     Losses are float32, in nats. The gradients, in w as float32, are of the sum of all losses. ``targets_N`` is int64,
     in 0 to V - 1 (``RuntimeError`` beyond). What is not asked for is None. Float32 weights beside bfloat16 rows are
-    rounded to bfloat16.
+    rounded to bfloat16. Raises ``ValueError`` for shapes or dtypes that do not fit (`has_kernel`).
     """
+    N, V = len(x_NM), len(w_VM)
+    fits = w_VM.shape == (V, x_NM.shape[1]) and targets_N.shape == (N,)
+    fits &= soft is None or soft.logits_NV.shape == (N, V)
+    if not (fits and has_kernel(x_NM, w_VM, soft)):
+        given = [x_NM, w_VM, targets_N, *([] if soft is None else [soft.logits_NV])]
+        shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in given)
+        raise ValueError(
+            f"head: rows, weights, targets and a teacher's logits do not fit or are not computed: {shapes}"
+        )
     x_NM, w_VM = x_NM.contiguous(), w_VM.contiguous()
     losses_N = torch.empty(len(x_NM), dtype=torch.float32)
     dx_NM = torch.empty_like(x_NM) if for_x else None

@@ -27,7 +27,7 @@ LARGEST_HEAD = 512
 
 def can_pack(weight: Tensor) -> bool:
     """Return whether matrices [..., N, K] of this dtype and size can be packed here."""
-    fits = weight.dtype in (torch.float32, torch.bfloat16) and weight.shape[-1] % MULTIPLE == 0
+    fits = weight.dtype in (torch.float32, torch.bfloat16) and weight.dim() > 1 and weight.shape[-1] % MULTIPLE == 0
     return fits and weight.device.type == "cpu" and _cpp.available()
 
 

@@ -208,12 +208,15 @@ def _recorded(case: str, launches: list[Launch]) -> Iterator[None]:
 
 
 def launches(cases: tuple[str, ...] | None = None) -> list[Launch]:
-    """Return the distinct launches of the cases (all by default), each under the first case that makes it."""
+    """Return the distinct launches of the cases (all by default), each under the first case that makes it.
+
+    Raises ``ValueError`` where there is no Triton, or it interprets kernels.
+    """
     interprets = _common.triton_interprets()
     if interprets is None:
-        raise RuntimeError("compiling kernels needs the triton package, which this platform lacks")
+        raise ValueError("compiling kernels needs the triton package, which this platform lacks")
     if interprets:
-        raise RuntimeError("this process interprets Triton kernels; compile in one without TRITON_INTERPRET")
+        raise ValueError("this process interprets Triton kernels; compile in one without TRITON_INTERPRET")
     recorded: list[Launch] = []
     for case in cases or tuple(CASES):
         with _recorded(case, recorded):

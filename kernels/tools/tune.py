@@ -279,18 +279,18 @@ def search(
 
 
 def write(tuned: Sequence[Tuned], path: Path, card: str) -> None:
-    """Write the table of a card; entries of an older file at `path` that were not measured again are kept."""
+    """Write the table of a card.
+
+    Entries of an older file at `path` that were not measured again are kept, if its card and versions are the same.
+    """
     import triton
 
-    before = json.loads(path.read_text(encoding="utf-8"))["tiles"] if path.is_file() else {}
+    where = {"card": card, "torch": torch.__version__, "triton": triton.__version__}
+    older = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = older["tiles"] if where.items() <= older.items() else {}
     measured = {one.key: one.best for one in tuned}
     tiles = {key: entry for key, entry in {**before, **measured}.items() if entry}
-    value = {
-        "card": card,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "tiles": dict(sorted(tiles.items())),
-    }
+    value = {**where, "tiles": dict(sorted(tiles.items()))}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -138,7 +138,7 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0
     stream = _stream(timing)
     for mesh in meshes:
         mesh.close()
-    return {"times": times, "sent": sent, "stream": stream, "bytes": x.nbytes}
+    return {"times": times, "sent": sent, "stream": stream, "bytes": x.nbytes, "threads": torch.get_num_threads()}
 
 
 def measure(pool: Ranks, size: int, rounds: int, device: str) -> list[Row]:
@@ -173,8 +173,12 @@ def _rows(measured: Sequence[dict[str, Any]], near: int, timing: Timing) -> list
         "alpha_ms": alpha * 1e3,
         "beta_ms_per_mib": beta * 1e3 * (1 << 20),
     }
-    equal = "equal messages to all ranks"
-    return harness.rows(case, times, against="flat", floor_s=floors, timing=timing, inputs=equal, numbers=sent)
+    equal, threads = "equal messages to all ranks", measured[0]["threads"]
+    on_cpu = f"{machine.cpu()}, {threads} thread{'s' if threads > 1 else ''} a rank"
+    device = harness.device_name("cuda") if timing.device == "cuda" else on_cpu
+    return harness.rows(
+        case, times, against="flat", floor_s=floors, timing=timing, inputs=equal, device=device, numbers=sent
+    )
 
 
 def show(measured: Sequence[Row]) -> None:
@@ -204,8 +208,10 @@ def main(*, ranks: list[int] | None, sizes: list[int], rounds: int, device: str,
     place = process.find()
     joined = place if place is not None and place.world_size > 1 else None
     most = 1 << 20 if joined else torch.cuda.device_count() if device == "cuda" else 64
+    if most < 4:
+        raise ValueError(f"bench exchange: it takes 4 ranks, so 4 GPUs, and here are {most}")
     if ranks is None:
-        ranks = [P for P in (4, 8, 16) if P <= most] or [4]
+        ranks = [P for P in (4, 8, 16) if P <= most]
     for P in [joined.world_size] if joined else ranks:
         if P < 4 or P & (P - 1) or P > most:
             raise ValueError(f"--ranks must be powers of two from 4 to {most} here, got {P}")

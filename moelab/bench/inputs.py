@@ -71,7 +71,7 @@ class Tokens:
     Attributes:
         x_SM: hidden states, fp32.
         logits_SE: the gate's logits, fp32.
-        load_E: tokens whose first choice is the expert.
+        load_E: tokens of which the expert is one of the K choices.
     """
 
     x_SM: Tensor
@@ -105,13 +105,14 @@ class HiddenStates:
         tokens: S, tokens of a round; sequences are at most `CONTEXT` long.
         hidden: M.
         experts: E.
+        top_k: K, the experts of a token.
     """
 
-    def __init__(self, tokens: int, hidden: int, experts: int, device: str = "cpu") -> None:
+    def __init__(self, tokens: int, hidden: int, experts: int, device: str = "cpu", top_k: int = 1) -> None:
         for name, value in (("tokens", tokens), ("hidden", hidden), ("experts", experts)):
             if value < 1:
                 raise ValueError(f"bench: {name} must be at least 1, got {value}")
-        self.tokens, context = tokens, min(tokens, CONTEXT)
+        self.tokens, self.top_k, context = tokens, top_k, min(tokens, CONTEXT)
         wanted = max(1, hidden // 64)
         heads = next(h for h in range(wanted, 0, -1) if hidden % h == 0)
         std = ModelConfig.init_std * math.sqrt(1024 / hidden)  # as the twins of the 350M model
@@ -149,7 +150,8 @@ class HiddenStates:
         """Return the tokens of round `number`."""
         x_SM = self._hidden(self._batches.batch(number)[0])[: self.tokens]
         logits_SE = F.linear(x_SM, self.gate_EM)
-        load_E = torch.bincount(logits_SE.argmax(1), minlength=len(self.gate_EM))
+        chosen_SK = logits_SE.topk(self.top_k).indices if self.top_k > 1 else logits_SE.argmax(1)
+        load_E = torch.bincount(chosen_SK.flatten(), minlength=len(self.gate_EM))
         made = Tokens(x_SM, logits_SE, load_E)
         self.made.append((made.busiest, made.used))
         return made

@@ -231,17 +231,12 @@ def measure(
     """
     torch.manual_seed(0)
     S, M, K, dtype = size.tokens, size.hidden, size.top_k, DTYPES[size.dtype]
-    states = inputs.HiddenStates(S, M, size.experts, timing.device)
+    states = inputs.HiddenStates(S, M, size.experts, timing.device, K)
     kept: list[float] = []
-    used: list[int] = []
 
     def new_round(i: int) -> tuple[Tensor, Tensor]:
         made = states(i)
-        chosen_E = made.load_E
-        if K > 1:
-            chosen_E = torch.bincount(made.logits_SE.topk(K).indices.flatten(), minlength=size.experts)
-        used.append(int(chosen_E.count_nonzero()))
-        kept.append(float(chosen_E.clamp(max=slots(S * K, size.experts)).sum()) / (S * K))
+        kept.append(float(made.load_E.clamp(max=slots(S * K, size.experts)).sum()) / (S * K))
         x_SM = made.x_SM.to(dtype)
         return x_SM.requires_grad_(backward), torch.randn_like(x_SM)
 
@@ -274,7 +269,7 @@ def measure(
     floor_s = {
         name: max(
             products_s * (statistics.median(kept) if name in LIMITED else 1.0),
-            expert_s * (K if name == DENSE else statistics.median(used)),
+            expert_s * (K if name == DENSE else measured["used_experts"]),
         )
         for name in times
     }

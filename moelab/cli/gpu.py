@@ -165,13 +165,15 @@ def run(parts: Sequence[Part], folder: Path, results: Path, *, again: bool = Fal
     about = provenance()
     ends: dict[str, Any] = read_object(folder / "parts.json") or {}
     for part in parts:
-        if again or ends.get(part.name, {}).get("status") != PASSED:
+        before = ends.get(part.name, {})
+        if again or before.get("status") != PASSED:
             print(f"{part.name}: {part.what} (at most {part.limit_s} s)", flush=True)
             ends[part.name] = {**asdict(part), **_run(part, folder / part.name), "commit": about["commit"]}
             write_json(folder / "parts.json", ends)
             _publish(part, folder / part.name, results, about)
         end = ends[part.name]
-        print(f"{part.name}: {end['status']} in {end['seconds']:.0f} s: {end['last_line']}", flush=True)
+        earlier = f", earlier, at commit {str(end['commit'])[:12]}" if end is before else ""
+        print(f"{part.name}: {end['status']} in {end['seconds']:.0f} s{earlier}: {end['last_line']}", flush=True)
     return all(ends[part.name]["status"] == PASSED for part in parts)
 
 
@@ -179,8 +181,9 @@ def _run(part: Part, folder: Path) -> dict[str, Any]:
     """Run a part's command to its end or its limit; return how it ended."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [str(folder) if argument == OUT else argument for argument in part.command]
-    for earlier in folder.glob("*.jsonl"):  # else a part that fails would publish them as numbers of this commit
-        earlier.unlink()
+    for rows in list(folder.glob("*.jsonl")):  # else a part that fails would publish them as those of this commit
+        for earlier in list(folder.glob(f"{rows.stem}.*")):
+            earlier.unlink()
     started, log = time.monotonic(), folder / "log.txt"
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -208,6 +211,8 @@ def _publish(part: Part, folder: Path, results: Path, about: dict[str, Any]) -> 
     """Copy a benchmark's rows and figures to where the results pages list them, with provenance."""
     for rows in folder.glob("*.jsonl"):
         results.mkdir(parents=True, exist_ok=True)
+        for earlier in list(results.glob(f"{part.name}.*")):  # such as a figure that is not drawn this time
+            earlier.unlink()
         for file in folder.glob(f"{rows.stem}.*"):
             if not file.name.endswith(".provenance.json"):
                 shutil.copyfile(file, results / (part.name + file.name.removeprefix(rows.stem)))

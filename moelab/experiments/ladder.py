@@ -52,9 +52,7 @@ FITTED = 3
 """How many of each width's budgets the laws are fitted to: the longest. At `cpu` the others have 250 and 500 steps."""
 
 REFITS = {"smoke": 40}
-"""Scale -> refits behind an interval, where they are fewer than `moelab.design.laws.DRAWS`.
-
-No law fits untrained models."""
+"""Scale -> refits behind an interval, where fewer than `moelab.design.laws.DRAWS`: no law fits untrained models."""
 
 INTERVAL = ("value", "low", "high")
 

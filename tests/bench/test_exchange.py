@@ -26,6 +26,7 @@ def test_measures_every_way_side_by_side(tmp_path):
         floor *= row["ranks_per_core"]
         assert row["floor_ms"] == pytest.approx(floor) and row["floor_ratio"] == pytest.approx(row["median_ms"] / floor)
         assert row["alpha_ms"] > 0 and (row["ratio"] == 1 or row["candidate"] != "flat")
+        assert row["device"].endswith(", 1 thread a rank"), "not the threads of the process that started them"
     # counts, dispatch, combine: 3 x 7; 3 x (3 + 1); 3 x 1 and the gather's 3; 3 x (1 + 1) and 1. Coordinated exchanges
     # also check that the ranks along `tensor` have routed alike: 3 and 1 messages.
     assert [r["near_messages"] + r["far_messages"] for r in rows[:5]] == [21, 12, 9, 8, 14]
@@ -52,6 +53,12 @@ def test_layouts_follow_the_nodes_there_are_and_cover_every_way():
     for ranks in (8, 16, 32):
         assert {config.exchange for config in bench.layouts(ranks).values()} == set(EXCHANGES)
         assert {config.ranks for config in bench.layouts(ranks).values()} == {ranks}
+
+
+def test_fewer_gpus_than_it_takes_are_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"^bench exchange: it takes 4 ranks, so 4 GPUs, and here are 1$"):
+        bench.main(ranks=None, sizes=[1024], rounds=1, device="cuda", out=None)
 
 
 @pytest.mark.parametrize(

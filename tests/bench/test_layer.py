@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -59,6 +60,10 @@ def test_the_floor_counts_products_and_the_weights_of_experts_with_tokens():
         rows = layer.measure(size, QUICK, backward=backward, only=[layer.OURS, layer.DROP_FREE])
         assert [row.candidate for row in rows] == [layer.DENSE, layer.OURS, layer.DROP_FREE]
         case, (dense, limited, free) = rows[0].case, (row.floor_ms / passes / 1e3 for row in rows)
+        states = HiddenStates(S, 32, E)
+        loads = [states(i).logits_SE.topk(top_k).indices.flatten().bincount(minlength=E) for i in range(4)]
+        assert case["used_experts"] == median(int(load.count_nonzero()) for load in loads), "of all choices"
+        assert case["busiest_expert"] == pytest.approx(median(float(load.max() * E / load.sum()) for load in loads))
         products = S * top_k * 2 * weights / 1e11
         assert dense == pytest.approx(max(products, top_k * weights * 4 / 1e10)), "reads its own weights only"
         if S == 8:  # few tokens: the experts that have any are read

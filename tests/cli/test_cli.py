@@ -279,6 +279,13 @@ def test_what_commands_print_fits_a_terminal_of_80_columns(command, tmp_path, mo
         assert "PR-MoE-32/64 (sum) ·" in out and "seeds 0-2" in out
 
 
+def test_doctor_goes_on_where_an_instruction_set_is_none_of_this_processor(monkeypatch):
+    monkeypatch.setenv("MOELAB_INSTRUCTIONS", "sse9")
+    found = list(doctor.checks())
+    (kernels,) = ((ok, text) for ok, text in found if text.startswith("CPU kernels: "))
+    assert kernels[0] is False and "MOELAB_INSTRUCTIONS must be one of" in kernels[1] and found[-1] != kernels
+
+
 def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "checks", lambda rates: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
     assert doctor.report() and "pip install -e '.[hf]'" in capsys.readouterr().out

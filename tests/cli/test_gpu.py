@@ -86,9 +86,20 @@ def test_a_part_that_fails_or_hangs_loses_nothing_and_does_not_stop_the_others(t
     (folder / "passes" / "log.txt").write_text("kept")
     capsys.readouterr()
     assert gpu.run([FAILS, PASSES], folder, results)
-    assert (folder / "passes" / "log.txt").read_text() == "kept" and "fails: passed in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (folder / "passes" / "log.txt").read_text() == "kept" and "fails: passed in" in said
+    (left,) = (line for line in said.splitlines() if line.startswith("passes: "))
+    assert left.endswith(f" s, earlier, at commit {str(ends['passes']['commit'])[:12]}: measured")
+    assert said.count("earlier") == 1
     assert gpu.run([PASSES], folder, results, again=True)
     assert "measured" in (folder / "passes" / "log.txt").read_text()
+
+    # What draws nothing leaves no figure of earlier numbers beside its own.
+    assert (results / "passes.svg").exists() and (folder / "passes" / "layer.svg").exists()
+    undrawn = FAKE.replace('(folder / "layer.svg").touch()', "")
+    assert gpu.run([replace(PASSES, command=("-c", undrawn, "OUT", "passes"))], folder, results, again=True)
+    assert (results / "passes.jsonl").exists() and not (results / "passes.svg").exists()
+    assert (results / "passes.provenance.json").exists()
 
     # What measures nothing publishes nothing, and leaves the numbers of an earlier commit with their provenance.
     (results / "passes.provenance.json").write_text("earlier")

@@ -70,6 +70,16 @@ def test_occupancy_by_hand():
     assert aot.estimate_occupancy("sm_90", 1, 16, 0) == (32, 0.5)  # 32 blocks of one warp
 
 
+@pytest.mark.parametrize(
+    ("interprets", "words"), [(None, "needs the triton package"), (True, "without TRITON_INTERPRET")]
+)
+def test_what_cannot_compile_is_one_line(interprets, words, monkeypatch):
+    """The command line prints a ValueError in a line, of others the traceback."""
+    monkeypatch.setattr(aot._common, "triton_interprets", lambda: interprets)
+    with pytest.raises(ValueError, match=words):
+        aot.main(("sm_80",), None)
+
+
 def test_unknown_architecture():
     with pytest.raises(ValueError, match="no limits known for 'sm_10'"):
         aot.compile_all(("sm_10",), ())

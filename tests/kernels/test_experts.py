@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import ACTIVATIONS, Activation, _experts_triton, activate, expert_ffn, experts, tuning
+from moelab.kernels import ACTIVATIONS, Activation, _cpp, _experts_triton, activate, expert_ffn, experts, tuning
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.helpers import (
@@ -217,14 +217,29 @@ def test_offsets_are_checked(instructions):
     wide, strided = offsets.long(), torch.stack([offsets, offsets * 0 + 7], 1)[:, 0]
     same = [expert_ffn(x, o, *params, backend="cpp") for o in (offsets, wide, strided)]
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
-    for wrong in ([0, 3, 9], [0, 5, 3], [1, 3, 8]):
+    for wrong, name in itertools.product(([0, 3, 9], [0, 5, 3], [1, 3, 8]), (instructions, "none")):
+        with _cpp.limited(name), pytest.raises(RuntimeError, match="offsets must rise from 0 to at most 8"):
+            expert_ffn(x, torch.tensor(wrong, dtype=torch.int32), *params)
         with pytest.raises(RuntimeError, match="offsets must rise from 0 to at most 8"):
-            expert_ffn(x, torch.tensor(wrong, dtype=torch.int32), *params, backend="cpp")
+            expert_ffn(x, torch.tensor(wrong, dtype=torch.int32), *params, backend="reference")
 
 
-def test_large_experts_are_left_to_the_reference():
+def test_offsets_may_not_change_before_the_backward_pass(target):
+    """As a buffer that the next step writes; the reference has read them."""
+    if target[0] == "auto":
+        pytest.skip("the reference keeps numbers, not the tensor")
+    x, offsets, params, _ = make([3, 5], 0, 16, 32, device=target[1])
+    y = expert_ffn(x, offsets, params[0].requires_grad_(), *params[1:], backend=target[0])
+    offsets[1] = 6
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_large_and_empty_experts_are_left_to_the_reference():
     assert experts._fits(torch.zeros(1, 16), torch.empty(1, 64, 16), False)
     assert not experts._fits(torch.zeros(1, 16), torch.empty(1, 1 << 20, 16, device="meta"), False)
+    empty = [torch.ones(1, 16, 0), None, torch.ones(1, 0, 16), torch.full((1, 16), 2.0)]
+    assert expert_ffn(torch.ones(3, 16), torch.tensor([0, 3]), *empty).eq(2).all(), "the bias alone"
 
 
 def test_a_counter_of_operations_sees_the_products(target):
@@ -247,6 +262,7 @@ def test_an_unknown_activation_is_refused():
         (dict(activation="relu"), "unknown activation"),
         (dict(w1=torch.zeros(2, 3, 4)), "rows of width 5"),
         (dict(w2=torch.zeros(2, 5, 5)), "rows of width 4"),
+        (dict(w2=torch.zeros(2, 4, 8)), r"second weights \(2, 4, 8\) for rows of width 5"),
         (dict(b1=torch.zeros(2, 5)), "bias"),
         (dict(w1=torch.zeros(2, 5, 4, dtype=torch.bfloat16)), "one dtype for all"),
         (dict(offsets=torch.zeros(3)), "offsets must be int32"),
@@ -373,6 +389,12 @@ def test_activate(target, activation, dtype, monkeypatch):
         exact = 0 if backend == "cpp" else TOLERANCE[dtype]  # PyTorch has other code for what is not contiguous
         again = activate(apart, activation.name, backend=backend)
         torch.testing.assert_close(again, y, rtol=exact, atol=exact, equal_nan=True)
+
+
+def test_activate_takes_one_number(target):
+    for name in ("gelu", "gelu_tanh"):
+        one = activate(torch.tensor(0.5, device=target[1]), name)
+        torch.testing.assert_close(one, activate(torch.full((3,), 0.5, device=target[1]), name)[1])
 
 
 def test_activate_has_the_same_bits_on_any_number_of_threads(instructions):

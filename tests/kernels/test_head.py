@@ -131,6 +131,25 @@ def test_a_target_that_there_is_not_is_one_line(wrong, instructions):
         head(x, w, targets, True, True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(x=torch.zeros(4, 32)),
+        dict(x=torch.zeros(4, 16, dtype=torch.int32), w=torch.zeros(32, 16, dtype=torch.int32)),
+        dict(w=torch.zeros(24, 16)),
+        dict(targets=torch.zeros(3, dtype=torch.int64)),
+        dict(soft=taught(3, 32)),
+        dict(soft=taught(4, 16)),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, instructions):
+    """Memory beyond the tensors would be read and written."""
+    x, w, targets = case(4, 16, 32)
+    given = dict(x=x, w=w, targets=targets, soft=None) | change
+    with pytest.raises(ValueError, match=r"^head: rows, weights, targets and a teacher's logits do not fit"):
+        head(given["x"], given["w"], given["targets"], True, True, given["soft"])
+
+
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
 def test_the_loss_function_calls_it(dtypes, teacher, instructions, monkeypatch):

@@ -209,7 +209,8 @@ def test_mix(instructions, S, M, dtype):
 
 
 def test_what_cannot_be_packed(instructions):
-    for wrong in (torch.zeros(32, 24), torch.zeros(32, 16, dtype=torch.float16), torch.zeros(32, 16, device="meta")):
+    half, meta = torch.zeros(32, 16, dtype=torch.float16), torch.zeros(32, 16, device="meta")
+    for wrong in (torch.zeros(32, 24), torch.zeros(16), half, meta):
         assert not can_pack(wrong)
         with pytest.raises(ValueError, match=r"^pack: .* the C\+\+ kernels pack float32 or bfloat16 matrices on a CPU"):
             packed.pack(wrong)
@@ -223,6 +224,7 @@ def test_what_does_not_fit_is_refused_in_a_line(instructions, monkeypatch):
     matrix, three = packed.pack(torch.zeros(40, 32)), packed.pack(torch.zeros(3, 32, 32))
     wide = packed.pack(torch.zeros(3, 48, 32))
     x, offsets = torch.zeros(2, 32), torch.tensor([0, 1, 1, 2], dtype=torch.int32)
+    plain = torch.zeros(3, 32, 32)
     attention = [torch.zeros(2, 1, 1, 16)] * 3 + [torch.zeros(2, 1, 4, 16)] * 2
     at = torch.tensor([0, 1])
     g = gate(torch.zeros(2, 3), 1, losses=False)
@@ -249,6 +251,12 @@ def test_what_does_not_fit_is_refused_in_a_line(instructions, monkeypatch):
             "expert_ffn: packed weights of 3 experts of 32 and 48",
         ),
         (lambda: expert_ffn(x, offsets[:3], three, None, three, None), "expert_ffn: packed weights of 2 experts"),
+        (lambda: expert_ffn(x, offsets, three, None, plain, None), "expert_ffn: both weights are packed or none"),
+        (lambda: expert_ffn(x, offsets, plain, None, three, None), "expert_ffn: both weights are packed or none"),
+        (
+            lambda: expert_ffn(x, offsets, three, None, three, None, backend="reference"),
+            "expert_ffn: both weights are packed or none, for backend 'auto' or 'cpp', not 'reference'",
+        ),
         (lambda: expert_ffn(x, offsets + 1, three, None, three, None), "expert_ffn: packed weights of 3 experts"),
         (lambda: expert_ffn(x.bfloat16(), offsets, three, None, three, None), alike),
         (lambda: expert_ffn(x, offsets, three, torch.zeros(3, 32).bfloat16(), three, None), alike),

@@ -90,6 +90,24 @@ def test_a_tile_reaches_the_launch_and_changes_no_result(interpreted, monkeypatc
         assert launched == want_grid and config["PERSISTENT"] is (programs is not None)
 
 
+def test_a_table_holds_what_was_measured_with_the_versions_that_it_names(folder):
+    tune = pytest.importorskip("moelab.kernels.tools.tune", exc_type=ImportError)
+    path = folder / "x.json"
+
+    def measured(key, best):
+        return tune.Tuned("rows", "", key, {}, best, 2.0, 1.0, 1, 0, 0)
+
+    tune.write([measured("a", {"BM": 32}), measured("b", {"BM": 16})], path, "X")
+    tune.write([measured("b", {}), measured("c", {"BM": 64})], path, "X")
+    assert tuning.load("x") == {"a": {"BM": 32}, "c": {"BM": 64}}
+    for name in ("card", "torch", "triton"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: "another"}))
+        tune.write([measured("d", {"BM": 16})], path, "X")
+        assert tuning.load("x") == {"d": {"BM": 16}}, (
+            "no entry is said to be of versions with which it was not measured"
+        )
+
+
 def test_the_most_valuable_ops_are_tuned_first(interpreted):
     from moelab.kernels.tools import tune
 

@@ -57,6 +57,20 @@ def test_what_the_kernel_does_not_take_is_one_line():
         kernels.attention(torch.randn(1, 17, 3, 1, 16), backend="cpp")
 
 
+@pytest.mark.parametrize(
+    "wrong", [torch.ones(1, 16, 3, 1, 16, dtype=torch.int32), torch.ones(1, 16, 3, 16)], ids=["integers", "four dims"]
+)
+def test_integers_and_other_shapes_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"^attention: queries, keys and values must be floating point \[B, T, 3, H"):
+        kernels.attention(wrong)
+
+
+def test_autocast_changes_no_dtype_on_either_path():
+    qkv = torch.randn(1, 17, 3, 1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.attention(qkv).dtype == kernels.attention(qkv[:, :16]).dtype == torch.float32
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("scale", [1, 4])  # of queries and keys: flat and peaked probabilities
 def test_bf16_is_as_exact_as_the_fused_kernel(scale, autocast):
