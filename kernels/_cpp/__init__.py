@@ -111,8 +111,8 @@ def available() -> bool:
     except RuntimeError as error:
         if instructions() != "none":
             print(
-                f"moelab: no CPU kernels: {error}. Plain PyTorch computes instead; with 128 experts a training step "
-                "takes two to four times as long",
+                f"moelab: no CPU kernels: {error}. Plain PyTorch computes instead; "
+                "training takes up to 2.4 times as long",
                 file=sys.stderr,
                 flush=True,
             )

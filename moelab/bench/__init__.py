@@ -1,1 +1,1 @@
-"""How fast is it? Every benchmark, on one harness: turns, medians with spread, a floor counted first."""
+"""Measure how fast this machine computes: every benchmark on one harness, in turns, beside a floor that is counted."""

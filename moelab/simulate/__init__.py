@@ -1,4 +1,4 @@
-"""An analytical model of GPU clusters: memory, latency, throughput and cost of MoE inference and training (section 5).
+"""Model GPU clusters analytically: memory, latency, throughput, cost of MoE inference and training (section 5).
 
     from moelab import simulate
     from moelab.config.parallel import ParallelConfig

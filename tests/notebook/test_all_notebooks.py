@@ -48,7 +48,7 @@ def test_publishes_figures_and_every_run(everything, name):
 
 
 def test_runs_are_shared_and_not_trained_again(everything, monkeypatch):
-    """Teachers and students too; that a notebook then publishes the same numbers: test_cli.py."""
+    """Teachers and students too."""
     before = {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")}
     specs = [s.id for e in EXPERIMENTS.values() if e.trains and "smoke" in e.scales for s in e.specs("smoke")]
     assert len(set(specs)) < len(specs), "experiments share runs"
@@ -59,14 +59,23 @@ def test_runs_are_shared_and_not_trained_again(everything, monkeypatch):
     assert {run.spec.id: run.result for run in again} == {run["id"]: run["result"] for run in summary["runs"]}
 
 
-def test_what_was_measured_is_read_back(everything):
-    (first,) = summaries(everything, "throughput")
-    assert run(everything, "throughput").returncode == 0
-    second = summaries(everything, "throughput")[1]
-    assert [one["read_back"] for one in first["measurements"]] == [False]
-    assert [one["read_back"] for one in second["measurements"]] == [True]
-    assert second["measurements"][0]["measured"] == first["measurements"][0]["measured"]
+def test_a_notebook_publishes_again_what_was_trained_and_measured(everything):
+    name = "top2-vs-residual"
+    (first,) = summaries(everything, name)
+    before = {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")}
+    assert run(everything, name).returncode == 0
+    assert {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")} == before
+    second = summaries(everything, name)[1]
+    assert first["runs"] and [r["result"] for r in second["runs"]] == [r["result"] for r in first["runs"]]
+    assert first["measurements"] and not any(one["read_back"] for one in first["measurements"])
+    assert all(one["read_back"] for one in second["measurements"])
+    assert [one["measured"] for one in second["measurements"]] == [one["measured"] for one in first["measurements"]]
     assert (second["title"], second["claims"]) == (first["title"], first["claims"])
+    # What the pages say and where they lead: test_site.py and tests/browser.
+    pages = everything / "home" / "pages"
+    for folder in (everything / "home" / "results" / name / "smoke").iterdir():
+        assert f"{name}/smoke/{folder.name}/index.html" in (pages / "figures.html").read_text()
+        assert (pages / name / "smoke" / folder.name / "notebook.html").exists()
 
 
 def test_what_measures_runs_beside_nothing(everything):
