@@ -81,8 +81,8 @@ def gate(
         raise ValueError(f"gate: 2 to {MAX_EXPERTS} experts, not {experts}")
     if not 1 <= top_k <= experts:
         raise ValueError(f"gate: top_k must be 1 to {experts}, not {top_k}")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"gate: capacity must be at least 1 (None drops nothing), not {capacity}")
+    if capacity is not None and (isinstance(capacity, float) or capacity < 1):  # 1.25 * S / E is a float
+        raise ValueError(f"gate: capacity must be at least 1 and an int (None drops nothing), not {capacity}")
     if choice_logits_SE is not None:
         if choice_logits_SE.shape != logits_SE.shape:
             raise ValueError(f"gate: choice logits {tuple(choice_logits_SE.shape)} for logits {tuple(logits_SE.shape)}")

@@ -270,6 +270,7 @@ def test_half_precision_logits_route_in_float32(target, dtype):
         ((torch.zeros(3, 513), 1), {}, "2 to 512 experts"),
         ((torch.zeros(3, 4), 5), {}, "top_k must be 1 to 4"),
         ((torch.zeros(3, 4), 1, 0), {}, "capacity must be at least 1"),
+        ((torch.zeros(3, 4), 1, 1.25 * 3 / 2), {}, "capacity must be at least 1 and an int"),
         ((torch.zeros(3, 4), 1), {"choice_logits_SE": torch.zeros(3, 5)}, "choice logits"),
         ((torch.zeros(3, 4), 1), {"backend": "cuda"}, "unknown backend"),
         ((torch.zeros(3, 4), 1), {"backend": "triton"}, "needs CUDA tensors"),
