@@ -44,8 +44,8 @@ def attention(qkv_BT3HD: Tensor, *, backend: Backend = "auto") -> Tensor:
     if pick_backend("attention", backend, qkv_BT3HD, fits=fits) == "cpp":
         return _Attention.apply(qkv_BT3HD)
     q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4)
-    with torch.autocast(qkv_BT3HD.device.type, enabled=False):  # which would return its own dtype
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    # Autocast returns its own dtype. It is not switched off here: some devices, such as meta, have none.
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).to(qkv_BT3HD.dtype)
 
 
 class _Attention(torch.autograd.Function):

@@ -71,6 +71,11 @@ def test_autocast_changes_no_dtype_on_either_path():
         assert kernels.attention(qkv).dtype == kernels.attention(qkv[:, :16]).dtype == torch.float32
 
 
+def test_tensors_without_numbers_have_shape_and_dtype():
+    y = kernels.attention(torch.empty(2, 8, 3, 4, 16, dtype=torch.bfloat16, device="meta"))
+    assert y.shape == (2, 8, 4, 16) and y.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("scale", [1, 4])  # of queries and keys: flat and peaked probabilities
 def test_bf16_is_as_exact_as_the_fused_kernel(scale, autocast):
