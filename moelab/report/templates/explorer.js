@@ -13,7 +13,7 @@
     const chosen = rows.filter((row) => fields.every((name, i) => row[0][i] === form[name].value));
     const [model, cluster, gpus, by] = fields.map((name) => form[name].value);
     const what = `${model} on up to ${gpus} GPUs of ${cluster}`;
-    table.caption.textContent = chosen.length ? `${what}, best by ${by};${caption.split(";")[1]}` : `${what}: it does not fit`;
+    table.caption.textContent = chosen.length ? `${what}, best by ${by};${caption.split(";")[1]}` : `${what}: it does not fit, or these GPUs cannot compute in its dtype`;
     table.tBodies[0].replaceChildren(
       ...chosen.map((row) => {
         const line = document.createElement("tr");
