@@ -113,6 +113,15 @@ class Experiment:
     measures_on_gpu: tuple[str, ...] = ()
     looks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for scale, looks in self.looks.items():
+            self.scale(scale)
+            if not isinstance(looks, tuple) or not looks or looks[0] < 1 or list(looks) != sorted(set(looks)):
+                raise ValueError(
+                    f"experiment {self.name}: looks of {scale} must be increasing numbers of seeds, such as (3, 6, 9), "
+                    f"got {looks!r}"
+                )
+
     @property
     def module(self) -> str:
         """Name of its module."""

@@ -247,6 +247,14 @@ def test_all_experiments_of_the_paper_leave_out_those_that_need_a_file():
     assert not batch.left_out("cpu") and "scaling" in chosen
 
 
+@pytest.mark.parametrize("looks", [(6, 3), (3, 3, 6), 3, (), (0, 3)])
+def test_looks_that_are_no_plan_are_refused_before_the_first_run(looks):
+    with pytest.raises(ValueError, match=r"^experiment half-moe: looks of cpu must be increasing numbers of seeds"):
+        replace(experiment("half-moe"), looks={"cpu": looks})
+    with pytest.raises(ValueError, match=r"^experiment half-moe: no scale 'ful'; allowed: smoke"):
+        replace(experiment("half-moe"), looks={"ful": (3, 6)})
+
+
 def test_an_experiment_without_its_notebook_is_told_in_one_line(tmp_path, monkeypatch):
     lone = replace(experiment("half-moe"), name="granularity", number=31)
     with pytest.raises(ValueError) as error:
