@@ -59,7 +59,7 @@ def rates(
     """
     of_arm = {name: AT_FULL.get(base, {}).get(name, RATES) if scale == "full" else RATES for name in arms(base, scale)}
     tried = chosen or {rate for name, rates in of_arm.items() if arm in (None, name) for rate in rates}
-    return [round(rate * settings.rate_ratio(base), 6) for rate in sorted(tried)]
+    return [round(rate * settings.rate_ratio(base), 6) for rate in sorted({*tried})]
 
 
 def build(
@@ -94,13 +94,20 @@ def losses(final: pd.DataFrame, specs: list[RunSpec]) -> pd.DataFrame:
     """Return columns arm, rate, seed, loss, and behind: how far above the arm's best rate (mean over seeds)."""
     rates = {spec.id: spec.train.lr for spec in specs}
     table = final.assign(rate=final["run"].map(rates), loss=final["validation_loss"])[["arm", "rate", "seed", "loss"]]
-    best = table.groupby(["arm", "rate"])["loss"].mean().groupby("arm").min()
+    best = {arm: _means(part).min() for arm, part in table.groupby("arm")}
     return table.assign(behind=table["loss"] - table["arm"].map(best))
 
 
 def used(base: str, scale: str) -> dict[str, float]:
     """Return the rate that each arm of a base has in the other experiments."""
     return {arm: settings.peak_rate(name, scale) for arm, name in arms(base, scale).items()}
+
+
+def _means(part: pd.DataFrame) -> pd.Series:
+    """Return the mean loss of an arm at each rate, over the seeds that have all of its rates; over any if none has."""
+    by_seed = part.pivot(index="seed", columns="rate", values="loss")
+    whole = by_seed.dropna()
+    return (whole if len(whole) else by_seed).mean()
 
 
 def unbracketed(table: pd.DataFrame) -> list[str]:
@@ -110,7 +117,7 @@ def unbracketed(table: pd.DataFrame) -> list[str]:
     """
     problems = []
     for arm, part in table.groupby("arm", sort=False):
-        means = part.groupby("rate")["loss"].mean()
+        means = _means(part)
         best = means.idxmin()
         if best in (edges := {means.index.min(): "lowest", means.index.max(): "highest"}):
             problems.append(f"{arm}'s lowest loss is at {best:g}, the {edges[best]} rate")
@@ -128,7 +135,7 @@ def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
         return f"{base} base: no run has finished"
     said = []
     for arm, part in table.groupby("arm", sort=False):
-        means = part.groupby("rate")["loss"].mean()
+        means = _means(part)
         best = means.idxmin()
         cost = f"{means[used[arm]] - means.min():.3f} nats above" if used[arm] in means else "not among these"
         lead = ""
