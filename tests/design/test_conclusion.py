@@ -1,6 +1,7 @@
 """What a notebook says at its end, from the verdicts."""
 
 import pandas as pd
+import pytest
 
 from moelab import paper
 from moelab.design import comparison
@@ -54,3 +55,7 @@ def test_pairs_and_headlines_of_curves():
     assert comparison.moved_headline(moved) == "At the end of their curves, against a: b -1.000 nats"
     assert comparison.ends_headline(curves) == "Loss at the end of the curves: a 2.80, b 1.80 nats per token"
     assert "no arm" in comparison.moved_headline(moved.iloc[:0])
+    longer = pd.concat([moved, moved.assign(arm="c", tokens=moved["tokens"] + 1)])
+    assert comparison.moved_headline(longer).endswith("against a: b -1.000, c -1.000 nats"), "each at its own end"
+    with pytest.raises(ValueError, match=r"^arm 'a' has several runs of seed 0"):
+        comparison.over_training(pd.concat([curves, curves]), ["b"], "a")

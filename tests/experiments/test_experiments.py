@@ -272,6 +272,11 @@ def test_summary_and_gaps():
     for missing in (("c", "b"), ("c", "d")):  # a selection of the arms: what is there is compared
         assert comparison.difference(table, *missing) == comparison.difference(table, "b", "a")
     assert comparison.difference(final({"a": [2.0]}), "b", "c") == "b and c have no finished pair"
+    assert "interval over 2 looks" in comparison.difference(table, "a", "b", (3,)), "the planned one is to come"
+    none = Runs().final()
+    assert comparison.difference(none, "a", "b") == "a and b have no finished pair"
+    assert not len(comparison.gaps(none, "a"))
+    assert 0 < comparison.alpha(none, (3,)) < 0.05
     for least, most, said in ((3.0, 3.5, "all far below"), (5.9, 6.0, "not far below"), (6.0, 6.2, "not all below")):
         said_of = comparison.beside_unigram(pd.DataFrame({"validation_loss": [least, most], "unigram_loss": 6.13}))
         assert said_of.startswith(f"unigram 6.13 nats; arms {least:.2f} to {most:.2f}: {said} it")
