@@ -30,7 +30,7 @@ def needs(
 
     Args:
         results: folders of results; of several of this experiment and scale the newest with two seeds or more counts,
-            that of the 350M base before those of others.
+            one with the scale's own settings before those with others, that of the 350M base before those of others.
         against: an arm with which all others are compared.
         effect: nats per token that two arms are to show, `SMALLEST` by default; claims have their own.
 
@@ -52,8 +52,8 @@ def needs(
             f"`moelab run {about.name} --scale {scale} -p seeds=3` makes one"
         )
     summaries.sort(key=lambda summary: summary.finished, reverse=True)
-    # One seed has no spread, and the arms of every base have the same names.
-    summaries.sort(key=lambda summary: (len(summary.seeds) == 1, summary.other_base != ""))
+    # One seed has no spread, the plan is for the scale's settings, and the arms of every base have the same names.
+    summaries.sort(key=lambda s: (len(s.seeds) == 1, bool(s.parameters.get("overrides")), s.other_base != ""))
     rows = _claims(summaries) if against is None and effect is None else []
     return _frame(rows) if rows else needs_of(_final(summaries[0]), against=against, effect=effect)
 

@@ -55,7 +55,8 @@ def test_an_arm_at_several_peak_rates_is_an_arm_for_each():
 
 
 def test_the_spread_is_of_the_papers_first_base_and_of_two_seeds_or_more():
-    for day, (base, seeds, spread) in enumerate((("350M", (0, 1), 0.1), ("1.3B", (0, 1), 0.2), ("350M", (0,), 0.3))):
+    made = [("350M", (0, 1), 0.1), ("1.3B", (0, 1), 0.2), ("350M", (0,), 0.3), ("350M", (0, 1), 0.4)]
+    for day, (base, seeds, spread) in enumerate(made):
         losses = [("Teacher", 3.0), ("L21", 3.1), ("Teacher, shared rate", 3.0)]
         runs = [
             {"id": arm, "label": arm, "spec": {"train": {"seed": s}}, "result": {"validation_loss": loss + add}}
@@ -65,6 +66,7 @@ def test_the_spread_is_of_the_papers_first_base_and_of_two_seeds_or_more():
         ]
         about = {"experiment": "distillation", "scale": "full", "title": "t", "finished": f"2026-01-0{day + 1}"}
         about |= {"seeds": seeds, "runs": runs, "parameters": {"base": base}}
+        about["parameters"] |= {"overrides": {"train.tokens": 4096}} if day == 3 else {}
         write_json(paths.results() / "distillation" / "full" / str(day) / SUMMARY, about)
     found = planning.needs("distillation", "full", paths.results())
     assert list(found["comparison"]) == ["L21 − Teacher"], "an arm that is one run at both rates is no pair"
