@@ -36,6 +36,12 @@ def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
     return final.pivot(index="seed", columns="arm", values=value)
 
 
+def common_means(table: pd.DataFrame) -> pd.Series:
+    """Return the mean of each column of a table by seed, over the seeds that have all columns; over any if none has."""
+    whole = table.dropna()
+    return (whole if len(whole) else table).mean()
+
+
 def _check_labels(table: pd.DataFrame, *point: str) -> None:
     """Check that an arm has one row of each seed (and point of its curve).
 
@@ -304,11 +310,13 @@ def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> 
 
 
 def gaps_headline(table: pd.DataFrame, reference: str) -> str:
-    """Return "Against REFERENCE: ARM −0.012, … nats", from `gaps`."""
+    """Return "Against REFERENCE: ARM −0.012, … nats", from `gaps`; seeds that an arm lacks are named."""
     means = table[table["arm"] != reference].groupby("arm", sort=False)["gap"].mean()
     if not len(means):
         return f"{reference} and another arm have no finished pair"
-    return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats"
+    lost = _missing(by_arm(table, "gap"), list(means.index))
+    without = f"; without {', '.join(lost)}" if lost else ""
+    return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats{without}"
 
 
 def moved_headline(moved: pd.DataFrame) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moelab.design import settings
+from moelab.design import comparison, settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
@@ -104,10 +104,8 @@ def used(base: str, scale: str) -> dict[str, float]:
 
 
 def _means(part: pd.DataFrame) -> pd.Series:
-    """Return the mean loss of an arm at each rate, over the seeds that have all of its rates; over any if none has."""
-    by_seed = part.pivot(index="seed", columns="rate", values="loss")
-    whole = by_seed.dropna()
-    return (whole if len(whole) else by_seed).mean()
+    """Return the mean loss of an arm at each rate, see `comparison.common_means`."""
+    return comparison.common_means(part.pivot(index="seed", columns="rate", values="loss"))
 
 
 def unbracketed(table: pd.DataFrame) -> list[str]:
