@@ -94,7 +94,7 @@ def losses(final: pd.DataFrame, specs: list[RunSpec]) -> pd.DataFrame:
     """Return columns arm, rate, seed, loss, and behind: how far above the arm's best rate (mean over seeds)."""
     rates = {spec.id: spec.train.lr for spec in specs}
     table = final.assign(rate=final["run"].map(rates), loss=final["validation_loss"])[["arm", "rate", "seed", "loss"]]
-    best = {arm: _means(part).min() for arm, part in table.groupby("arm")}
+    best = {arm: mean_losses(part).min() for arm, part in table.groupby("arm")}
     return table.assign(behind=table["loss"] - table["arm"].map(best))
 
 
@@ -103,8 +103,8 @@ def used(base: str, scale: str) -> dict[str, float]:
     return {arm: settings.peak_rate(name, scale) for arm, name in arms(base, scale).items()}
 
 
-def _means(part: pd.DataFrame) -> pd.Series:
-    """Return the mean loss of an arm at each rate, see `comparison.common_means`."""
+def mean_losses(part: pd.DataFrame) -> pd.Series:
+    """Return an arm's mean loss at each rate from its rows of `losses`, see `comparison.common_means`."""
     return comparison.common_means(part.pivot(index="seed", columns="rate", values="loss"))
 
 
@@ -115,7 +115,7 @@ def unbracketed(table: pd.DataFrame) -> list[str]:
     """
     problems = []
     for arm, part in table.groupby("arm", sort=False):
-        means = _means(part)
+        means = mean_losses(part)
         best = means.idxmin()
         if best in (edges := {means.index.min(): "lowest", means.index.max(): "highest"}):
             problems.append(f"{arm}'s lowest loss is at {best:g}, the {edges[best]} rate")
@@ -133,7 +133,7 @@ def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
         return f"{base} base: no run has finished"
     said = []
     for arm, part in table.groupby("arm", sort=False):
-        means = _means(part)
+        means = mean_losses(part)
         best = means.idxmin()
         cost = f"{means[used[arm]] - means.min():.3f} nats above" if used[arm] in means else "not among these"
         lead = ""
