@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -57,10 +58,15 @@ class Publication:
         """Open the folder that the command gives to a batch run (`MOELAB_PUBLICATION`), else an empty draft.
 
         Raises:
-            ValueError: experiment or scale is not the plain name of a folder, or a link leads out of the drafts.
+            ValueError: one line: experiment or scale is not the plain name of a folder, parameters are no JSON, which
+                the summary holds them as, or a link leads out of the drafts.
         """
         check_file_name("experiment", experiment)
         check_file_name("scale", scale)
+        try:
+            json.dumps(parameters)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"parameters of {experiment}: {error}") from None
         given = environment.PUBLICATION.get()
         drafts = paths.home() / "drafts"
         path = Path(given) if given else drafts / experiment / scale

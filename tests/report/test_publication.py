@@ -36,6 +36,11 @@ def test_names_that_are_no_folder_of_the_drafts_are_refused(tmp_path, monkeypatc
     assert all(file.is_file() for file in victims)
 
 
+def test_parameters_that_no_summary_can_hold_are_refused_before_the_training():
+    with pytest.raises(ValueError, match=r"^parameters of mine: Object of type ndarray is not JSON serializable$"):
+        Publication.open("mine", "quick", {"rates": pd.Series([1.0]).to_numpy()})
+
+
 def test_a_link_out_of_the_drafts_is_not_followed(tmp_path):
     (tmp_path / "victim" / "cpu").mkdir(parents=True)
     (file := tmp_path / "victim" / "cpu" / "a").write_text("mine")
