@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moelab.config import DataConfig
 from moelab.lazy import pd
@@ -28,7 +29,10 @@ class NoResult(RuntimeError):
 
 
 class Runs(tuple[Run, ...]):
-    """The runs of one `lab.run`, in the order of the specs."""
+    """The runs of one `lab.run`, in the order of the specs; `+` joins those of several."""
+
+    def __add__(self, other: Any) -> Runs:
+        return Runs((*self, *other))
 
     @property
     def seeds(self) -> int:

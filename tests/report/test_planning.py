@@ -88,7 +88,7 @@ def test_runs_of_two_requests_without_their_budgets(tmp_path, result):
         loss = 3.0 + run.spec.train.seed * (run.spec.title[0] == "b") / 10
         write_json(run.path / "result.json", result(validation_loss=loss))
     both = Runs(runs[:10]) + Runs(runs[10:])
-    assert list(Lab().power(both)["comparison"]) == ["b − a"]
+    assert list(Lab().power(both)["comparison"]) == ["b − a"] and len(both.final()) == 20
 
 
 _ARMS = [(arm, lr, seed) for arm, lr in (("a", 4e-3), ("b", 8e-3)) for seed in (0, 1)]
