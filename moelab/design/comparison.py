@@ -104,7 +104,7 @@ def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]], value: str = "vali
     table = by_arm(final, value)
     rows = [
         [f"{left} − {right}", left, right, seed, gap]
-        for left, right in of
+        for left, right in dict.fromkeys(of)  # twice the seeds would make an interval narrower
         if {left, right} <= set(table)
         for seed, gap in (table[left] - table[right]).dropna().items()
     ]

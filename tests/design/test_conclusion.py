@@ -44,7 +44,7 @@ def test_pairs_and_headlines_of_curves():
         [("a", s, 3.0 + s) for s in (0, 1)] + [("b", s, 2.5 + s) for s in (0, 1)],
         columns=["arm", "seed", "validation_loss"],
     )
-    table = comparison.pairs(final, [("b", "a"), ("c", "a")])
+    table = comparison.pairs(final, [("b", "a"), ("c", "a"), ("b", "a")])
     assert list(table["arm"]) == ["b − a"] * 2 and table["gap"].tolist() == [-0.5, -0.5]
     curves = pd.DataFrame(
         [(arm, 0, t, loss - t / 10) for arm, loss in (("a", 3.0), ("b", 2.0)) for t in (1, 2)],
