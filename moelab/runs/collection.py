@@ -36,11 +36,8 @@ class Runs(tuple[Run, ...]):
 
     @property
     def seeds(self) -> int:
-        """How many seeds have a finished run: of the arm, among those with a result, that has the fewest."""
-        by_arm: dict[str, set[int]] = {}
-        for run in self.finished:
-            by_arm.setdefault(run.spec.title, set()).add(run.spec.train.seed)
-        return min(map(len, by_arm.values()), default=0)
+        """How many seeds have a finished run."""
+        return len({run.spec.train.seed for run in self.finished})
 
     @property
     def finished(self) -> Runs:
