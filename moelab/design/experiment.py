@@ -243,7 +243,10 @@ def _arguments(label: str, arm: str | Mapping[str, Any]) -> dict[str, Any]:
             got = "nothing" if value is None else type(value).__name__
             raise ValueError(f"{where}: {key} must be a {kind.__name__}, got {got}; allowed: {', '.join(allowed)}")
     try:
-        return {**given, "overrides": check_overrides(given.get("overrides") or {})}
+        own = check_overrides(given.get("overrides") or {})
+        if not given.get("distill") and any(name.startswith("distill.") for name in own):
+            raise ValueError("settings of distill.… need a teacher, and it has none")
+        return {**given, "overrides": own}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
