@@ -125,7 +125,10 @@ def test_a_mistake_in_an_arm_is_one_line_with_what_is_allowed():
         ({"name": "350M", "routing": {"drop_tokens": False}}, "routing must be a RoutingConfig, got dict"),
         ({"name": "350M", "overrides": "model.top_k=4"}, "overrides must be a Mapping, got str"),
         ({"name": "350M+MoE-32", "overrides": {"model.routing.top_k": 4}}, "no setting 'model.routing.top_k'"),
-        ({"name": "350M", "overrides": {"distill.weight": 2.0}}, "settings of distill.… need a teacher, and it has none"),
+        (
+            {"name": "350M", "overrides": {"distill.weight": 2.0}},
+            "settings of distill.… need a teacher, and it has none",
+        ),
     ):
         with pytest.raises(ValueError) as error:
             with_arm(arm).specs("smoke")
