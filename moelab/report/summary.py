@@ -132,8 +132,9 @@ class RunRow:
     @property
     def is_budget(self) -> bool:
         """Whether it is a budget of another run, as `moelab.design.budgets.is_budget` says of specs."""
-        trunk = (self.spec.get("start") or {}).get("run", {}).get("label", "")
-        return self.label == budgets.label(trunk, self.spec.get("train", {}).get("tokens", 0))
+        trunk = (self.spec.get("start") or {}).get("run", {})
+        name = trunk.get("label") or trunk.get("model", {}).get("name", "")
+        return self.label == budgets.label(name, self.spec.get("train", {}).get("tokens", 0))
 
     @property
     def training(self) -> dict[str, Any]:

@@ -39,14 +39,14 @@ def test_branches_are_compared_but_for_budgets():
     """An upcycled run is an arm, though it begins as another one; a budget is that arm again, with fewer tokens."""
     runs = []
     for seed in (0, 1, 2):
-        trunk = settings.spec("350M", "cpu", seed, label="Dense")
+        trunk = settings.spec("350M", "cpu", seed)  # its title is its model's name
         branch = replace(trunk, start=Start(trunk, 8_192_000), label="Upcycled")
         for spec in (*budgets.with_budgets(trunk, "cpu"), branch):
-            numbers = {"validation_loss": 3.0 + 0.1 * seed * (spec is branch)}
+            numbers = {"validation_loss": 3.0 + 0.1 * seed * (spec is branch) + seed * 1e6 / spec.train.tokens}
             runs.append({"id": spec.id, "label": spec.title, "spec": spec.to_json(), "result": numbers})
     about = {"experiment": "upcycling", "scale": "cpu", "title": "t", "finished": "2026", "runs": runs}
     write_json(paths.results() / "upcycling" / "cpu" / "1" / SUMMARY, about)
-    assert list(planning.needs("upcycling", "cpu", paths.results())["comparison"]) == ["Upcycled − Dense"]
+    assert list(planning.needs("upcycling", "cpu", paths.results())["comparison"]) == ["Upcycled − 350M twin"]
 
 
 def test_an_arm_at_several_peak_rates_is_an_arm_for_each():
