@@ -230,7 +230,7 @@ class Lab:
 
     def power(
         self,
-        of: str | Runs,
+        of: str | Sequence[Run],
         scale: str = "cpu",
         *,
         against: str | None = None,
@@ -239,14 +239,15 @@ class Lab:
         """Return how many seeds comparisons need to decide with 80 % power, by the spread of seeds at hand.
 
         Args:
-            of: an experiment, whose newest result at a scale has the spread, or runs.
+            of: an experiment, whose newest result at a scale has the spread, or runs, of which budgets are left out.
             against, effect, and the columns: see `moelab.report.planning.needs`.
         """
-        from moelab.design import comparison
+        from moelab.design import budgets, comparison
         from moelab.report import planning
 
-        if isinstance(of, Runs):
-            final = comparison.by_peak_rate(of.final(), [run.spec.train.lr for run in of.finished])
+        if not isinstance(of, str):
+            runs = budgets.trunks(Runs(of)).finished
+            final = comparison.by_peak_rate(runs.final(), [run.spec.train.lr for run in runs])
             return planning.needs_of(final, against=against, effect=effect)
         return planning.needs(of, scale, *paths.all_results(), against=against, effect=effect)
 

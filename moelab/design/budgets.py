@@ -86,7 +86,7 @@ def losses(runs: Runs) -> pd.DataFrame:
     rows = []
     for run in runs.finished:
         spec = run.spec
-        arm = spec.start.run.title if spec.start else spec.title
+        arm = spec.start.run.title if spec.start and is_budget(spec) else spec.title
         without: dict[str, Any] = {"residual": False, "top_k": 1, "expert": ExpertConfig(), "routing": RoutingConfig()}
         dense = replace(spec.model, experts=(0,) * spec.model.layers, **without)
         tokens = run.result["tokens"]

@@ -36,9 +36,18 @@ def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
     return final.pivot(index="seed", columns="arm", values=value)
 
 
-def _check_labels(final: pd.DataFrame) -> None:
-    """Check that an arm has one run of each seed; ValueError, one line, where runs that differ have the same label."""
-    again = final[final.duplicated(["arm", "seed"])]
+def common_means(table: pd.DataFrame) -> pd.Series:
+    """Return the mean of each column of a table by seed, over the seeds that have all columns; over any if none has."""
+    whole = table.dropna()
+    return (whole if len(whole) else table).mean()
+
+
+def _check_labels(table: pd.DataFrame, *point: str) -> None:
+    """Check that an arm has one row of each seed (and point of its curve).
+
+    ValueError, one line, where runs that differ have the same label.
+    """
+    again = table[table.duplicated(["arm", "seed", *point])]
     if len(again):
         arm, seed = again.iloc[0][["arm", "seed"]]
         raise ValueError(f"arm {arm!r} has several runs of seed {seed}; give each of their specs a label of its own")
@@ -95,7 +104,7 @@ def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]], value: str = "vali
     table = by_arm(final, value)
     rows = [
         [f"{left} − {right}", left, right, seed, gap]
-        for left, right in of
+        for left, right in dict.fromkeys(of)  # twice the seeds would make an interval narrower
         if {left, right} <= set(table)
         for seed, gap in (table[left] - table[right]).dropna().items()
     ]
@@ -204,7 +213,7 @@ def tokens_a_parameter(name: str, scale: str = "paper", tokens: float | None = N
 
 def alpha(final: pd.DataFrame, looks: Sequence[int]) -> float:
     """Return the level of the look at these runs: the chance that one of the figure's intervals misses its mean."""
-    return sequential.level(final["seed"].nunique(), tuple(looks))
+    return sequential.level(max(1, final["seed"].nunique()), tuple(looks))
 
 
 def size_ratio(left: str, right: str) -> float:
@@ -216,13 +225,13 @@ def size_ratio(left: str, right: str) -> float:
 def interval_text(values: Sequence[float], looks: Sequence[int] = ()) -> str:
     """Return the 95 % interval of a mean, the repeated one of a plan's look, and the number of seeds, in words.
 
-    An interval that is wider because all of a plan's looks are right together says over how many.
+    An interval that is wider because all of a plan's looks are right together says over how many, this one included.
     """
     if len(values) < 2:
         return "1 seed, no spread"
     level = sequential.level(len(values), tuple(looks))
     _, low, high = interval(values, level)
-    over = f" over {len(looks)} looks" if level < ALPHA else ""
+    over = f" over {len({*looks, min(len(values), looks[-1])})} looks" if level < ALPHA else ""
     return f"95 % interval{over} {low:+.3f} to {high:+.3f}, {len(values)} seeds"
 
 
@@ -243,7 +252,7 @@ def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] 
 
 def _of_those_there(final: pd.DataFrame, looks: Sequence[int]) -> str:
     """Return `difference` of the last and the first arm that have finished; empty where no seed is in common."""
-    arms = list(dict.fromkeys(final["arm"])) if "arm" in final else []
+    arms = list(dict.fromkeys(final["arm"]))
     pair = next(
         ((last, first) for first in arms for last in reversed(arms) if last != first and paired(final, last, first)), ()
     )
@@ -261,22 +270,28 @@ def beside_unigram(final: pd.DataFrame) -> str:
     return f"{arms}: {where}; these runs are too short for models to differ much"
 
 
-def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
+def differences(
+    final: pd.DataFrame, expected: Sequence[tuple[str, str, str]], looks: Sequence[int] = ()
+) -> pd.DataFrame:
     """Return, a row per pair of arms, the difference of their final losses beside what was expected of it.
 
     Args:
         expected: left, right, and where the left arm was expected to end: "below", "above" or "cannot tell".
+        looks: the plan, see `moelab.design.sequential`.
 
     Returns:
-        Columns left, right, mean (left minus right), low, high (95 % interval), seeds, expected, found: "below" or
-        "above" if the interval is on one side of zero, else "cannot tell"; "too few seeds" below `judging.MIN_SAMPLES`.
+        Columns left, right, mean (left minus right), low, high (95 % interval, the repeated one of a plan's look),
+        seeds, expected, found: "below" or "above" if the interval is on one side of zero, else "cannot tell"; "too few
+        seeds" below `judging.MIN_SAMPLES`; where a seed has no result in one of the arms, "without" its name.
     """
     rows = []
     for left, right, where in expected:
         if values := paired(final, left, right):
-            mean, low, high = interval(values)
+            mean, low, high = interval(values, sequential.level(len(values), tuple(looks)))
             outcome = "below" if high < 0 else "above" if low > 0 else "cannot tell"
             outcome = outcome if len(values) >= MIN_SAMPLES else "too few seeds"
+            if lost := missing(final, left, right):  # it may have diverged, so that the others are a selection
+                outcome = f"without {', '.join(lost)}"
             rows.append([left, right, mean, low, high, len(values), where, outcome])
     return pd.DataFrame(rows, columns=["left", "right", "mean", "low", "high", "seeds", "expected", "found"])
 
@@ -286,6 +301,7 @@ def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> 
 
     Columns: arm, against (the reference), seed, tokens, loss (the difference).
     """
+    _check_labels(curves, "tokens")
     trained = curves[curves["tokens"] > 0]
     base = trained[trained["arm"] == reference].set_index(["seed", "tokens"])["loss"].rename("base")
     both = trained[trained["arm"].isin(arms)].join(base, on=["seed", "tokens"], how="inner")
@@ -294,18 +310,20 @@ def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> 
 
 
 def gaps_headline(table: pd.DataFrame, reference: str) -> str:
-    """Return "Against REFERENCE: ARM −0.012, … nats", from `gaps`."""
+    """Return "Against REFERENCE: ARM −0.012, … nats", from `gaps`; seeds that an arm lacks are named."""
     means = table[table["arm"] != reference].groupby("arm", sort=False)["gap"].mean()
     if not len(means):
         return f"{reference} and another arm have no finished pair"
-    return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats"
+    lost = _missing(by_arm(table, "gap"), list(means.index))
+    without = f"; without {', '.join(lost)}" if lost else ""
+    return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats{without}"
 
 
 def moved_headline(moved: pd.DataFrame) -> str:
     """Return "At the end of their curves, against REFERENCE: ARM −0.012, … nats", from `over_training`."""
     if not len(moved):
         return "no arm and its reference have both been trained"
-    last = moved[moved["tokens"] == moved["tokens"].max()]
+    last = moved[moved["tokens"] == moved.groupby("arm")["tokens"].transform("max")]
     said = ", ".join(f"{arm} {gap:+.3f}" for arm, gap in last.groupby("arm", sort=False)["loss"].mean().items())
     return f"At the end of their curves, against {moved['against'].iloc[0]}: {said} nats"
 

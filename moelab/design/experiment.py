@@ -113,6 +113,15 @@ class Experiment:
     measures_on_gpu: tuple[str, ...] = ()
     looks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for scale, looks in self.looks.items():
+            self.scale(scale)
+            if not isinstance(looks, tuple) or not looks or looks[0] < 1 or list(looks) != sorted(set(looks)):
+                raise ValueError(
+                    f"experiment {self.name}: looks of {scale} must be increasing numbers of seeds, such as (3, 6, 9), "
+                    f"got {looks!r}"
+                )
+
     @property
     def module(self) -> str:
         """Name of its module."""
@@ -234,7 +243,10 @@ def _arguments(label: str, arm: str | Mapping[str, Any]) -> dict[str, Any]:
             got = "nothing" if value is None else type(value).__name__
             raise ValueError(f"{where}: {key} must be a {kind.__name__}, got {got}; allowed: {', '.join(allowed)}")
     try:
-        return {**given, "overrides": check_overrides(given.get("overrides") or {})}
+        own = check_overrides(given.get("overrides") or {})
+        if not given.get("distill") and any(name.startswith("distill.") for name in own):
+            raise ValueError("settings of distill.… need a teacher, and it has none")
+        return {**given, "overrides": own}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -26,7 +26,7 @@ def headline(final: pd.DataFrame) -> str:
     """Return the result in one line."""
     if not len(final):
         return "no run has finished"
-    means = final.groupby("arm")["validation_loss"].mean().sort_values()
+    means = comparison.common_means(comparison.by_arm(final)).sort_values()
     best, others = means.index[0], dict.fromkeys([*means.index[1:2], "1 (dense)"])
     said = [comparison.difference(final, best, o) for o in others if o != best or len(means) == 1]
     return f"Lowest mean loss at {best} experts: {'; '.join(said)}"

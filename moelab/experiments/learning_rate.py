@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moelab.design import settings
+from moelab.design import comparison, settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
@@ -59,7 +59,7 @@ def rates(
     """
     of_arm = {name: AT_FULL.get(base, {}).get(name, RATES) if scale == "full" else RATES for name in arms(base, scale)}
     tried = chosen or {rate for name, rates in of_arm.items() if arm in (None, name) for rate in rates}
-    return [round(rate * settings.rate_ratio(base), 6) for rate in sorted(tried)]
+    return [round(rate * settings.rate_ratio(base), 6) for rate in sorted({*tried})]
 
 
 def build(
@@ -94,13 +94,18 @@ def losses(final: pd.DataFrame, specs: list[RunSpec]) -> pd.DataFrame:
     """Return columns arm, rate, seed, loss, and behind: how far above the arm's best rate (mean over seeds)."""
     rates = {spec.id: spec.train.lr for spec in specs}
     table = final.assign(rate=final["run"].map(rates), loss=final["validation_loss"])[["arm", "rate", "seed", "loss"]]
-    best = table.groupby(["arm", "rate"])["loss"].mean().groupby("arm").min()
+    best = {arm: mean_losses(part).min() for arm, part in table.groupby("arm")}
     return table.assign(behind=table["loss"] - table["arm"].map(best))
 
 
 def used(base: str, scale: str) -> dict[str, float]:
     """Return the rate that each arm of a base has in the other experiments."""
     return {arm: settings.peak_rate(name, scale) for arm, name in arms(base, scale).items()}
+
+
+def mean_losses(part: pd.DataFrame) -> pd.Series:
+    """Return an arm's mean loss at each rate from its rows of `losses`, see `comparison.common_means`."""
+    return comparison.common_means(part.pivot(index="seed", columns="rate", values="loss"))
 
 
 def unbracketed(table: pd.DataFrame) -> list[str]:
@@ -110,7 +115,7 @@ def unbracketed(table: pd.DataFrame) -> list[str]:
     """
     problems = []
     for arm, part in table.groupby("arm", sort=False):
-        means = part.groupby("rate")["loss"].mean()
+        means = mean_losses(part)
         best = means.idxmin()
         if best in (edges := {means.index.min(): "lowest", means.index.max(): "highest"}):
             problems.append(f"{arm}'s lowest loss is at {best:g}, the {edges[best]} rate")
@@ -128,7 +133,7 @@ def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
         return f"{base} base: no run has finished"
     said = []
     for arm, part in table.groupby("arm", sort=False):
-        means = part.groupby("rate")["loss"].mean()
+        means = mean_losses(part)
         best = means.idxmin()
         cost = f"{means[used[arm]] - means.min():.3f} nats above" if used[arm] in means else "not among these"
         lead = ""

@@ -134,13 +134,19 @@ def loss_curves(
         along: one of `ALONG`; `per_parameter` is for final losses of runs of several lengths, each with a bar.
         log: draw on a logarithmic axis, where curves have a bar at their end and no band.
         paper: of curves of differences, label -> columns `along`, gap, low, high; an arm's name gives its colour.
+
+    Raises:
+        ValueError: one line: runs of an arm and seed that differ have the same label.
     """
     palette, every = colors(of or arms), list(of or arms)
     shown = curves[curves[along] > 0] if skip_first else curves
     (unit, xlabel), runs = ALONG[along], along == "per_parameter"
     end = unit * shown[along].max()
     for i, arm in enumerate(arms):
-        part = shown[shown["arm"] == arm].groupby(along)["loss"]
+        of_arm = shown[shown["arm"] == arm]
+        if "seed" in of_arm and of_arm.duplicated(["seed", along]).any():
+            raise ValueError(f"arm {arm!r} has several runs of a seed; give each of their specs a label of its own")
+        part = of_arm.groupby(along)["loss"]
         if not len(part):
             continue
         x, means = [unit * at for at in part.groups], list(part.mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moelab import paper
-from moelab.design import comparison, power
+from moelab.design import comparison, power, rates
 from moelab.design.judging import restate
 from moelab.design.verdicts import MEASURED
 from moelab.experiments import experiment as find
@@ -25,11 +25,12 @@ def needs(
     """Return how many seeds each comparison of an experiment needs to decide with 80 % power.
 
     The comparisons are the paper's claims that the newest result of this experiment and scale measures, or, with
-    `against` and for experiments without such claims, each arm and one other arm.
+    `against` and for experiments without such claims, each arm and one other arm. Of two rates that must agree on a
+    claim, the one that takes more seeds counts.
 
     Args:
         results: folders of results; of several of this experiment and scale the newest with two seeds or more counts,
-            that of the 350M base before those of others.
+            one with the scale's own settings before those with others, that of the 350M base before those of others.
         against: an arm with which all others are compared.
         effect: nats per token that two arms are to show, `SMALLEST` by default; claims have their own.
 
@@ -51,14 +52,16 @@ def needs(
             f"`moelab run {about.name} --scale {scale} -p seeds=3` makes one"
         )
     summaries.sort(key=lambda summary: summary.finished, reverse=True)
-    # One seed has no spread, and the arms of every base have the same names.
-    summaries.sort(key=lambda summary: (len(summary.seeds) == 1, summary.other_base != ""))
+    # One seed has no spread, the plan is for the scale's settings, and the arms of every base have the same names.
+    summaries.sort(key=lambda s: (len(s.seeds) == 1, bool(s.parameters.get("overrides")), s.other_base != ""))
     rows = _claims(summaries) if against is None and effect is None else []
     return _frame(rows) if rows else needs_of(_final(summaries[0]), against=against, effect=effect)
 
 
 def needs_of(final: pd.DataFrame, *, against: str | None = None, effect: float | None = None) -> pd.DataFrame:
     """Return the same for each arm and one other, by default the first, from their final losses.
+
+    At `full` an arm at the shared rate is compared with one at that rate, others with one at its own.
 
     Args:
         final: columns arm, seed, validation_loss, as of `Runs.final()`.
@@ -71,7 +74,8 @@ def needs_of(final: pd.DataFrame, *, against: str | None = None, effect: float |
         raise ValueError(f"power: no arm {against!r} in these runs; there are {', '.join(arms) or 'none'}")
     reference, wanted, rows = against or next(iter(arms), ""), effect or SMALLEST, []
     for arm in arms:
-        values = comparison.paired(final, arm, reference) if arm != reference else []
+        other = arm != reference and arm.endswith(rates.SHARED) == reference.endswith(rates.SHARED)
+        values = comparison.paired(final, arm, reference) if other else []
         if len(values) > 1 and any(values):  # all of them are 0 where a run stands for two arms
             spread = Estimate.of(values).spread
             numbers = _numbers(power.of_difference(spread, wanted))
@@ -103,8 +107,10 @@ def _claims(summaries: list[Summary]) -> list[list]:
             claim = known.get(stored.claim)
             verdict = restate(claim, stored, summary.scale) if claim else stored
             if claim and verdict.kind == MEASURED and len(verdict.values) > 1 and stored.claim not in rows:
-                need, effect, why = power.of_claim(claim, verdict)
-                rows[claim.id] = [claim.id, verdict.samples, power.spread(verdict), effect, why, *_numbers(need)]
+                both = [one for one in (verdict, verdict.other) if one and len(one.values) > 1]
+                plans = [(one, *power.of_claim(claim, one)) for one in both]
+                one, need, effect, why = max(plans, key=lambda plan: (plan[1] and plan[1].at_once) or power.MAX_SEEDS)
+                rows[claim.id] = [claim.id, one.samples, power.spread(one), effect, why, *_numbers(need)]
     return list(rows.values())
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -57,10 +58,15 @@ class Publication:
         """Open the folder that the command gives to a batch run (`MOELAB_PUBLICATION`), else an empty draft.
 
         Raises:
-            ValueError: experiment or scale is not the plain name of a folder, or a link leads out of the drafts.
+            ValueError: one line: experiment or scale is not the plain name of a folder, parameters are no JSON, which
+                the summary holds them as, or a link leads out of the drafts.
         """
         check_file_name("experiment", experiment)
         check_file_name("scale", scale)
+        try:
+            json.dumps(parameters)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"parameters of {experiment}: {error}") from None
         given = environment.PUBLICATION.get()
         drafts = paths.home() / "drafts"
         path = Path(given) if given else drafts / experiment / scale
@@ -83,9 +89,14 @@ class Publication:
     ) -> None:
         """Write the title above a figure that has none, and save it as SVG and the numbers it shows as JSON lines.
 
+        A figure of the same name, from an earlier execution of the cell, is replaced.
+
         Args:
             title: the finding, one sentence.
             claims: ids of the paper's claims that the figure shows; the ledger links them to it.
+
+        Raises:
+            ValueError: one line: a table of that name has other rows, in the same file.
         """
         from moelab.plotting import figures
 
@@ -94,14 +105,20 @@ class Publication:
             figures.title(figure, title)
         figures.save(figure, self.path / name, title=title)
         if data is not None:
-            write_text(self.path / row.data, lines(data))
-        self.figures.append(row)
+            self._write(row.data, data, self.tables)
+        self.figures = [*(other for other in self.figures if other.name != name), row]
 
     def table(self, data: pd.DataFrame, name: str, *, title: str, caption: str = "") -> None:
-        """Save a table as JSON lines."""
+        """Save a table as JSON lines; otherwise as `figure`."""
         row = TableRow(name, f"{name}.jsonl", title, caption)
-        write_text(self.path / row.data, lines(data))
-        self.tables.append(row)
+        self._write(row.data, data, self.figures)
+        self.tables = [*(other for other in self.tables if other.name != name), row]
+
+    def _write(self, file: str, data: pd.DataFrame, others: Sequence[FigureRow | TableRow]) -> None:
+        text = lines(data)
+        if any(other.data == file for other in others) and (self.path / file).read_text(encoding="utf-8") != text:
+            raise ValueError(f"{file}: a figure and a table with other rows have this name; give one of them another")
+        write_text(self.path / file, text)
 
     def claims(self, verdicts: Sequence[Verdict]) -> None:
         """Save the verdicts on the paper's claims, with the values that they were judged by."""
@@ -166,5 +183,6 @@ class Publication:
 
 
 def lines(data: pd.DataFrame) -> str:
-    """Return the rows of a frame as JSON lines."""
-    return data.to_json(orient="records", lines=True, double_precision=15)
+    """Return the rows of a frame as JSON lines, with an index that has a name as columns."""
+    named = [name for name in data.index.names if name is not None and name not in data]
+    return (data.reset_index(named) if named else data).to_json(orient="records", lines=True, double_precision=15)

@@ -132,13 +132,25 @@ class RunRow:
     @property
     def is_budget(self) -> bool:
         """Whether it is a budget of another run, as `moelab.design.budgets.is_budget` says of specs."""
-        trunk = (self.spec.get("start") or {}).get("run", {}).get("label", "")
-        return self.label == budgets.label(trunk, self.spec.get("train", {}).get("tokens", 0))
+        trunk = (self.spec.get("start") or {}).get("run", {})
+        name = trunk.get("label") or trunk.get("model", {}).get("name", "")
+        return self.label == budgets.label(name, self.spec.get("train", {}).get("tokens", 0))
 
     @property
     def training(self) -> dict[str, Any]:
         """The fields of `TrainConfig` that tell arms apart: all but the seed and what follows from the peak rate."""
         return {name: value for name, value in self.spec.get("train", {}).items() if name not in ("seed", "min_lr")}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The same with the fields of model and data, those of their parts by dotted names."""
+        return _flat(self.spec.get("model", {})) | _flat(self.spec.get("data", {})) | self.training
+
+
+def _flat(part: dict[str, Any], before: str = "") -> dict[str, Any]:
+    inner = [_flat(value, f"{before}{name}.") for name, value in part.items() if isinstance(value, dict)]
+    plain = {f"{before}{name}": value for name, value in part.items() if not isinstance(value, dict)}
+    return {name: value for one in (plain, *inner) for name, value in one.items()}
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,9 @@ def headline(experiment: Experiment, sweep: Sweep, comparison: Comparison) -> st
     if comparison.series != "arm":
         return f"{experiment.title} over {over}"
     best = comparison.table.loc[comparison.table["loss"].idxmin()]
-    where = ", ".join(f"{name}={best[name]}" for name in sweep.varied)
-    return f"Over {over}, the lowest mean loss is {best['loss']:.3f} nats, of {best['arm']} at {where}"
+    where, runs = ", ".join(f"{name}={best[name]}" for name in sweep.varied), comparison.table["runs"]
+    few = f"; points have {runs.min()} to {runs.max()} seeds" if runs.nunique() > 1 else ""
+    return f"Over {over}, the lowest mean loss is {best['loss']:.3f} nats, of {best['arm']} at {where}{few}"
 
 
 def publish(

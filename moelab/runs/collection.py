@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moelab.config import DataConfig
 from moelab.lazy import pd
@@ -28,7 +29,10 @@ class NoResult(RuntimeError):
 
 
 class Runs(tuple[Run, ...]):
-    """The runs of one `lab.run`, in the order of the specs."""
+    """The runs of one `lab.run`, in the order of the specs; `+` joins those of several."""
+
+    def __add__(self, other: Any) -> Runs:
+        return Runs((*self, *other))
 
     @property
     def seeds(self) -> int:
@@ -134,21 +138,15 @@ class Runs(tuple[Run, ...]):
         earlier in the sequence, so that copying does not give them; NaN in older results. Not the runs' time, which
         depends on what else their machines did.
         """
+        losses = ("tokens", "steps", "validation_loss", "bits_per_byte", "unigram_loss")
+        sizes = ("parameters", "active_parameters", "flops_per_token")
         rows = []
         for run in self.finished:
-            r = run.result
-            rows.append(
-                {
-                    "arm": run.spec.title,
-                    "model": str(run.spec.model),
-                    "seed": run.spec.train.seed,
-                    "run": run.spec.id,
-                    **{k: r[k] for k in ("tokens", "steps", "validation_loss", "bits_per_byte", "unigram_loss")},
-                    "unrepeated_loss": _unrepeated(r.get("validation_by_pair", {})),
-                    **{k: r[k] for k in ("parameters", "active_parameters", "flops_per_token")},
-                }
-            )
-        return pd.DataFrame(rows)
+            spec, r = run.spec, run.result
+            others = _unrepeated(r.get("validation_by_pair", {}))
+            named = [spec.title, str(spec.model), spec.train.seed, spec.id]
+            rows.append([*named, *(r[k] for k in losses), others, *(r[k] for k in sizes)])
+        return pd.DataFrame(rows, columns=["arm", "model", "seed", "run", *losses, "unrepeated_loss", *sizes])
 
     def curves(self, file: str = "validation.jsonl") -> pd.DataFrame:
         """Rows of `validation.jsonl` (or `train.jsonl`) of all runs, with columns arm and seed in front."""

@@ -63,6 +63,10 @@ def test_losses_of_trunks_and_budgets_stand_under_one_arm(tmp_path, result):
     assert list(found["loss"]) == [4.0, 3.0, 2.0, 1.0, 5.0], "by tokens"
     assert found["per_parameter"].iloc[-1] == pytest.approx(16_384_000 / 101_696), "of the dense base"
     assert [run.spec.title for run in budgets.trunks(runs)] == ["MoE-128"]
+    branch = replace(specs[1], label="MoE-128, other decay")
+    write_json(store.run(branch).path / "result.json", result(0.5, tokens=branch.train.tokens))
+    other = budgets.losses(Runs([*runs, store.run(branch)]))
+    assert list(other["arm"].unique()) == ["MoE-128", branch.title], "a branch that is no budget is an arm"
 
 
 def test_losses_of_the_papers_top2_have_the_tokens_a_parameter_of_its_base(tmp_path, result):

@@ -1,6 +1,7 @@
 """What a notebook says at its end, from the verdicts."""
 
 import pandas as pd
+import pytest
 
 from moelab import paper
 from moelab.design import comparison
@@ -43,7 +44,7 @@ def test_pairs_and_headlines_of_curves():
         [("a", s, 3.0 + s) for s in (0, 1)] + [("b", s, 2.5 + s) for s in (0, 1)],
         columns=["arm", "seed", "validation_loss"],
     )
-    table = comparison.pairs(final, [("b", "a"), ("c", "a")])
+    table = comparison.pairs(final, [("b", "a"), ("c", "a"), ("b", "a")])
     assert list(table["arm"]) == ["b − a"] * 2 and table["gap"].tolist() == [-0.5, -0.5]
     curves = pd.DataFrame(
         [(arm, 0, t, loss - t / 10) for arm, loss in (("a", 3.0), ("b", 2.0)) for t in (1, 2)],
@@ -54,3 +55,7 @@ def test_pairs_and_headlines_of_curves():
     assert comparison.moved_headline(moved) == "At the end of their curves, against a: b -1.000 nats"
     assert comparison.ends_headline(curves) == "Loss at the end of the curves: a 2.80, b 1.80 nats per token"
     assert "no arm" in comparison.moved_headline(moved.iloc[:0])
+    longer = pd.concat([moved, moved.assign(arm="c", tokens=moved["tokens"] + 1)])
+    assert comparison.moved_headline(longer).endswith("against a: b -1.000, c -1.000 nats"), "each at its own end"
+    with pytest.raises(ValueError, match=r"^arm 'a' has several runs of seed 0"):
+        comparison.over_training(pd.concat([curves, curves]), ["b"], "a")

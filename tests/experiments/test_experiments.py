@@ -16,6 +16,7 @@ from moelab.evaluation import routing
 from moelab.experiments import (
     EXPERIMENTS,
     decoding,
+    expert_count,
     inference_large,
     inference_scaling,
     model_variants_latency,
@@ -272,6 +273,16 @@ def test_summary_and_gaps():
     for missing in (("c", "b"), ("c", "d")):  # a selection of the arms: what is there is compared
         assert comparison.difference(table, *missing) == comparison.difference(table, "b", "a")
     assert comparison.difference(final({"a": [2.0]}), "b", "c") == "b and c have no finished pair"
+    assert "interval over 2 looks" in comparison.difference(table, "a", "b", (3,)), "the planned one is to come"
+    none = Runs().final()
+    assert comparison.difference(none, "a", "b") == "a and b have no finished pair"
+    assert not len(comparison.gaps(none, "a"))
+    lost = final({"a": [2.0, 3.0, 4.0], "b": [1.0, 2.0], "c": [1.0, 2.0, 3.0]})
+    said = comparison.gaps_headline(comparison.gaps(lost, "a"), "a")
+    assert said == "Against a: b -1.000, c -1.000 nats; without seed 2 of b"
+    counted = final({"16": [2.0, 3.0], "32": [1.9, 2.9], "64": [2.0]})
+    assert expert_count.headline(counted).startswith("Lowest mean loss at 32 experts"), "64 has the easier seed alone"
+    assert 0 < comparison.alpha(none, (3,)) < 0.05
     for least, most, said in ((3.0, 3.5, "all far below"), (5.9, 6.0, "not far below"), (6.0, 6.2, "not all below")):
         said_of = comparison.beside_unigram(pd.DataFrame({"validation_loss": [least, most], "unigram_loss": 6.13}))
         assert said_of.startswith(f"unigram 6.13 nats; arms {least:.2f} to {most:.2f}: {said} it")

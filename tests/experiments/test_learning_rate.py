@@ -63,6 +63,16 @@ def test_the_sweep_at_full_is_of_four_families_and_names_an_optimum_at_an_edge()
     )
 
 
+def test_rates_are_compared_on_the_seeds_that_have_all_of_them():
+    losses = {100: (3.0, 2.9, 3.0), 101: (3.6, 3.5, None)}  # the run at the highest rate diverged
+    rows = [["A", r, s, v] for s, vs in losses.items() for r, v in zip((2e-3, 4e-3, 8e-3), vs, strict=True) if v]
+    table = pd.DataFrame(rows, columns=["arm", "rate", "seed", "loss"])
+    assert not learning_rate.unbracketed(table), "8e-3 is lowest on the easier seed alone"
+    assert "A ends lowest on average at rate 0.004, 0.100 nats" in learning_rate.headline(table, {"A": 4e-3}, "350M")
+    assert learning_rate.unbracketed(table[table["seed"] == 101]) == ["A's lowest loss is at 0.004, the highest rate"]
+    assert learning_rate.rates(chosen=[8e-3, 4e-3, 4e-3]) == [4e-3, 8e-3]
+
+
 def test_larger_bases_train_at_less():
     names = ("350M", "1.3B", "1.3B+MoE-128", "6.7B")
     for scale in ("cpu", "gpu"):

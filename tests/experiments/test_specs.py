@@ -125,6 +125,10 @@ def test_a_mistake_in_an_arm_is_one_line_with_what_is_allowed():
         ({"name": "350M", "routing": {"drop_tokens": False}}, "routing must be a RoutingConfig, got dict"),
         ({"name": "350M", "overrides": "model.top_k=4"}, "overrides must be a Mapping, got str"),
         ({"name": "350M+MoE-32", "overrides": {"model.routing.top_k": 4}}, "no setting 'model.routing.top_k'"),
+        (
+            {"name": "350M", "overrides": {"distill.weight": 2.0}},
+            "settings of distill.… need a teacher, and it has none",
+        ),
     ):
         with pytest.raises(ValueError) as error:
             with_arm(arm).specs("smoke")
@@ -245,6 +249,14 @@ def test_all_experiments_of_the_paper_leave_out_those_that_need_a_file():
     chosen = [request.experiment.name for request in batch.chosen({"scale": "paper"})]
     assert "all-to-all" in batch.left_out("paper") and "all-to-all" not in chosen
     assert not batch.left_out("cpu") and "scaling" in chosen
+
+
+@pytest.mark.parametrize("looks", [(6, 3), (3, 3, 6), 3, (), (0, 3)])
+def test_looks_that_are_no_plan_are_refused_before_the_first_run(looks):
+    with pytest.raises(ValueError, match=r"^experiment half-moe: looks of cpu must be increasing numbers of seeds"):
+        replace(experiment("half-moe"), looks={"cpu": looks})
+    with pytest.raises(ValueError, match=r"^experiment half-moe: no scale 'ful'; allowed: smoke"):
+        replace(experiment("half-moe"), looks={"ful": (3, 6)})
 
 
 def test_an_experiment_without_its_notebook_is_told_in_one_line(tmp_path, monkeypatch):

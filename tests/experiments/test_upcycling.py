@@ -49,3 +49,12 @@ def test_differences_of_upcycling():
     found = comparison.differences(table, upcycling.EXPECTED).set_index("right")
     assert found.loc["Top-2", "found"] == "above" and found.loc["Top-2", "mean"] == pytest.approx(0.1)
     assert set(comparison.differences(table[table["seed"] < 2], upcycling.EXPECTED)["found"]) == {"too few seeds"}
+
+
+def test_differences_name_a_lost_seed_and_allow_for_looks():
+    table = final({"a": [2.0, 2.1, 2.2, 2.3], "b": [1.9, 1.97, 2.12, 2.2]})
+    expected = [("a", "b", "above")]
+    plain, planned = (comparison.differences(table, expected, looks).iloc[0] for looks in ((), (4, 8)))
+    assert plain["found"] == planned["found"] == "above" and planned["low"] < plain["low"]
+    lost = comparison.differences(table.drop(index=6), expected).iloc[0]
+    assert (lost["found"], lost["seeds"]) == ("without seed 2 of b", 3), "it may have diverged"

@@ -86,6 +86,9 @@ def test_differences_over_budgets_and_shares(ax):
     theirs = next(line for line in ax.lines if line.get_marker() == figures.PAPER["marker"])
     assert list(theirs.get_xdata()) == [50] and theirs.get_color() == color["M"]
     assert 0 in [line.get_ydata()[0] for line in ax.lines], "no difference"
+    two = pd.DataFrame([{"arm": "M", "seed": 0, "tokens": 1, "loss": loss} for loss in (1.0, 2.0)])
+    with pytest.raises(ValueError, match=r"^arm 'M' has several runs of a seed; give each"):
+        figures.loss_curves(two, ax, arms=["M"])
 
 
 def test_an_interval_below_zero_ends_at_the_axis_that_rows_of_a_page_share():

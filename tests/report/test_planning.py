@@ -1,19 +1,22 @@
 """What `moelab power` and `Lab.power` read and say."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from typer.testing import CliRunner
 
-from moelab import paths
+from moelab import paper, paths
 from moelab.cli import app
-from moelab.design import budgets, comparison, settings
+from moelab.design import budgets, comparison, rates, settings
+from moelab.design.judging import judge
 from moelab.files import write_json
 from moelab.lab import Lab
 from moelab.report import planning
 from moelab.report.summary import SUMMARY
+from moelab.runs.collection import Runs
 from moelab.runs.spec import Start
+from moelab.runs.store import RunStore
 from tests.experiments.helpers import final
 
 
@@ -36,14 +39,14 @@ def test_branches_are_compared_but_for_budgets():
     """An upcycled run is an arm, though it begins as another one; a budget is that arm again, with fewer tokens."""
     runs = []
     for seed in (0, 1, 2):
-        trunk = settings.spec("350M", "cpu", seed, label="Dense")
+        trunk = settings.spec("350M", "cpu", seed)  # its title is its model's name
         branch = replace(trunk, start=Start(trunk, 8_192_000), label="Upcycled")
         for spec in (*budgets.with_budgets(trunk, "cpu"), branch):
-            numbers = {"validation_loss": 3.0 + 0.1 * seed * (spec is branch)}
+            numbers = {"validation_loss": 3.0 + 0.1 * seed * (spec is branch) + seed * 1e6 / spec.train.tokens}
             runs.append({"id": spec.id, "label": spec.title, "spec": spec.to_json(), "result": numbers})
     about = {"experiment": "upcycling", "scale": "cpu", "title": "t", "finished": "2026", "runs": runs}
     write_json(paths.results() / "upcycling" / "cpu" / "1" / SUMMARY, about)
-    assert list(planning.needs("upcycling", "cpu", paths.results())["comparison"]) == ["Upcycled − Dense"]
+    assert list(planning.needs("upcycling", "cpu", paths.results())["comparison"]) == ["Upcycled − 350M twin"]
 
 
 def test_an_arm_at_several_peak_rates_is_an_arm_for_each():
@@ -52,7 +55,8 @@ def test_an_arm_at_several_peak_rates_is_an_arm_for_each():
 
 
 def test_the_spread_is_of_the_papers_first_base_and_of_two_seeds_or_more():
-    for day, (base, seeds, spread) in enumerate((("350M", (0, 1), 0.1), ("1.3B", (0, 1), 0.2), ("350M", (0,), 0.3))):
+    made = [("350M", (0, 1), 0.1), ("1.3B", (0, 1), 0.2), ("350M", (0,), 0.3), ("350M", (0, 1), 0.4)]
+    for day, (base, seeds, spread) in enumerate(made):
         losses = [("Teacher", 3.0), ("L21", 3.1), ("Teacher, shared rate", 3.0)]
         runs = [
             {"id": arm, "label": arm, "spec": {"train": {"seed": s}}, "result": {"validation_loss": loss + add}}
@@ -62,6 +66,7 @@ def test_the_spread_is_of_the_papers_first_base_and_of_two_seeds_or_more():
         ]
         about = {"experiment": "distillation", "scale": "full", "title": "t", "finished": f"2026-01-0{day + 1}"}
         about |= {"seeds": seeds, "runs": runs, "parameters": {"base": base}}
+        about["parameters"] |= {"overrides": {"train.tokens": 4096}} if day == 3 else {}
         write_json(paths.results() / "distillation" / "full" / str(day) / SUMMARY, about)
     found = planning.needs("distillation", "full", paths.results())
     assert list(found["comparison"]) == ["L21 − Teacher"], "an arm that is one run at both rates is no pair"
@@ -71,8 +76,33 @@ def test_the_spread_is_of_the_papers_first_base_and_of_two_seeds_or_more():
 def test_runs_at_hand():
     found = planning.needs_of(final({"a": [1.0, 2.0, 3.0], "b": [1.5, 2.49, 3.51], "c": [0.0]}))
     assert list(found["comparison"]) == ["b − a"] and found["spread"][0] == pytest.approx(0.01)
-    against = planning.needs_of(final({"a": [1, 2], "b": [1, 3], "c": [2, 2]}), against="b")
-    assert list(against["comparison"]) == ["a − b", "c − b"]
+    several = final({"a": [1, 2], "b": [1, 3], "c": [2, 2], "c, shared rate": [2, 4], "a, shared rate": [1, 2]})
+    for against, others in (("b", ["a − b", "c − b"]), ("a, shared rate", ["c, shared rate − a, shared rate"])):
+        assert list(planning.needs_of(several, against=against)["comparison"]) == others, "a rate with itself"
+
+
+def test_runs_of_two_requests_without_their_budgets(tmp_path, result):
+    specs = [settings.spec("350M", "cpu", seed, label=arm, overrides={"train.lr": lr}) for arm, lr, seed in _ARMS]
+    runs = [RunStore(tmp_path).run(spec) for s in specs for spec in budgets.with_budgets(s, "cpu")]
+    for run in runs:
+        loss = 3.0 + run.spec.train.seed * (run.spec.title[0] == "b") / 10
+        write_json(run.path / "result.json", result(validation_loss=loss))
+    both = Runs(runs[:10]) + Runs(runs[10:])
+    assert list(Lab().power(both)["comparison"]) == ["b − a"] and len(both.final()) == 20
+
+
+_ARMS = [(arm, lr, seed) for arm, lr in (("a", 4e-3), ("b", 8e-3)) for seed in (0, 1)]
+
+
+def test_of_two_rates_that_must_agree_the_one_that_takes_more_counts():
+    claim = paper.claim("moe128-350m-beats-own-base")
+    narrow, wide = (judge(claim, [-0.3 - s, -0.3, -0.3 + s], scale="full") for s in (0.01, 0.2))
+    for own, other in ((narrow, wide), (wide, narrow)):
+        about = {"experiment": "scaling", "scale": "full", "title": "t", "finished": "2026", "seeds": [0, 1, 2]}
+        about["claims"] = [asdict(rates.agreed([own], [other])[0])]
+        write_json(paths.results() / "scaling" / "full" / "1" / SUMMARY, about)
+        (row,) = planning.needs("scaling", "full", paths.results()).to_dict("records")
+        assert row["spread"] == pytest.approx(0.2) and row["at once"] > 9
 
 
 def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish):

@@ -14,7 +14,7 @@ from moelab.design.judging import judge
 from moelab.experiments import EXPERIMENTS
 from moelab.files import read_json, write_json
 from moelab.plotting import figures
-from moelab.report.publication import Publication
+from moelab.report.publication import Publication, lines
 from moelab.report.summary import SUMMARY
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore
@@ -34,6 +34,11 @@ def test_names_that_are_no_folder_of_the_drafts_are_refused(tmp_path, monkeypatc
         with pytest.raises(ValueError, match=r"(experiment|scale): expected the name of a file"):
             Publication.open(experiment, scale, {})
     assert all(file.is_file() for file in victims)
+
+
+def test_parameters_that_no_summary_can_hold_are_refused_before_the_training():
+    with pytest.raises(ValueError, match=r"^parameters of mine: Object of type ndarray is not JSON serializable$"):
+        Publication.open("mine", "quick", {"rates": pd.Series([1.0]).to_numpy()})
 
 
 def test_a_link_out_of_the_drafts_is_not_followed(tmp_path):
@@ -59,6 +64,25 @@ def test_figures_and_tables_stay_in_their_folder(tmp_path):
         publication.table(pd.DataFrame(), "../final", title="Final")
     assert sorted(tmp_path.rglob("*")) == before
     plt.close("all")
+
+
+def test_a_cell_that_is_executed_again_replaces_its_figure_and_rows_of_one_name_are_not_lost():
+    publication, rows = Publication.open("pr-moe", "cpu", {}), pd.DataFrame({"loss": [1.0]})
+    fig, _ = figures.panels()
+    for title in ("Before", "After"):
+        publication.figure(fig, "losses", title=title, data=rows)
+        publication.table(rows, "losses", title=title)  # the same rows
+    assert [row.title for row in (*publication.figures, *publication.tables)] == ["After"] * 2
+    for add in (publication.table, lambda *a, **k: publication.figure(fig, a[1], data=a[0], **k)):
+        with pytest.raises(ValueError, match=r"^losses.jsonl: a figure and a table with other rows have this name"):
+            add(rows + 1, "losses", title="Other rows")
+    plt.close(fig)
+    assert (publication.path / "losses.jsonl").read_text() == '{"loss":1.0}\n'
+
+
+def test_rows_keep_the_arms_that_an_index_names():
+    table = pd.DataFrame({"loss": [1.5]}, index=pd.Index(["Dense"], name="arm"))
+    assert lines(table) == '{"arm":"Dense","loss":1.5}\n' == lines(table.reset_index())
 
 
 @pytest.mark.parametrize("own", ["", "A title of its own"])

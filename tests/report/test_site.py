@@ -378,3 +378,6 @@ def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():
     runs.append(run("B, shared rate", 0.1, 0, 3.0))  # the same run once more
     told = [(a["arm"], a["seeds"], a["validation_loss"]) for a in result(runs=runs).arms]
     assert told == [("A, lr 0.1", 2, 4.5), ("A, lr 0.2", 1, 6.0), ("B", 1, 3.0)]
+    models = [{"layers": 2, "expert": {"ffn": 32}}, {"layers": 2, "expert": {"ffn": 64}}]
+    runs = [run("C", 0.1, i, 3.0 + i) | {"spec": {"model": model}} for i, model in enumerate(models)]
+    assert [a["arm"] for a in result(runs=runs).arms] == ["C, expert.ffn 32", "C, expert.ffn 64"], "a sweep's"

@@ -70,8 +70,10 @@ def test_the_first_arm_stays_the_first_without_its_first_seed(result):
     asked = points("half-moe", [{"train.tokens": "1024"}], seeds="2", arms='["Dense","Second half"]')
     lost = ("Dense", 0)
     finish(result, asked, lambda s: None if (s.label, s.train.seed) == lost else 3.0 + (s.label == "Dense"))
-    differences = sweep.compare(HALF, asked, [None], RunStore()).table.set_index("arm")["difference"]
+    found = sweep.compare(HALF, asked, [None], RunStore())
+    differences = found.table.set_index("arm")["difference"]
     assert math.isnan(differences["Dense"]) and differences["Second half"] == -1.0
+    assert sweep.headline(HALF, asked, found).endswith("at train.tokens=1024; points have 1 to 2 seeds")
 
 
 def test_one_result_with_a_figure_and_a_table_on_the_page(two):

@@ -205,16 +205,16 @@ class Result:
     def arms(self) -> list[dict[str, Any]]:
         """The runs by arm: label, seeds, and the mean of every number that all results of the arm have.
 
-        Runs of one label that were trained differently (a sweep) are arms of their own, named by what differs. A run
-        that stands for two arms, as its own rate is the shared one, counts for the first.
+        Runs of one label that differ in a setting (a sweep) are arms of their own, named by what differs. A run that
+        stands for two arms, as its own rate is the shared one, counts for the first.
         """
-        settings: dict[str, dict[str, set[str]]] = {}  # label -> field of TrainConfig -> its values
+        settings: dict[str, dict[str, set[str]]] = {}  # label -> setting -> its values
         for run in self.summary.runs:
-            for setting, value in run.training.items():
+            for setting, value in run.settings.items():
                 settings.setdefault(run.label, {}).setdefault(setting, set()).add(str(value))
 
         def name(run: RunRow) -> str:
-            differing = [f"{f} {v}" for f, v in run.training.items() if len(settings[run.label][f]) > 1]
+            differing = [f"{f} {v}" for f, v in run.settings.items() if len(settings[run.label][f]) > 1]
             return ", ".join([run.label, *differing])
 
         results: dict[str, list[Mapping[str, Any]]] = {}
