@@ -73,8 +73,8 @@ class GradientSync:
     """Sums the gradients of a `ParallelModel` over ranks.
 
     Call `arm()` before the last backward pass of a step and `finish()` after it. With `ParallelConfig.overlap` the sum
-    of each bucket starts as soon as its last gradient exists, while the backward pass continues. Buckets start in the
-    same order on every rank.
+    of each bucket starts as soon as its last gradient exists, while the backward pass continues; without `arm()` all
+    start in `finish()`. Buckets start in the same order on every rank.
     """
 
     def __init__(self, model: ParallelModel) -> None:
@@ -101,9 +101,9 @@ class GradientSync:
 
         Afterwards every `grad` is the step's gradient, equal on all replicas.
         """
-        self._armed = False
         for bucket in self.buckets[self._next :]:
             bucket.start()
+        self._armed, self._next = False, 0  # the next call sums all of a step that was not announced
         for bucket in self.buckets:
             bucket.finish()
 

@@ -247,6 +247,25 @@ def test_a_step_in_bf16_is_that_of_one_rank(on_ranks, model, layout):
         assert loss < 1e-3 and gradient < 0.02
 
 
+def gradients_of_two_steps(config: ModelConfig) -> list[torch.Tensor]:
+    """On a rank: a weight's gradient after the same step twice; only the first is announced by `arm`."""
+    mesh = Mesh(ParallelConfig(data=2), config.experts)
+    model = parallel.build(config, SEED, mesh)
+    sync, found = gradients.GradientSync(model), []
+    for announce in (sync.arm, lambda: None):
+        model.module.zero_grad()
+        forward_backward(config, model.module, mesh.data.index, 1, announce)
+        sync.finish()
+        found.append(model.module.token_embedding.weight.grad.clone())
+    mesh.close()
+    return found
+
+
+def test_a_step_that_is_not_announced_is_summed_at_its_end(on_ranks):
+    (first, second), others = on_ranks(2, gradients_of_two_steps, MODEL)
+    assert torch.equal(first, second) and torch.equal(second, others[1])
+
+
 def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(on_ranks):
     routing = RoutingConfig(drop_tokens=False, aux_scope="step", aux_loss=1.0)
     model = replace(MODEL, routing=routing)
@@ -258,3 +277,8 @@ def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(on_ranks):
 def test_the_wrong_number_of_ranks_is_refused():
     with pytest.raises(ValueError, match=r"the layout is for 8 ranks \(tensor 2 x data 4\), there are 1"):
         Mesh(ParallelConfig(tensor=2, data=4))
+
+
+def test_a_mesh_for_other_layers_is_refused():
+    with pytest.raises(ValueError, match="no groups for layers of 8 experts; make the Mesh with the model's experts"):
+        parallel.build(MODEL, SEED, Mesh(ParallelConfig(), (4,)))
