@@ -199,6 +199,23 @@ def test_any_checkpoint_loads_in_one_process_and_keeps_the_models_dtype(saved):
             assert p.dtype == torch.bfloat16 and torch.equal(p, truth(name, p.shape).to(torch.bfloat16))
 
 
+def test_moments_get_the_dtype_of_the_models_weights(tmp_path):
+    write(tmp_path, [7])
+    model = build(ParallelConfig())[0].module.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    checkpoint.load(checkpoint.latest(tmp_path), model, optimizer)
+    for name, p in model.named_parameters():
+        assert torch.equal(optimizer.state[p]["exp_avg"], truth("exp_avg" + name, p.shape).to(torch.bfloat16))
+        assert optimizer.state[p]["step"].dtype == torch.float32
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+
+
+def test_a_writer_that_would_keep_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^checkpoint: keep must be at least 1, got 0$"):
+        checkpoint.Writer(tmp_path, keep=0)
+
+
 def test_another_model_is_refused(saved):
     root, _ = saved
     last = checkpoint.latest(root / str(len(LAYOUTS) - 1))

@@ -145,6 +145,8 @@ def load(
 ) -> None:
     """Fill a model as `load_model` does, and the optimizer's state with it.
 
+    Moments that were stored in their parameter's dtype get that of the model's parameter.
+
     Args:
         upcycle: how experts are copied where the checkpoint has a dense layer or fewer experts than the model; the
             layer's parameters that are not in the checkpoint as they are begin without optimizer state. None refuses
@@ -170,6 +172,8 @@ def load(
             raise CheckpointError(f"{path}: {name} is of no parameter of this model")
         parameter, dtype = parameters[owner], getattr(torch, entry["dtype"])
         if entry["shape"]:
+            if entry["dtype"] == index[f"model/{owner}"]["dtype"]:
+                dtype = parameter.dtype  # a fused update cannot mix dtypes
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             placement = shards.placement_of(owner, parameter, placements)
         else:  # the step counter, which every rank holds as a whole

@@ -39,7 +39,12 @@ class Writer:
             directory: the folder of the checkpoints.
             keep: how many checkpoints are kept; older ones are removed when a new one is complete.
             always: steps whose checkpoints are never removed.
+
+        Raises:
+            ValueError: `keep` is less than 1.
         """
+        if keep < 1:
+            raise ValueError(f"checkpoint: keep must be at least 1, got {keep}")
         self.directory, self.keep, self.always = directory, keep, frozenset(always)
         self._group = gloo_group()
         self._thread: threading.Thread | None = None
