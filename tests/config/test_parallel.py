@@ -2,7 +2,7 @@
 
 import pytest
 
-from moelab.config import DecoderConfig, ModelConfig
+from moelab.config import DecoderConfig, ModelConfig, TrainConfig
 from moelab.config.parallel import EXCHANGES, ParallelConfig
 
 P = ParallelConfig
@@ -73,6 +73,14 @@ def test_grid_and_position_agree(exchange, tensor, data, slicing, node, experts)
             r"tensor 4 does not divide the model's 2 key-value heads; allowed: \[1, 2\]",
         ),
         (lambda: P(data=8).check((0, 6), heads=8, ffn=64), r"\(layer 2\)"),
+        (
+            lambda: TrainConfig().check_layout(ModelConfig(1, 32, 4, dropout=0.1), P(tensor=2)),
+            "dropout with tensor slicing is not supported",
+        ),
+        (
+            lambda: TrainConfig(batch_size=12, micro_batch=4).check_layout(ModelConfig(1, 32, 4), P(data=4)),
+            "3 micro-batches a step .* do not spread over 4 data ranks; choose a micro_batch that divides 3",
+        ),
     ],
 )
 def test_impossible_layouts_name_the_constraint(call, message):
