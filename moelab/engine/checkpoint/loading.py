@@ -240,7 +240,7 @@ def _verify(path: Path, world: Group, only_weights: bool) -> Checkpoint:
     files = sorted(f for f in record["sha256"].items() if not (only_weights and f[0].startswith("optimizer-")))
     for file, expected in files[world.index :: world.size]:
         manifest = manifest or _or_error(verify, path, file, expected) or {}
-        process.beat()
+        process.beat(first=False)
     for answer in all_gather_json(manifest):
         if "error" in answer:
             raise CheckpointError(answer["error"])

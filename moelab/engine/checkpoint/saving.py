@@ -97,7 +97,7 @@ class Writer:
         if self._thread is not None:
             while self._thread.is_alive():
                 self._thread.join(1.0)
-                process.beat()
+                process.beat(first=False)
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None

@@ -58,7 +58,7 @@ class Limits:
     """Limits of the watch, in seconds; the environment may set each, ``MOELAB_HANG_S`` and so on.
 
     Attributes:
-        hang_s: a rank that has given signs of life hangs if it gives none for this long.
+        hang_s: a rank that has given signs of life (`process.beat`) hangs if it gives none for this long.
         death_s: from the first death to the end of all ranks.
         stop_s: from the first rank that has stopped to the last; time for a checkpoint.
         collective_s: a collective that waits longer raises in the ranks (NCCL aborts them). It takes effect if the
