@@ -215,10 +215,11 @@ class RunSpec:
         return before + self._cost_of(begin, tokens)
 
     def _cost_of(self, begin: int, end: int) -> float:
-        context = self.data.context
+        context, distill = self.data.context, self.distill
         cost = self.model.flops_per_token(context=context) * (end - begin)
-        if self.teacher is not None and self.distill is not None and self.distill.schedule != "off":
-            taught = end if self.distill.schedule == "constant" else min(end, self.distill.stop)
+        if self.teacher is not None and distill is not None and distill.schedule != "off":
+            unit = self.train.batch_size * context if distill.unit == "steps" else 1
+            taught = end if distill.schedule == "constant" else min(end, distill.stop * unit)
             cost += self.teacher.model.flops_per_token(training=False, context=context) * max(0, taught - begin)
         return cost
 
