@@ -21,7 +21,9 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint, parallel
 from moelab.engine.checkpoint import format, loading, storage
 from moelab.engine.checkpoint.format import CheckpointError
+from moelab.engine.groups import Group
 from moelab.engine.mesh import Mesh
+from moelab.engine.tensor_slicing import ColumnLinear
 from moelab.engine.testing import RankError
 
 MODEL = ModelConfig(
@@ -214,6 +216,27 @@ def test_moments_get_the_dtype_of_the_models_weights(tmp_path):
 def test_a_writer_that_would_keep_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^checkpoint: keep must be at least 1, got 0$"):
         checkpoint.Writer(tmp_path, keep=0)
+
+
+def test_a_ranks_part_without_placements_is_refused(tmp_path):
+    """The other ranks' experts would be missing, and no shape would tell."""
+    built, optimizer = filled(ParallelConfig())
+    mlp = built.module.blocks[0].ffn
+    mlp.up = ColumnLinear(16, 64, Group((0, 1), 0, None))
+    with checkpoint.Writer(tmp_path) as checkpoints, pytest.raises(ValueError, match="a rank's part of one; give its"):
+        checkpoints.save(7, built.module, optimizer, {})
+    write(tmp_path, [7])
+    with pytest.raises(ValueError, match="a rank's part of one; give its placements, too"):
+        checkpoint.load_model(checkpoint.latest(tmp_path), built.module)
+
+
+def test_state_of_another_shape_than_its_parameter_is_refused(tmp_path):
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    with checkpoint.Writer(tmp_path) as checkpoints, pytest.raises(ValueError, match="col_var of weight has another sha"):
+        checkpoints.save(1, model, optimizer, {})
 
 
 def test_another_model_is_refused(saved):

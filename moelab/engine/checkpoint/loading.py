@@ -155,7 +155,7 @@ def load(
         scores: `RoutingConfig.scores` of the model, on which the copies of a balance bias depend.
     """
     path, index = checkpoint.path, read_index(checkpoint.path)
-    parameters = shards.parameters(model)
+    parameters = shards.parameters(model, placements)
     copied: dict[str, str | None] = {}
     if upcycle is not None:
         shapes = {name: shards.placement_of(name, p, placements).shape for name, p in parameters.items()}
@@ -214,7 +214,7 @@ def _model_pieces(
     """
     wanted = {
         name: (p, shards.placement_of(name, p, placements))
-        for name, p in shards.parameters(model).items()
+        for name, p in shards.parameters(model, placements).items()
         if name not in copied
     }
     stored = {name: shape for name, shape in _stored(index).items() if name not in copied.values()}
