@@ -121,8 +121,8 @@ class TrainConfig:
         count = B // micro_batch
         _check(
             count % ranks == 0,
-            f"train: {count} micro-batches a step (batch_size {B}, micro_batch {micro_batch}) do not spread over {ranks} "
-            f"data ranks; choose a micro_batch that divides {B // math.gcd(B, ranks)}",
+            f"train: {count} micro-batches a step (batch_size {B}, micro_batch {micro_batch}) do not spread over "
+            f"{ranks} data ranks; choose a micro_batch that divides {B // math.gcd(B, ranks)}",
         )
         _check(
             parallel.tensor == 1 or not model.dropout,

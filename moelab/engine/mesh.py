@@ -118,7 +118,7 @@ class Mesh:
     def experts(self, count: int) -> ExpertGroups:
         """Return the groups of a layer of `count` experts; ValueError where the mesh was not made for such layers."""
         if count not in self._experts:
-            raise ValueError(f"parallel: no groups for layers of {count} experts; make the Mesh with the model's experts")
+            raise ValueError(f"parallel: no groups for layers of {count} experts; give Mesh the model's experts")
         return self._experts[count]
 
     def close(self) -> None:

@@ -214,7 +214,7 @@ def test_moments_get_the_dtype_of_the_models_weights(tmp_path):
 
 
 def test_a_writer_that_would_keep_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="^checkpoint: keep must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^checkpoint: keep must be at least 1, got 0$"):
         checkpoint.Writer(tmp_path, keep=0)
 
 

@@ -280,5 +280,5 @@ def test_the_wrong_number_of_ranks_is_refused():
 
 
 def test_a_mesh_for_other_layers_is_refused():
-    with pytest.raises(ValueError, match="no groups for layers of 8 experts; make the Mesh with the model's experts"):
+    with pytest.raises(ValueError, match="no groups for layers of 8 experts; give Mesh the model's experts"):
         parallel.build(MODEL, SEED, Mesh(ParallelConfig(), (4,)))

@@ -27,7 +27,7 @@ def tensors(
     for name, parameter in own.items():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             if value.ndim and value.shape != parameter.shape:
-                raise ValueError(f"checkpoint: {key} of {name} has another shape than it; no such optimizer can be saved")
+                raise ValueError(f"checkpoint: {key} of {name} has another shape than it; such state is not saved")
             step_counter = Placement.whole((), Group.world().ranks)
             placement = placement_of(name, parameter, placements) if value.ndim else step_counter
             yield f"optimizer/{key}/{name}", value, placement
