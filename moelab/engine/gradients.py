@@ -26,7 +26,7 @@ BUCKET_BYTES = 8 << 20
 
 
 class _Bucket:
-    """Parameters with the same replicas, whose gradients are summed together."""
+    """Parameters of the same replicas and dtype, whose gradients are summed together."""
 
     def __init__(self, group: Group, scale: float) -> None:
         self.group, self.scale = group, scale
@@ -129,7 +129,7 @@ def _buckets(model: ParallelModel) -> list[_Bucket]:
             continue
         placement = model.placements[name]
         scale = 1 / (mesh.config.data * placement.token_replicas)
-        key = (placement.replicas, scale)
+        key = (placement.replicas, scale, parameter.dtype)
         bucket = open_buckets.get(key)
         if bucket is None:
             bucket = open_buckets[key] = _Bucket(groups[placement.replicas], scale)

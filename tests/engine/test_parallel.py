@@ -17,6 +17,7 @@ from moelab.engine.collectives import all_reduce
 from moelab.engine.mesh import Mesh
 from moelab.models import build
 from moelab.models.gpt import Output
+from moelab.models.routing import Router
 
 pytestmark = pytest.mark.multiprocess
 
@@ -264,6 +265,24 @@ def gradients_of_two_steps(config: ModelConfig) -> list[torch.Tensor]:
 def test_a_step_that_is_not_announced_is_summed_at_its_end(on_ranks):
     (first, second), others = on_ranks(2, gradients_of_two_steps, MODEL)
     assert torch.equal(first, second) and torch.equal(second, others[1])
+
+
+def gradients_of_two_dtypes(config: ModelConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """On a rank: gradients of a model in bf16 whose routers stay in fp32, as published ones do."""
+    mesh = Mesh(ParallelConfig(data=2), config.experts)
+    model = parallel.build(config, SEED, mesh, torch.bfloat16)
+    for router in [module for module in model.module.modules() if isinstance(module, Router)]:
+        router.float()
+    sync = gradients.GradientSync(model)
+    forward_backward(config, model.module, mesh.data.index, 1, sync.arm)
+    sync.finish()
+    mesh.close()
+    return [(p.grad, p) for name, p in model.module.named_parameters() if "router" in name or "norm" in name]
+
+
+def test_weights_of_two_dtypes_have_gradients_of_theirs(on_ranks):
+    for first, other in zip(*on_ranks(2, gradients_of_two_dtypes, MODEL), strict=True):
+        assert torch.equal(first[0], other[0]) and first[0].dtype == first[1].dtype
 
 
 def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(on_ranks):
