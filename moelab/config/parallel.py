@@ -59,7 +59,8 @@ class ParallelConfig:
             sends its part of them, then all-gather (PCC); `coordinated-hierarchical`, both.
         shard: shard non-expert weights, gradients and optimizer state over the data ranks (FSDP2); needs tensor = 1.
         recompute: keep only the layers' inputs in the forward pass and recompute the rest in the backward pass
-            (activation checkpointing).
+            (activation checkpointing). With tensor > 1 on NCCL, set NCCL_NVLS_ENABLE=0, as runs do: sums inside
+            NVLink switches may differ between the two passes, and tokens then choose other experts.
         overlap: reduce gradients while the backward pass still runs.
     """
 
