@@ -235,7 +235,10 @@ def test_state_of_another_shape_than_its_parameter_is_refused(tmp_path):
     optimizer = torch.optim.Adafactor(model.parameters())
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    with checkpoint.Writer(tmp_path) as checkpoints, pytest.raises(ValueError, match="col_var of weight has another sha"):
+    with (
+        checkpoint.Writer(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match="col_var of weight has another sha"),
+    ):
         checkpoints.save(1, model, optimizer, {})
 
 

@@ -155,14 +155,18 @@ def test_a_checkpoint_of_other_data_is_refused(data, cut, run, monkeypatch):
         ({"vocab": 200}, "the model's embedding only 200"),
         ({"context": 16}, "longer than the model's context of 16"),
         ({"device": "cuda"}, "no CUDA device is available; allowed here: cpu"),
-        ({"routing": RoutingConfig(aux_scope="step"), "micro_batch": 2}, "needs one micro-batch per data rank, got 2 on 1"),
+        (
+            {"routing": RoutingConfig(aux_scope="step"), "micro_batch": 2},
+            "needs one micro-batch per data rank, got 2 on 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, part, tiny_model, tiny_train, data, tmp_path):
     if "device" in change and torch.cuda.is_available():
         pytest.skip("a CUDA device is here")
     model, config = (
-        replace(c, **{name: value for name, value in change.items() if name in vars(c)}) for c in (tiny_model, tiny_train)
+        replace(c, **{name: value for name, value in change.items() if name in vars(c)})
+        for c in (tiny_model, tiny_train)
     )
     with pytest.raises(ValueError, match=part):
         train(model, config, data, 32, tmp_path)
