@@ -492,6 +492,20 @@ def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
 
 
 @pytest.mark.multiprocess
+def test_a_step_of_more_digits_is_found_and_counts_as_newer(tmp_path):
+    write(tmp_path, [99_999_998, 99_999_999, 100_000_000])
+    assert sorted(os.listdir(tmp_path)) == ["step-100000000", "step-99999999"]
+    assert checkpoint.latest(tmp_path).step == 100_000_000
+
+
+def test_a_state_that_is_no_json_is_one_line_with_the_checkpoint(tmp_path):
+    built, optimizer = build(ParallelConfig())
+    checkpoints = checkpoint.Writer(tmp_path)
+    checkpoints.save(1, built.module, optimizer, {"loss": torch.tensor(1.0)})
+    with pytest.raises(CheckpointError, match=r"step-00000001: not written \(.*Tensor is not JSON serializable\)$"):
+        checkpoints.wait()
+
+
 def test_pieces_that_leave_a_gap_are_not_a_checkpoint(pools, tmp_path):
     for text in pools(2, save_with_a_gap, tmp_path):
         assert "not written" in text and "blocks.1.ffn.experts.up" in text and "\n" not in text
