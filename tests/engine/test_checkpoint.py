@@ -213,6 +213,11 @@ def test_moments_get_the_dtype_of_the_models_weights(tmp_path):
     optimizer.step()
 
 
+def test_a_block_may_leave_the_ranks(tmp_path):
+    with checkpoint.Writer(tmp_path) as checkpoints:
+        checkpoints._group = Group((0, 1), 0, "destroyed")
+
+
 def test_a_writer_that_would_keep_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^checkpoint: keep must be at least 1, got 0$"):
         checkpoint.Writer(tmp_path, keep=0)

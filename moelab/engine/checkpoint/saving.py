@@ -126,7 +126,7 @@ class Writer:
                 raise
             log.error("checkpoint not written: %s", failed)
         finally:
-            if self._group.handle is not None:
+            if self._group.handle is not None and dist.is_initialized():  # the block may have left the ranks
                 dist.destroy_process_group(self._group.handle)  # frees its threads and connections
 
 
