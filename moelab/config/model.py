@@ -309,10 +309,10 @@ class ModelConfig:
         """
         heads = self.heads if copies and parallel.tensor % self.kv_heads == 0 else self.kv_heads
         kind = "attention" if heads == self.heads else "key-value"
-        kinds: list[FeedForward | None] = [self.dense_feed_forward] if self.moe_layers < self.layers else []
-        kinds += [self.expert_feed_forward, self.fixed_feed_forward] if self.is_moe else []
-        for ffn in sorted({one.ffn for one in kinds if one is not None}):
-            parallel.check(self.experts, heads=heads, ffn=ffn, kind=kind)
+        dense = self.dense_feed_forward if self.moe_layers < self.layers else None
+        fixed, expert_ffn = (self.fixed_feed_forward, self.expert_feed_forward.ffn) if self.is_moe else (None, 0)
+        for ffn in sorted({one.ffn for one in (dense, fixed) if one is not None}) or [0]:
+            parallel.check(self.experts, heads=heads, ffn=ffn, expert_ffn=expert_ffn, kind=kind)
 
     def attention_parameters(self) -> int:
         """Return the parameters of one layer's attention, with the norms of queries and keys."""

@@ -59,7 +59,8 @@ class ParallelConfig:
             sends its part of them, then all-gather (PCC); `coordinated-hierarchical`, both.
         shard: shard non-expert weights, gradients and optimizer state over the data ranks (FSDP2); needs tensor = 1.
         recompute: keep only the layers' inputs in the forward pass and recompute the rest in the backward pass
-            (activation checkpointing).
+            (activation checkpointing). With tensor > 1 on NCCL, set NCCL_NVLS_ENABLE=0, as runs do: sums inside
+            NVLink switches may differ between the two passes, and tokens then choose other experts.
         overlap: reduce gradients while the backward pass still runs.
     """
 
@@ -182,13 +183,16 @@ class ParallelConfig:
             token_replicas=tp // senders,
         )
 
-    def check(self, experts: tuple[int, ...], *, heads: int, ffn: int, kind: str = "attention") -> None:
+    def check(
+        self, experts: tuple[int, ...], *, heads: int, ffn: int, expert_ffn: int = 0, kind: str = "attention"
+    ) -> None:
         """Check that a model can be distributed in this layout; called before any process is started.
 
         Args:
             experts: number of experts of each layer, 0 for dense layers.
             heads: heads that the tensor ranks share out, of this kind: attention or key-value.
-            ffn: feed-forward size F.
+            ffn: feed-forward size F of dense layers and fixed branches, which tensor slicing cuts; 0 without any.
+            expert_ffn: that of an expert, which expert slicing cuts.
 
         Raises:
             ValueError: it cannot be distributed; one line.
@@ -199,8 +203,8 @@ class ParallelConfig:
         )
         _check(ffn % self.tensor == 0, f"tensor {self.tensor} does not divide the feed-forward size {ffn}")
         _check(
-            ffn % self.expert_slicing == 0,
-            f"expert_slicing {self.expert_slicing} does not divide the feed-forward size {ffn}",
+            expert_ffn % self.expert_slicing == 0,
+            f"expert_slicing {self.expert_slicing} does not divide the experts' feed-forward size {expert_ffn}",
         )
         for count in dict.fromkeys(experts):
             if count:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moelab.config._check import check as _check
 from moelab.config._check import check_choices
+
+if TYPE_CHECKING:
+    from moelab.config.model import ModelConfig
+    from moelab.config.parallel import ParallelConfig
 
 Dtype = Literal["fp32", "bf16"]
 Device = Literal["cpu", "cuda"]
@@ -108,6 +113,25 @@ class TrainConfig:
         )
         _check(self.min_lr <= self.lr, f"train: min_lr {self.min_lr} is above lr {self.lr}")
         check_choices(self, "train")
+
+    def check_layout(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Check that a model can be trained in a layout; ValueError, one line, if not."""
+        model.check_layout(parallel)
+        B, micro_batch, ranks = self.batch_size, self.micro_batch or self.batch_size, parallel.data
+        count = B // micro_batch
+        _check(
+            count % ranks == 0,
+            f"train: {count} micro-batches a step (batch_size {B}, micro_batch {micro_batch}) do not spread over "
+            f"{ranks} data ranks; choose a micro_batch that divides {B // math.gcd(B, ranks)}",
+        )
+        _check(
+            parallel.tensor == 1 or not model.dropout,
+            "train: dropout with tensor slicing is not supported, its masks would depend on the layout",
+        )
+        _check(
+            model.routing.aux_scope != "step" or count == ranks,
+            f"train: aux_scope 'step' needs one micro-batch per data rank, got {count} on {ranks} data ranks",
+        )
 
     def step_at(self, tokens: int, context: int, what: str) -> int:
         """Return the steps that take `tokens` tokens.

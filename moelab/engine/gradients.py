@@ -26,7 +26,7 @@ BUCKET_BYTES = 8 << 20
 
 
 class _Bucket:
-    """Parameters with the same replicas, whose gradients are summed together."""
+    """Parameters of the same replicas and dtype, whose gradients are summed together."""
 
     def __init__(self, group: Group, scale: float) -> None:
         self.group, self.scale = group, scale
@@ -73,8 +73,8 @@ class GradientSync:
     """Sums the gradients of a `ParallelModel` over ranks.
 
     Call `arm()` before the last backward pass of a step and `finish()` after it. With `ParallelConfig.overlap` the sum
-    of each bucket starts as soon as its last gradient exists, while the backward pass continues. Buckets start in the
-    same order on every rank.
+    of each bucket starts as soon as its last gradient exists, while the backward pass continues; without `arm()` all
+    start in `finish()`. Buckets start in the same order on every rank.
     """
 
     def __init__(self, model: ParallelModel) -> None:
@@ -101,9 +101,9 @@ class GradientSync:
 
         Afterwards every `grad` is the step's gradient, equal on all replicas.
         """
-        self._armed = False
         for bucket in self.buckets[self._next :]:
             bucket.start()
+        self._armed, self._next = False, 0  # the next call sums all of a step that was not announced
         for bucket in self.buckets:
             bucket.finish()
 
@@ -129,7 +129,7 @@ def _buckets(model: ParallelModel) -> list[_Bucket]:
             continue
         placement = model.placements[name]
         scale = 1 / (mesh.config.data * placement.token_replicas)
-        key = (placement.replicas, scale)
+        key = (placement.replicas, scale, parameter.dtype)
         bucket = open_buckets.get(key)
         if bucket is None:
             bucket = open_buckets[key] = _Bucket(groups[placement.replicas], scale)

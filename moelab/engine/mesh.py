@@ -116,7 +116,9 @@ class Mesh:
         self.fsdp = DeviceMesh.from_group(self.data.handle, device, mesh_dim_names=("data",)) if sharded else None
 
     def experts(self, count: int) -> ExpertGroups:
-        """Return the groups of a layer of `count` experts, one of the counts this mesh was made for (KeyError)."""
+        """Return the groups of a layer of `count` experts; ValueError where the mesh was not made for such layers."""
+        if count not in self._experts:
+            raise ValueError(f"parallel: no groups for layers of {count} experts; give Mesh the model's experts")
         return self._experts[count]
 
     def close(self) -> None:

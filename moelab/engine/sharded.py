@@ -1,4 +1,4 @@
-"""Ask what FSDP2 shards, without importing it where nothing is sharded.
+"""Ask what is spread over ranks, without importing FSDP2 and the engine where nothing is.
 
 The import of torch.distributed.tensor and fsdp takes 0.9 s, a third of the start of a training on one process. What
 is not imported has no instances.
@@ -24,3 +24,9 @@ def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
 def is_gathering(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Return whether FSDP2 gathers the module's parameters for each pass."""
     return (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_part(module: nn.Module) -> bool:
+    """Return whether the module has only this rank's part of a layer's parameters (`moelab.engine.parallel`)."""
+    parallel = sys.modules.get("moelab.engine.parallel")
+    return parallel is not None and isinstance(module, (parallel.SlicedExperts, parallel.ColumnLinear))

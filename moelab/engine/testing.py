@@ -67,7 +67,10 @@ class Ranks:
 
         Raises:
             RankError: the first failure, or the ranks that had not answered in time.
+            ValueError: the function is a script's or a notebook's own, which ranks cannot import.
         """
+        if function.__module__ == "__main__":
+            raise ValueError(f"ranks: {function.__qualname__} is of this script or notebook; put it into a module")
         deadline = time.monotonic() + timeout_s
         if not self._processes:
             self._start()

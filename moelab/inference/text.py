@@ -213,10 +213,11 @@ def load_run(
 
     Args:
         data: the text that the model is to read, if any: it must be the one that it was trained on (`weights_for`).
+        mesh: the ranks that share the model, on whose device it is; None means this process alone, on `device`.
     """
     config, _ = run_configs(directory)
     last = checkpoint.weights_of(directory) if data is None else weights_for(directory, data)
-    if mesh is not None and mesh.world.size > 1:
+    if mesh is not None:
         part = engine.build(config, None, mesh, DTYPES[dtype])
         checkpoint.load_model(last, part.module, part.placements)
         return part.module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,29 +71,11 @@ class RunSpec:
             )
         for tokens in self.train.keep_at:
             self.train.step_at(tokens, self.data.context, "spec: train.keep_at")
-        self._check_parallel()
+        self.train.check_layout(self.model, self.parallel)
         self._check_teacher()
         if self.start is not None:
             self._check_start(self.start.run, self.start.tokens)
             self._check_copies(self.start)
-
-    def _check_parallel(self) -> None:
-        parallel, train = self.parallel, self.train
-        self.model.check_layout(parallel)
-        micro_batches = train.batch_size // (train.micro_batch or train.batch_size)
-        if micro_batches % parallel.data:
-            raise ValueError(
-                f"spec: {micro_batches} micro-batches a step (batch_size {train.batch_size}, micro_batch "
-                f"{train.micro_batch or train.batch_size}) do not spread over {parallel.data} data ranks; "
-                f"choose a micro_batch that divides {train.batch_size // math.gcd(train.batch_size, parallel.data)}"
-            )
-        if parallel.tensor > 1 and self.model.dropout:
-            raise ValueError("spec: dropout with tensor slicing is not supported, its masks would depend on the layout")
-        if self.model.routing.aux_scope == "step" and micro_batches != parallel.data:
-            raise ValueError(
-                f"spec: aux_scope 'step' needs one micro-batch per data rank, got {micro_batches} on "
-                f"{parallel.data} data ranks"
-            )
 
     def _check_teacher(self) -> None:
         if (self.teacher is None) != (self.distill is None):
@@ -234,10 +215,11 @@ class RunSpec:
         return before + self._cost_of(begin, tokens)
 
     def _cost_of(self, begin: int, end: int) -> float:
-        context = self.data.context
+        context, distill = self.data.context, self.distill
         cost = self.model.flops_per_token(context=context) * (end - begin)
-        if self.teacher is not None and self.distill is not None and self.distill.schedule != "off":
-            taught = end if self.distill.schedule == "constant" else min(end, self.distill.stop)
+        if self.teacher is not None and distill is not None and distill.schedule != "off":
+            unit = self.train.batch_size * context if distill.unit == "steps" else 1
+            taught = end if distill.schedule == "constant" else min(end, distill.stop * unit)
             cost += self.teacher.model.flops_per_token(training=False, context=context) * max(0, taught - begin)
         return cost
 

@@ -28,8 +28,8 @@ def supervise(
 ) -> int:
     """Run a spec on its P ranks, as processes here or, in a job of Slurm of several nodes or tasks, as srun's tasks.
 
-    Holds no lock: rank 0 does, and writes status and result. The ranks' outputs are in `logs/`; rank 0's is the run's
-        log.
+    Holds no lock: rank 0 does, and writes status and result. The ranks' outputs are in `logs/`, rank 0's in the run's
+    log.
 
     Args:
         command: of a rank, which gets the run's directory as argument; by default the worker.

@@ -194,7 +194,7 @@ def check_layout(system: System, model: ModelConfig, parallel: ParallelConfig) -
     Programs of today copy a head of keys and values to several ranks where a tensor group has more ranks than heads.
     """
     if system.sliced:  # no rank has experts of its own
-        parallel = replace(parallel, expert=1, expert_slicing=1, exchange="flat")
+        parallel = replace(parallel, expert=1, expert_slicing=parallel.tensor, exchange="flat")
     model.check_layout(parallel, copies=system.modern)
 
 

@@ -67,7 +67,7 @@ class Distiller:
         if not data.shares_text(last.state["data"]):
             raise ValueError(f"distill: the teacher of {teacher.run_dir} was trained on other text than the student's")
         own = Mesh(mesh.config, teacher.model.experts, config.device, mesh.groups)
-        built = engine.build(teacher.model, config.seed, own)
+        built = engine.build(teacher.model, None, own)
         checkpoint.load_model(last, built.module, built.placements)
         return cls(built.module, teacher.distill, config, context)
 

@@ -283,7 +283,7 @@ class Trainer:
             branch: how a run that goes on from another one begins, for its learning rate.
 
         Raises:
-            ValueError: the data ranks do not divide the number of micro-batches, or the layout does not fit the model.
+            ValueError: the layout does not fit the model or its training (`TrainConfig.check_layout`).
         """
         if config.compile:
             raise ValueError("train: compile is a setting of earlier versions; leave it out")
@@ -291,9 +291,7 @@ class Trainer:
         self.mesh = mesh or Mesh(ParallelConfig(), model_config.experts, config.device)
         self.distiller, self.branch = distiller, branch or Branch()
         self.micro_batch = config.micro_batch or config.batch_size
-        count = config.batch_size // self.micro_batch
-        if count % self.mesh.data.size:
-            raise ValueError(f"train: {count} micro-batches a step do not spread over {self.mesh.data.size} data ranks")
+        config.check_layout(model_config, self.mesh.config)
         self.model = engine.build(model_config, config.seed, self.mesh)
         self.sync = gradients.GradientSync(self.model)
         self.optimizer = make_optimizer(self.model.module, config)

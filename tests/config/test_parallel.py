@@ -1,11 +1,14 @@
 """Layouts are arithmetic: every one the paper uses, at any size, without a process."""
 
+from dataclasses import replace
+
 import pytest
 
-from moelab.config import DecoderConfig, ModelConfig
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, TrainConfig
 from moelab.config.parallel import EXCHANGES, ParallelConfig
 
 P = ParallelConfig
+FINE = ModelConfig(2, 32, 4, (0, 4), decoder=DecoderConfig(ffn=66), expert=ExpertConfig(ffn=21))
 
 
 def test_pr_moe_gets_its_own_expert_parallelism_per_layer():
@@ -27,6 +30,13 @@ def test_figure_7():
         holders = [rank for rank in range(16) if expert in layout.local_experts(rank)]
         assert holders == [expert, expert + 8]
         assert [layout.position(rank).slice for rank in holders] == [0, 1]
+
+
+def test_a_size_has_to_suit_only_what_cuts_it():
+    FINE.check_layout(P(tensor=2, data=4))
+    FINE.check_layout(P(data=9, expert=1, expert_slicing=3, gpus_per_node=9))
+    even = replace(FINE, expert=ExpertConfig(ffn=20))
+    even.check_layout(P(data=4, expert_slicing=4))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -73,6 +83,19 @@ def test_grid_and_position_agree(exchange, tensor, data, slicing, node, experts)
             r"tensor 4 does not divide the model's 2 key-value heads; allowed: \[1, 2\]",
         ),
         (lambda: P(data=8).check((0, 6), heads=8, ffn=64), r"\(layer 2\)"),
+        (
+            lambda: TrainConfig().check_layout(ModelConfig(1, 32, 4, dropout=0.1), P(tensor=2)),
+            "dropout with tensor slicing is not supported",
+        ),
+        (
+            lambda: FINE.check_layout(P(data=8, expert_slicing=2)),
+            "expert_slicing 2 does not divide the experts' .* 21$",
+        ),
+        (lambda: FINE.check_layout(P(tensor=4, data=2)), "tensor 4 does not divide the feed-forward size 66"),
+        (
+            lambda: TrainConfig(batch_size=12, micro_batch=4).check_layout(ModelConfig(1, 32, 4), P(data=4)),
+            "3 micro-batches a step .* do not spread over 4 data ranks; choose a micro_batch that divides 3",
+        ),
     ],
 )
 def test_impossible_layouts_name_the_constraint(call, message):

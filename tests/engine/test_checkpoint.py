@@ -21,7 +21,9 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint, parallel
 from moelab.engine.checkpoint import format, loading, storage
 from moelab.engine.checkpoint.format import CheckpointError
+from moelab.engine.groups import Group
 from moelab.engine.mesh import Mesh
+from moelab.engine.tensor_slicing import ColumnLinear
 from moelab.engine.testing import RankError
 
 MODEL = ModelConfig(
@@ -197,6 +199,52 @@ def test_any_checkpoint_loads_in_one_process_and_keeps_the_models_dtype(saved):
         checkpoint.load_model(checkpoint.latest(root / str(i)), model)
         for name, p in model.named_parameters():
             assert p.dtype == torch.bfloat16 and torch.equal(p, truth(name, p.shape).to(torch.bfloat16))
+
+
+def test_moments_get_the_dtype_of_the_models_weights(tmp_path):
+    write(tmp_path, [7])
+    model = build(ParallelConfig())[0].module.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    checkpoint.load(checkpoint.latest(tmp_path), model, optimizer)
+    for name, p in model.named_parameters():
+        assert torch.equal(optimizer.state[p]["exp_avg"], truth("exp_avg" + name, p.shape).to(torch.bfloat16))
+        assert optimizer.state[p]["step"].dtype == torch.float32
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+
+
+def test_a_block_may_leave_the_ranks(tmp_path):
+    with checkpoint.Writer(tmp_path) as checkpoints:
+        checkpoints._group = Group((0, 1), 0, "destroyed")
+
+
+def test_a_writer_that_would_keep_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^checkpoint: keep must be at least 1, got 0$"):
+        checkpoint.Writer(tmp_path, keep=0)
+
+
+def test_a_ranks_part_without_placements_is_refused(tmp_path):
+    """The other ranks' experts would be missing, and no shape would tell."""
+    built, optimizer = filled(ParallelConfig())
+    mlp = built.module.blocks[0].ffn
+    mlp.up = ColumnLinear(16, 64, Group((0, 1), 0, None))
+    with checkpoint.Writer(tmp_path) as checkpoints, pytest.raises(ValueError, match="a rank's part of one; give its"):
+        checkpoints.save(7, built.module, optimizer, {})
+    write(tmp_path, [7])
+    with pytest.raises(ValueError, match="a rank's part of one; give its placements, too"):
+        checkpoint.load_model(checkpoint.latest(tmp_path), built.module)
+
+
+def test_state_of_another_shape_than_its_parameter_is_refused(tmp_path):
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    with (
+        checkpoint.Writer(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match="col_var of weight has another sha"),
+    ):
+        checkpoints.save(1, model, optimizer, {})
 
 
 def test_another_model_is_refused(saved):
@@ -449,6 +497,20 @@ def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
 
 
 @pytest.mark.multiprocess
+def test_a_step_of_more_digits_is_found_and_counts_as_newer(tmp_path):
+    write(tmp_path, [99_999_998, 99_999_999, 100_000_000])
+    assert sorted(os.listdir(tmp_path)) == ["step-100000000", "step-99999999"]
+    assert checkpoint.latest(tmp_path).step == 100_000_000
+
+
+def test_a_state_that_is_no_json_is_one_line_with_the_checkpoint(tmp_path):
+    built, optimizer = build(ParallelConfig())
+    checkpoints = checkpoint.Writer(tmp_path)
+    checkpoints.save(1, built.module, optimizer, {"loss": torch.tensor(1.0)})
+    with pytest.raises(CheckpointError, match=r"step-00000001: not written \(.*Tensor is not JSON serializable\)$"):
+        checkpoints.wait()
+
+
 def test_pieces_that_leave_a_gap_are_not_a_checkpoint(pools, tmp_path):
     for text in pools(2, save_with_a_gap, tmp_path):
         assert "not written" in text and "blocks.1.ffn.experts.up" in text and "\n" not in text

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from moelab.config import ModelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.data.tokenizer import Tokenizer
 from moelab.engine.checkpoint import hf
+from moelab.engine.mesh import Mesh
 from moelab.files import read_json, write_json
 from moelab.models import build
 from moelab.models.moe import Experts
@@ -62,6 +64,12 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path, config):
         assert torch.equal(a, b), name
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits_BTV, again.eval()(TOKENS).logits_BTV)
+
+
+def test_a_mesh_of_one_rank_says_where_the_model_is(tmp_path):
+    folder = hf.export(made(PR), tmp_path / "out")
+    model = hf.load(folder, mesh=Mesh(ParallelConfig(), PR.experts), device="meta")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 def test_an_expert_is_a_tensor_named_by_its_global_id(tmp_path):

@@ -115,6 +115,9 @@ def rank_logits(folder: Path, layout: ParallelConfig) -> torch.Tensor:
     assert any(".experts." in name for name, _ in model.named_parameters())
     with torch.no_grad():
         logits = model(TOKENS).logits_BTV
+    if layout.shard:  # its parameters have the shapes of the whole model's
+        with pytest.raises(ValueError, match="on other ranks; load it as a whole"):
+            hf.export(model, folder / "out")
     mesh.close()
     return logits
 
@@ -126,6 +129,7 @@ def test_ranks_read_their_experts(on_ranks, tmp_path):
             ParallelConfig(data=2),
             ParallelConfig(data=2, expert=1, expert_slicing=2),
             ParallelConfig(tensor=2, exchange="coordinated"),
+            ParallelConfig(data=2, expert=1, shard=True),
         ],
         "qwen2_moe": [ParallelConfig(data=2), ParallelConfig(tensor=2, exchange="coordinated")],
         "qwen3_moe": [ParallelConfig(tensor=2, expert=1)],
@@ -268,6 +272,10 @@ def test_a_router_keeps_its_dtype_and_others_are_named(tmp_path):
         assert {p.dtype for n, p in model.named_parameters() if n not in routers} == {torch.bfloat16}
         assert model.eval()(TOKENS).logits_BTV.dtype == torch.bfloat16
     assert {p.dtype for p in hf.load(tmp_path / "in", dtype=torch.float32).parameters()} == {torch.float32}
+    mesh = Mesh(ParallelConfig(), (6,))
+    mesh.fsdp = "shards"
+    with pytest.raises(ValueError, match=r"routers have another dtype than torch\.bfloat16; `shard` needs one: choose"):
+        hf.load(tmp_path / "in", mesh=mesh)
     hf.convert(tmp_path / "in", tmp_path / "ours")
     hf.convert(tmp_path / "ours", tmp_path / "back", "olmoe")
     assert all(torch.equal(tensors(tmp_path / "back")[n], t) for n, t in exact.items())

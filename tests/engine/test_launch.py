@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -463,3 +464,15 @@ def test_only_time_awake_counts_for_a_hang(monkeypatch, tmp_path):
     assert hanging_after(90) == [], "200 and 90 seconds awake are not 300"
     os.utime(tmp_path / rank_name(1), (5, 5))  # rank 1 gives a sign of life
     assert hanging_after(60) == [0], "a rank that hangs after all is still found"
+
+
+def test_tasks_of_srun_get_paths_that_hold_in_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def start(command, ranks, logs, session, environment, per_node):
+        assert logs.is_absolute() and session.parent == logs
+        raise OSError("not started")
+
+    monkeypatch.setattr(launcher, "SlurmRanks", start)
+    with pytest.raises(OSError, match="not started"):
+        launch(["true"], 2, Path("logs"), how="srun")

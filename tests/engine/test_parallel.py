@@ -17,6 +17,7 @@ from moelab.engine.collectives import all_reduce
 from moelab.engine.mesh import Mesh
 from moelab.models import build
 from moelab.models.gpt import Output
+from moelab.models.routing import Router
 
 pytestmark = pytest.mark.multiprocess
 
@@ -247,6 +248,43 @@ def test_a_step_in_bf16_is_that_of_one_rank(on_ranks, model, layout):
         assert loss < 1e-3 and gradient < 0.02
 
 
+def gradients_of_two_steps(config: ModelConfig) -> list[torch.Tensor]:
+    """On a rank: a weight's gradient after the same step twice; only the first is announced by `arm`."""
+    mesh = Mesh(ParallelConfig(data=2), config.experts)
+    model = parallel.build(config, SEED, mesh)
+    sync, found = gradients.GradientSync(model), []
+    for announce in (sync.arm, lambda: None):
+        model.module.zero_grad()
+        forward_backward(config, model.module, mesh.data.index, 1, announce)
+        sync.finish()
+        found.append(model.module.token_embedding.weight.grad.clone())
+    mesh.close()
+    return found
+
+
+def test_a_step_that_is_not_announced_is_summed_at_its_end(on_ranks):
+    (first, second), others = on_ranks(2, gradients_of_two_steps, MODEL)
+    assert torch.equal(first, second) and torch.equal(second, others[1])
+
+
+def gradients_of_two_dtypes(config: ModelConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """On a rank: gradients of a model in bf16 whose routers stay in fp32, as published ones do."""
+    mesh = Mesh(ParallelConfig(data=2), config.experts)
+    model = parallel.build(config, SEED, mesh, torch.bfloat16)
+    for router in [module for module in model.module.modules() if isinstance(module, Router)]:
+        router.float()
+    sync = gradients.GradientSync(model)
+    forward_backward(config, model.module, mesh.data.index, 1, sync.arm)
+    sync.finish()
+    mesh.close()
+    return [(p.grad, p) for name, p in model.module.named_parameters() if "router" in name or "norm" in name]
+
+
+def test_weights_of_two_dtypes_have_gradients_of_theirs(on_ranks):
+    for first, other in zip(*on_ranks(2, gradients_of_two_dtypes, MODEL), strict=True):
+        assert torch.equal(first[0], other[0]) and first[0].dtype == first[1].dtype
+
+
 def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(on_ranks):
     routing = RoutingConfig(drop_tokens=False, aux_scope="step", aux_loss=1.0)
     model = replace(MODEL, routing=routing)
@@ -258,3 +296,8 @@ def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(on_ranks):
 def test_the_wrong_number_of_ranks_is_refused():
     with pytest.raises(ValueError, match=r"the layout is for 8 ranks \(tensor 2 x data 4\), there are 1"):
         Mesh(ParallelConfig(tensor=2, data=4))
+
+
+def test_a_mesh_for_other_layers_is_refused():
+    with pytest.raises(ValueError, match="no groups for layers of 8 experts; give Mesh the model's experts"):
+        parallel.build(MODEL, SEED, Mesh(ParallelConfig(), (4,)))

@@ -49,3 +49,12 @@ def test_ranks_are_reused_and_replaced_after_a_failure():
             assert not {r[0] for r in first} & set(psutil.pids())
             first = again
     assert not {r[0] for r in again} & set(psutil.pids())
+
+
+def test_a_function_of_a_script_is_refused_before_a_rank_starts(monkeypatch):
+    def function():
+        """Do nothing."""
+
+    monkeypatch.setattr(function, "__module__", "__main__")
+    with pytest.raises(ValueError, match=r"function is of this script or notebook; put it into a module$"):
+        Ranks(2).run(function)

@@ -351,6 +351,8 @@ def test_a_students_identity_includes_its_teachers(tiny_spec):
     staged = replace(student, distill=DistillConfig(schedule="stop", stop=half))
     assert student.cost > staged.cost > alone.cost
     assert staged.cost - alone.cost == pytest.approx((student.cost - alone.cost) / 2, rel=0.01)
+    steps = DistillConfig(schedule="stop", stop=student.train.steps(student.data.context) // 2, unit="steps")
+    assert replace(student, distill=steps).cost == staged.cost
 
 
 def on_two_ranks_with_an_odd_teacher(spec: RunSpec) -> RunSpec:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moelab.config import RoutingConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint
 from moelab.engine.checkpoint import storage
@@ -154,12 +155,19 @@ def test_a_checkpoint_of_other_data_is_refused(data, cut, run, monkeypatch):
         ({"vocab": 200}, "the model's embedding only 200"),
         ({"context": 16}, "longer than the model's context of 16"),
         ({"device": "cuda"}, "no CUDA device is available; allowed here: cpu"),
+        (
+            {"routing": RoutingConfig(aux_scope="step"), "micro_batch": 2},
+            "needs one micro-batch per data rank, got 2 on 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, part, tiny_model, tiny_train, data, tmp_path):
     if "device" in change and torch.cuda.is_available():
         pytest.skip("a CUDA device is here")
-    model, config = (replace(c, **change) if change.keys() <= vars(c).keys() else c for c in (tiny_model, tiny_train))
+    model, config = (
+        replace(c, **{name: value for name, value in change.items() if name in vars(c)})
+        for c in (tiny_model, tiny_train)
+    )
     with pytest.raises(ValueError, match=part):
         train(model, config, data, 32, tmp_path)
 
@@ -201,13 +209,28 @@ def test_a_long_step_and_a_long_check_give_signs_of_life(tiny_model, tiny_train,
     beats = []
     config = replace(tiny_train, tokens=128, micro_batch=1)
     trainer = Trainer(tiny_model, config, loop.TrainBatches(data, 4, 32, 0), 32)
-    monkeypatch.setattr(process, "beat", lambda: beats.append(1))
+    monkeypatch.setattr(process, "beat", lambda **_: beats.append(1))
     trainer.step(0, Window())
     assert len(beats) == 4
     train(tiny_model, config, data, 32, tmp_path)
     beats.clear()
     last = checkpoint.latest(tmp_path / "checkpoints")
     assert len(beats) >= len(list(last.path.glob("*.safetensors"))) == 2
+
+
+def test_a_checkpoint_does_not_begin_the_watch_of_a_loop_that_gives_no_signs(tmp_path, monkeypatch):
+    for name, value in {HEARTBEAT.name: str(tmp_path), "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    model, sign = torch.nn.Linear(1, 1), tmp_path / process.rank_name(0)
+    with process.unwatched(), checkpoint.Writer(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, model, torch.optim.AdamW(model.parameters()), {})
+    checkpoint.latest(tmp_path / "checkpoints")
+    assert not sign.exists()
+    process.beat()
+    sign.unlink()
+    monkeypatch.setattr(process, "_last_beat", 1e-9)  # long ago
+    checkpoint.latest(tmp_path / "checkpoints")
+    assert sign.exists()
 
 
 def test_a_start_is_not_watched(tiny_model, tiny_train, data, tmp_path, monkeypatch):

@@ -12,12 +12,13 @@ All ranks write it together, in the background.
 
 Names and shapes in a checkpoint are those of the model on one rank: experts by global id; query, key and value in one
 weight. A checkpoint that one layout saved therefore loads into any other, bit for bit, and one process can read the
-checkpoint of many. No file is a pickle: loading executes no code. Every file's SHA-256 is checked before use. A broken
+checkpoint of many. Of an optimizer the state of each parameter is saved, not its settings (`param_groups`, with the
+learning rate). No file is a pickle: loading executes no code. Every file's SHA-256 is checked before use. A broken
 checkpoint is reported and all ranks use the one before it. All ranks must see the same file system.
 
     with checkpoint.Writer(directory) as checkpoints:          # every rank
-        last = checkpoint.latest(directory)                    # every rank
-        checkpoint.load(last, model, optimizer, placements)
+        if last := checkpoint.latest(directory):               # every rank
+            checkpoint.load(last, model, optimizer, placements)
         ...
         checkpoints.save(step, model, optimizer, state, placements)
 """

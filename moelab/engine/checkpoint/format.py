@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ class Piece:
 
 def directories(directory: Path) -> list[Path]:
     """Return the checkpoints in a directory by step, complete or not; not what a user has put beside them."""
-    return sorted(p for p in directory.glob("step-" + 8 * "[0-9]") if p.is_dir()) if directory.is_dir() else []
+    named = [p for p in directory.glob("step-*") if re.fullmatch("step-[0-9]{8,}", p.name) and p.is_dir()]
+    return sorted(named, key=step_of)
 
 
 def step_of(path: Path) -> int:

@@ -31,11 +31,13 @@ from torch import Tensor
 from moelab.config import ModelConfig
 from moelab.data.tokenizer import Tokenizer
 from moelab.engine import parallel
+from moelab.engine.checkpoint import shards
 from moelab.engine.checkpoint.hf_families import FAMILIES, family_of
 from moelab.engine.checkpoint.hf_files import INDEX, WEIGHTS, Files, expected_shape
 from moelab.engine.checkpoint.hf_formats import GPT2, MOELAB, Format, is_gpt2
 from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
+from moelab.engine.sharded import is_sharded
 from moelab.files import new_directory, read_json, read_object, write_json
 from moelab.models import GPT, empty
 from moelab.terminal import one_line
@@ -66,7 +68,8 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None, mode
     """
     config, eot = model.config, None if tokenizer is None else tokenizer.eot
     kind = _format(model_type or suitable_format(config))
-    if {name: tuple(p.shape) for name, p in model.named_parameters()} != dict(_shapes(config)):
+    there = {name: () if is_sharded(p) else tuple(p.shape) for name, p in model.named_parameters()}
+    if there != dict(_shapes(config)):
         raise ValueError("export: weights of this model are packed for inference or on other ranks; load it as a whole")
     tensors = _tensors(kind, config, ((name, p.detach()) for name, p in model.named_parameters()))
     with _new(directory) as new, torch.no_grad():
@@ -194,7 +197,7 @@ def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None
         mesh: the ranks that share the model, on whose device it is; None means this process alone.
         dtype: of the weights; None means that in which they are stored. A router that is stored more exactly than the
             other weights remains so.
-        device: where a process alone fills it, a tensor at a time.
+        device: of a model without a mesh, which is filled there, a tensor at a time.
 
     Raises:
         ValueError: there is no such model, the format is unknown, the settings are none that our model has, or tensors
@@ -206,19 +209,21 @@ def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None
         stored = _check(files, kind, config)
         own = stored["token_embedding.weight"]
         routers = {name for name, of in stored.items() if of != own and name.endswith(".router.weight")}
+        if routers and mesh is not None and mesh.fsdp is not None and dtype != torch.float32:
+            raise ValueError(f"{directory}: routers have another dtype than {own}; `shard` needs one: choose fp32")
         if odd := [name for name, of in stored.items() if of != own and name not in routers and dtype is None]:
             raise ValueError(f"{directory}: {odd[0]} is {stored[odd[0]]} and the embedding {own}; choose the dtype")
         dtype = dtype or own
-        if mesh is not None and mesh.world.size > 1:
+        if mesh is None:
+            model = empty(config, device, dtype)
+        else:
             part = parallel.build(config, None, mesh, dtype)
             model, placements = part.module, part.placements
-        else:
-            model = empty(config, device, dtype)
         for name, parameter in model.named_parameters():
-            shape = tuple(parameter.shape)
             if name in routers:
                 parameter.data = parameter.data.to(torch.promote_types(dtype, stored[name]))
-            files.fill(parameter.detach(), name, placements.get(name) or Placement.whole(shape), config)
+            placement = placements.get(name) or Placement.whole(tuple(parameter.shape))
+            files.fill(shards.pieces(name, parameter, placement), config)
     return model
 
 

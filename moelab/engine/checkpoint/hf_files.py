@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moelab.config import ModelConfig
+from moelab.engine.checkpoint import shards
+from moelab.engine.checkpoint.format import Piece
 from moelab.engine.checkpoint.hf_formats import Format, Part
 from moelab.engine.placement import Placement, overlap
 from moelab.files import read_json
@@ -71,20 +74,21 @@ class Files(contextlib.ExitStack):
         """Return one of our parameters."""
         first = next(iter(self.kind.parts(name, shape, config)))
         parameter = torch.empty(shape, dtype=self.dtype(self.prefix + first.name))
-        self.fill(parameter, name, Placement.whole(shape), config)
+        self.fill(shards.pieces(name, parameter, Placement.whole(shape)), config)
         return parameter
 
-    def fill(self, local: Tensor, name: str, placement: Placement, config: ModelConfig) -> None:
-        """Fill a rank's tensor of one of our parameters; read only the tensors that have something of it."""
-        for part in self.kind.parts(name, placement.shape, config):
-            box = _box(part, placement.shape)
-            found = [(shard, overlap(*box, shard.offset, shard.size)) for shard in placement.shards]
+    def fill(self, pieces: Iterable[Piece], config: ModelConfig) -> None:
+        """Fill a rank's pieces of one of our parameters; read only the tensors that have something of them."""
+        pieces = list(pieces)
+        for part in self.kind.parts(pieces[0].name, pieces[0].shape, config) if pieces else ():
+            box = _box(part, pieces[0].shape)
+            found = [(piece.tensor, overlap(*box, piece.offset, piece.tensor.shape)) for piece in pieces]
             if any(common for _, common in found):
                 tensor = self._part(part)
-                for shard, common in found:
+                for local, common in found:
                     if common:
                         source, target = common
-                        shard.of(local)[target].copy_(tensor[source])
+                        local[target].copy_(tensor[source])
 
     def _part(self, part: Part) -> Tensor:
         """Return a tensor of the format as the part of our parameter that it is, with all of its dims."""

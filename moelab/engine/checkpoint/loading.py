@@ -145,6 +145,8 @@ def load(
 ) -> None:
     """Fill a model as `load_model` does, and the optimizer's state with it.
 
+    Moments that were stored in their parameter's dtype get that of the model's parameter.
+
     Args:
         upcycle: how experts are copied where the checkpoint has a dense layer or fewer experts than the model; the
             layer's parameters that are not in the checkpoint as they are begin without optimizer state. None refuses
@@ -153,7 +155,7 @@ def load(
         scores: `RoutingConfig.scores` of the model, on which the copies of a balance bias depend.
     """
     path, index = checkpoint.path, read_index(checkpoint.path)
-    parameters = shards.parameters(model)
+    parameters = shards.parameters(model, placements)
     copied: dict[str, str | None] = {}
     if upcycle is not None:
         shapes = {name: shards.placement_of(name, p, placements).shape for name, p in parameters.items()}
@@ -170,6 +172,8 @@ def load(
             raise CheckpointError(f"{path}: {name} is of no parameter of this model")
         parameter, dtype = parameters[owner], getattr(torch, entry["dtype"])
         if entry["shape"]:
+            if entry["dtype"] == index[f"model/{owner}"]["dtype"]:
+                dtype = parameter.dtype  # a fused update cannot mix dtypes
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             placement = shards.placement_of(owner, parameter, placements)
         else:  # the step counter, which every rank holds as a whole
@@ -210,7 +214,7 @@ def _model_pieces(
     """
     wanted = {
         name: (p, shards.placement_of(name, p, placements))
-        for name, p in shards.parameters(model).items()
+        for name, p in shards.parameters(model, placements).items()
         if name not in copied
     }
     stored = {name: shape for name, shape in _stored(index).items() if name not in copied.values()}
@@ -236,7 +240,7 @@ def _verify(path: Path, world: Group, only_weights: bool) -> Checkpoint:
     files = sorted(f for f in record["sha256"].items() if not (only_weights and f[0].startswith("optimizer-")))
     for file, expected in files[world.index :: world.size]:
         manifest = manifest or _or_error(verify, path, file, expected) or {}
-        process.beat()
+        process.beat(first=False)
     for answer in all_gather_json(manifest):
         if "error" in answer:
             raise CheckpointError(answer["error"])

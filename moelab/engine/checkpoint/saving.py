@@ -39,7 +39,12 @@ class Writer:
             directory: the folder of the checkpoints.
             keep: how many checkpoints are kept; older ones are removed when a new one is complete.
             always: steps whose checkpoints are never removed.
+
+        Raises:
+            ValueError: `keep` is less than 1.
         """
+        if keep < 1:
+            raise ValueError(f"checkpoint: keep must be at least 1, got {keep}")
         self.directory, self.keep, self.always = directory, keep, frozenset(always)
         self._group = gloo_group()
         self._thread: threading.Thread | None = None
@@ -92,7 +97,7 @@ class Writer:
         if self._thread is not None:
             while self._thread.is_alive():
                 self._thread.join(1.0)
-                process.beat()
+                process.beat(first=False)
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
@@ -121,7 +126,7 @@ class Writer:
                 raise
             log.error("checkpoint not written: %s", failed)
         finally:
-            if self._group.handle is not None:
+            if self._group.handle is not None and dist.is_initialized():  # the block may have left the ranks
                 dist.destroy_process_group(self._group.handle)  # frees its threads and connections
 
 

@@ -169,7 +169,7 @@ def _finish(
     os.replace(temporary, path)
     sync(path.parent)
     # A newer checkpoint was skipped as broken, so it does not count among the kept ones.
-    for old in [p for p in directories(path.parent) if p <= path][:-keep]:
+    for old in [p for p in directories(path.parent) if step_of(p) <= step][:-keep]:
         if step_of(old) not in always:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -202,7 +202,8 @@ def _together(group: Group, path: Path, work: Callable[[], Any]) -> list[Any]:
     except OSError as error:
         answer = {"os_error": [error.errno, error.strerror or str(error), error.filename and str(error.filename)]}
     except Exception as error:
-        answer = {"error": one_line(error)}
+        text = one_line(error)
+        answer = {"error": text if isinstance(error, CheckpointError) else f"{path}: not written ({text})"}
     try:
         answers = gather_json(answer, group)
         failures = ({"rank": rank, **answer} for rank, answer in enumerate(answers) if "result" not in answer)

@@ -58,7 +58,7 @@ class Limits:
     """Limits of the watch, in seconds; the environment may set each, ``MOELAB_HANG_S`` and so on.
 
     Attributes:
-        hang_s: a rank that has given signs of life hangs if it gives none for this long.
+        hang_s: a rank that has given signs of life (`process.beat`) hangs if it gives none for this long.
         death_s: from the first death to the end of all ranks.
         stop_s: from the first rank that has stopped to the last; time for a checkpoint.
         collective_s: a collective that waits longer raises in the ranks (NCCL aborts them). It takes effect if the
@@ -147,6 +147,7 @@ def launch(
     environment[COLLECTIVE_S.name] = str(limits.collective_s)
     environment.setdefault("PYTHONUNBUFFERED", "1")  # keeps the last output of a rank that is killed
     logs.mkdir(parents=True, exist_ok=True)
+    logs = logs.resolve()  # ranks on other nodes or in a container may have another working directory
     slurm = how == "srun" or (how == "auto" and in_allocation(environment))
     # Signs of life are written often; they go beside the logs only where other nodes write them, too.
     session = Path(tempfile.mkdtemp(prefix=".session-" if slurm else "moelab-ranks-", dir=logs if slurm else None))
@@ -154,7 +155,7 @@ def launch(
     try:
         starts = [postmortem.size(_log(logs, rank)) for rank in range(ranks)]
         if slurm:
-            started = SlurmRanks([*srun, *command], ranks, logs.resolve(), session, environment, per_node)
+            started = SlurmRanks([*srun, *command], ranks, logs, session, environment, per_node)
         else:
             started = LocalRanks(command, ranks, logs, session, environment)
         watch = _Watch(started, ranks, limits, logs, starts, session)

@@ -225,15 +225,19 @@ def launcher_gone() -> bool:
     return launcher is not None and os.getppid() != int(launcher)
 
 
-def beat() -> None:
+def beat(*, first: bool = True) -> None:
     """Give a sign of life: after each micro-batch, validation batch, checked file and second of waiting for a write.
 
     It costs next to nothing. After its first sign, a rank that gives none for `Limits.hang_s` counts as hanging.
     A write that never ends is therefore no hang; the other ranks' checkpoint group gives up after `collective_s`.
+
+    Args:
+        first: whether it may be the rank's first sign. Those of a checkpoint may not: after it, a script whose own loop
+            gives none would count as hanging.
     """
     global _last_beat
     folder = HEARTBEAT.get()
-    if not folder or _unwatched or time.monotonic() - _last_beat < _BEAT_EVERY_S:
+    if not folder or _unwatched or time.monotonic() - _last_beat < _BEAT_EVERY_S or not (first or _last_beat):
         return
     if place := find():
         _last_beat = time.monotonic()
