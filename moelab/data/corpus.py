@@ -11,7 +11,7 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
                        a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
 
 A document is wholly training or wholly validation, chosen by its name or text and never by its position; only a text
-that is a folder's domain alone is cut. The user's own texts go by a bound on their hash, so that reading more of them
+that is most of a folder's domain may be cut. The user's own texts go by a bound on their hash, so that reading more of them
 moves none across the line (but for a domain's lowest, where none is below the bound). The packaged texts are pinned.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from moelab.data.documents import Corpus, Document, Split, UnknownCorpus, hash_f
 from moelab.data.packages import CorpusUnavailable
 from moelab.terminal import one_line
 
+SUFFIXES = (".txt", ".md", ".jsonl")  # of files of a folder, in any case
 FOLDER_VALIDATION = 0.05
 HF_VALIDATION = 0.01
 MAX_DOMAINS = 500  # of a folder: each has a file of validation tokens that stays open, and a process may open 1024
@@ -23,27 +25,30 @@ def folder(config: DataConfig, root: Path) -> Corpus:
     """Return the corpus of a folder; ValueError, one line, where it is none, has no text, or links lead out of it."""
     if not root.is_dir():
         raise ValueError(f"data: corpus {config.corpus!r} is no folder")
-    files = sorted(
-        file
-        for file in root.rglob("*")
-        if file.suffix in {".txt", ".md", ".jsonl"}
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)  # such as .ipynb_checkpoints, .venv
-    )
+    paths = [
+        path
+        for path in root.rglob("*")
+        if (path.suffix.lower() in SUFFIXES or path.is_dir())
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)  # such as .ipynb_checkpoints, .venv
+    ]
+    within = root.resolve()
+    for path in filter(Path.is_symlink, paths):  # also linked folders, which `rglob` does not enter
+        if not (path.exists() and path.resolve().is_relative_to(within)):
+            raise ValueError(
+                f"data: {path} is a link to {path.readlink()}, outside of {root} or not there; copy the file into it"
+            )
+    files = sorted(path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise ValueError(f"data: no .txt, .md or .jsonl file in {root}")
     if len({file.relative_to(root).parts[0] for file in files if file.parent != root}) > MAX_DOMAINS:
         raise ValueError(
             f"data: {root} has more than {MAX_DOMAINS} subfolders, each a domain; put them into fewer ones"
         )
-    within = root.resolve()
-    if outside := next((file for file in files if not file.resolve().is_relative_to(within)), None):
-        raise ValueError(f"data: {outside} is a link to {outside.resolve()}, outside of {root}; copy the file into it")
     return Corpus(
         name=config.corpus,
         licence="as the owner of the folder states; not known here",
         source=f"{len(files)} files in {root}",
-        state=_listing(root, files) + "\nsplit by text",  # which tells prepared folders from those of the split by name
+        state=_listing(root, files) + "\nsplit by text, a large one cut",  # another rule would be other documents
         documents=functools.partial(_folder_documents, root, files, config.text_field),
     )
 
@@ -51,19 +56,21 @@ def folder(config: DataConfig, root: Path) -> Corpus:
 def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Document]:
     """About 5 % of each domain is validation, by the hash of the text; copies of a text are left out.
 
-    A domain whose hashes are all above 5 % gives its lowest one; a domain of one text gives that one's last 5 %.
+    A domain whose hashes are all above 5 % gives its lowest one. A text that is more than half of its domain's, such as
+    the only one, gives its last 5 %, so that the rest is trained on.
     """
-    places: dict[str, list[float]] = {}
-    for domain, _, _, place in _folder_texts(root, files, field):
-        places.setdefault(domain, []).append(place)
-    lowest = {domain: min(found) for domain, found in places.items()}
+    lowest: dict[str, float] = {}
+    sizes: Counter[str] = Counter()
+    for domain, _, text, place in _folder_texts(root, files, field):
+        lowest[domain] = min(place, lowest.get(domain, 1.0))
+        sizes[domain] += len(text)
     for domain, name, text, place in _folder_texts(root, files, field):
-        if len(places[domain]) == 1:
-            cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
+        chosen = place < FOLDER_VALIDATION or place == lowest[domain]
+        cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
+        if chosen and 2 * len(text) > sizes[domain] and cut < len(text):
             yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
             yield Document(domain, "validation", text[cut:], f"{name}[{cut}:]")
         else:
-            chosen = place < FOLDER_VALIDATION or place == lowest[domain]
             yield Document(domain, "validation" if chosen else "train", text, name)
 
 
@@ -80,21 +87,26 @@ def _folder_texts(root: Path, files: list[Path], field: str) -> Iterator[tuple[s
 
 
 def _texts_of(file: Path, name: str, field: str) -> Iterable[tuple[str, str]]:
-    try:
-        if file.suffix != ".jsonl":
-            yield name, file.read_text(encoding="utf-8")
-            return
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                        raise ValueError(f"data: {file} line {number} has no text under {field!r} (text_field)")
-                    yield f"{name}#{number}", _valid(record[field])
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {file} is not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data: {file} line {number} is not JSON: {error}") from None
+    """(name, text) of each text in a file, UTF-8 with or without a byte order mark."""
+    if file.suffix.lower() != ".jsonl":
+        try:
+            yield name, file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data: {file} is not UTF-8 text (byte {error.start})") from None
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"data: {file} line {number} is not UTF-8 text (byte {error.start})") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"data: {file} line {number} is not JSON: {error}") from None
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise ValueError(f"data: {file} line {number} has no text under {field!r} (text_field)")
+            yield f"{name}#{number}", _valid(record[field])
 
 
 def _valid(text: str) -> str:

@@ -83,6 +83,23 @@ def test_copies_of_a_text_in_a_folder_and_hidden_folders_are_left_out(tmp_path):
     assert {d.domain for d in docs if d.split == "train"} == {d.domain for d in docs} == {"a", "b", "c"}
 
 
+def test_a_text_that_is_most_of_its_domain_is_not_left_to_validation(tmp_path):
+    for i in range(8):
+        texts = {"book.txt": f"words of book {i} " * 200, "a.md": f"note {i}", "b.md": f"other note {i}"}
+        write(tmp_path / f"{i}", texts)
+    docs = documents(f"folder:{tmp_path}", tmp_path)
+    for i in range(8):
+        train, held = (size([d for d in docs if d.domain == f"{i}"], split) for split in ("train", "validation"))
+        assert 0 < held < 0.06 * (train + held)
+
+
+def test_a_mark_of_byte_order_and_the_case_of_a_name_do_not_matter(tmp_path):
+    (tmp_path / "a.txt").write_text("one text", encoding="utf-8-sig")
+    (tmp_path / "B.TXT").write_text("one text")
+    (tmp_path / "c.JSONL").write_text('{"text": "another"}\n\n{"text": "a third"}\n', encoding="utf-8-sig")
+    assert {d.text for d in documents(f"folder:{tmp_path}", tmp_path)} == {"one text", "another", "a third"}
+
+
 def test_a_folder_of_more_domains_than_files_may_be_open_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("moelab.data.user_text.MAX_DOMAINS", 2)
     write(tmp_path, dict.fromkeys(("0/a.txt", "1/a.txt", "2/a.txt"), "text"))
@@ -118,6 +135,8 @@ def test_bad_names_and_bounds_say_what_is_allowed(corpus, settings, message, tmp
     [
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "' + b"x" * 9000 + b'"}\n{"text": "\xff"}\n', r"line 2 is not UTF-8 text \(byte 10\)"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b'{"words": "x"}\n', "line 1 has no text under 'text'"),
         ("a.jsonl", b"[1]\n", "line 1 has no text"),
     ],
@@ -270,6 +289,9 @@ def test_links_do_not_lead_out_of_a_folder(tmp_path):
     (root / "b.txt").symlink_to("a.txt")
     config = DataConfig(corpus=f"folder:{root}")
     open_corpus(config, tmp_path)
-    (root / "c.txt").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(ValueError, match=r"c\.txt is a link to .*secret\.txt, outside of .*; copy the file into it"):
-        open_corpus(config, tmp_path)
+    (tmp_path / "other").mkdir()
+    for name, target in {"c.txt": "secret.txt", "d.txt": "nothing.txt", "law": "other"}.items():
+        (link := root / name).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=rf"{name} is a link to .*{target}, outside of .*; copy the file into it"):
+            open_corpus(config, tmp_path)
+        link.unlink()
