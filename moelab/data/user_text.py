@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -135,8 +136,9 @@ def hugging_face(config: DataConfig, where: str) -> Corpus:
     """
     name, _, subset = where.partition(":")
     revision, state = "", "remote"
-    if Path(name).is_dir():
-        state = _listing(Path(name), sorted(file for file in Path(name).rglob("*") if file.is_file()))
+    if (local := Path(os.path.expanduser(name))).is_dir():
+        name = str(local.resolve())  # `datasets` knows neither ~ nor .
+        state = _listing(local, sorted(file for file in local.rglob("*") if file.is_file()))
     else:
         match = _HF_NAME.fullmatch(where)
         if match is None or ".." in where or "--" in where:

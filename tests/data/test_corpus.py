@@ -113,6 +113,7 @@ def test_a_folder_of_more_domains_than_files_may_be_open_is_refused(tmp_path, mo
         ("sotuu", {}, "unknown corpus 'sotuu'"),
         ("folder:", {}, "unknown corpus"),
         ("folder:/no/such/place", {}, "is no folder"),
+        ("folder:~no-such-user/texts", {}, "is no folder"),
         ("folder:EMPTY", {}, "no .txt, .md or .jsonl file"),
         ("hf:someone/something", {}, "needs a bound"),
         ("hf:../../x", {"max_documents": 3}, r"'../../x' is neither a folder nor the name of a Hugging Face data set"),
@@ -231,7 +232,7 @@ def test_a_failed_or_foreign_download_is_one_clear_line(fails, tmp_path, monkeyp
     assert list((tmp_path / "packages").iterdir()) == []
 
 
-def test_hf_reads_a_local_folder_of_json(tmp_path):
+def test_hf_reads_a_local_folder_of_json(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     lines = "".join(json.dumps({"body": f"document number {i}"}) + "\n" for i in range(500))
@@ -241,6 +242,10 @@ def test_hf_reads_a_local_folder_of_json(tmp_path):
     assert {d.domain for d in docs} == {"set"}
     assert 1 <= sum(d.split == "validation" for d in docs) <= 15
     assert documents(f"hf:{root}", tmp_path, text_field="body", max_documents=10) == docs[:10]
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in (".", "~/set"):
+        assert documents(f"hf:{place}", tmp_path, text_field="body") == docs
     assert len(documents(f"hf:{root}", tmp_path, text_field="body", max_bytes=100)) == 6
     with pytest.raises(ValueError, match=r"no text field 'text'; its fields are \['body'\]"):
         documents(f"hf:{root}", tmp_path)

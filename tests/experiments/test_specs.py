@@ -195,8 +195,14 @@ def test_files_and_folders_are_those_of_the_caller(tmp_path, monkeypatch):
     for given in ({"data.corpus": "folder:my texts"}, {"overrides": '{"data.corpus": "folder:my texts"}'}):
         found = resolve(experiment("pr-moe"), {"scale": "smoke", **given}).given
         assert found["overrides"] == {"data.corpus": f"folder:{tmp_path}/my texts"}
-    found = resolve(experiment("pr-moe"), {"data.corpus": "sotu"}).given
-    assert found["overrides"] == {"data.corpus": "sotu"}
+    (tmp_path / "pile").mkdir()
+    for text, corpus in {
+        "sotu": "sotu",
+        "hf:pile": f"hf:{tmp_path}/pile",
+        "hf:./pile:a": f"hf:{tmp_path}/pile:a",
+    }.items():
+        found = resolve(experiment("pr-moe"), {"data.corpus": text}).given
+        assert found["overrides"] == {"data.corpus": corpus}
     (tmp_path / "exchange.jsonl").write_text('{"alpha_ms": 0.1, "ranks": 8}')
     found = resolve(experiment("all-to-all"), {"scale": "paper", "measured_file": "exchange.jsonl"}).given
     assert found["measured_file"] == str(tmp_path / "exchange.jsonl")
