@@ -82,6 +82,7 @@ def test_gates_route_as_the_model_does(trained, tiny_spec, tmp_path):
     layers = gates.on_text(TEXT)
     assert [(c.layer, c.experts) for c in layers] == [(2, 2), (4, 4)]
     assert "".join(layers[0].tokens).replace(SPACE, " ") == TEXT
+    assert len(set(gates.on_text("èé")[0].tokens)) == 3, "bytes C3 A8 C3 A9"
     ids = gates._tokenizer.encode(TEXT)
     with torch.no_grad():
         routing = load_run(trained.path).eval()(torch.tensor([ids])).routing
