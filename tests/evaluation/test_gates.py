@@ -124,6 +124,8 @@ def test_losses_by_mode_and_dtype(trained, tmp_path):
     """Modes of one dtype differ by rounding, and the first row's loss is that of the run's own validation."""
     name = trained.path.name
     arguments = ["eval", name, "--losses", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="it takes no --tasks, --batch, --dtype or --device"):
+        CliRunner().invoke(app, [*arguments, "--dtype", "bf16"], catch_exceptions=False)
     output = CliRunner().invoke(app, arguments, catch_exceptions=False).output
     rows = [json.loads(line) for line in (tmp_path / f"losses-{name}.jsonl").read_text().splitlines()]
     assert (rows[0]["mode"], rows[0]["dtype"], rows[0]["minus_reference"]) == (*rounding.VARIANTS[0], 0.0)

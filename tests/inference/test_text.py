@@ -114,6 +114,8 @@ def moelab(*arguments):
 def test_commands(trained, tmp_path, monkeypatch):
     few = ("--max-new-tokens", "6", "--temperature", "0")
     assert moelab("generate", trained.spec.id, "--prompt", "wave salt", *few).startswith("wave salt")
+    long = CliRunner().invoke(app, ["generate", trained.spec.id, "--prompt", "wave " * 99])
+    assert "allowed are at most 31" in str(long.exception) and not long.output, "it is not printed"
     assert "moelab format in" in moelab("export", trained.spec.id[:6], str(tmp_path / "out"))
     both = moelab("generate", str(tmp_path / "out"), "--prompt", "wave", "--prompt", "corn", *few)
     assert both.startswith("wave") and "\n\ncorn" in both
