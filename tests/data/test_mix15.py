@@ -1,6 +1,7 @@
 """mix15: its readers on tiny trees of the packages' shapes, its split, and what resembles what in it."""
 
 import json
+import math
 
 import pytest
 
@@ -164,10 +165,11 @@ def test_near_copies_are_found_by_domain():
     changed = text.replace("word30", "another")
     fresh = " ".join(f"new{i}" for i in range(40))
     short = "too short to be compared"
-    held = [("a", f"{changed}\n\n{fresh}\n\n{short}"), ("b", f"{fresh} more\n{short}\n")]
+    held = [("a", f"{changed}\n\n{fresh}\n\n{short}"), ("b", f"{fresh} more\n{short}\n"), ("c", "春眠不覚暁" * 30)]
     train = [("a", f"{fresh[:40]}\n\n{short}"), ("c", f"{text}\n")]
     documents = [Document(domain, "validation", text, f"v{domain}") for domain, text in held]
     found = near_copies([*documents, *(Document(domain, "train", text, f"t{domain}") for domain, text in train)])
     a, b = found["a"], found["b"]
     assert (a.paragraphs, a.words, a.copied_paragraphs, a.copied_words) == (2, 100, 1, 60) and a.share == 0.6
     assert a.nearest == {"c": 60} and (b.paragraphs, b.share, b.nearest) == (1, 0.0, {})
+    assert found["c"].paragraphs == 0 and math.isnan(found["c"].share), "not known: nothing separates its words"
