@@ -378,6 +378,10 @@ def on_two_ranks_with_an_odd_teacher(spec: RunSpec) -> RunSpec:
             lambda s: replace(student_of(s), model=replace(s.model, vocab=321)),
             "must share their vocabulary, it has 321 and 320",
         ),
+        (
+            lambda s: replace(student_of(replace(s, data=replace(s.data, context=16))), data=s.data),
+            "spec: sequences of 32 tokens are longer than the teacher's context of 16",
+        ),
         (on_two_ranks_with_an_odd_teacher, "spec: the teacher runs in the student's layout, which does not fit it: "),
     ],
 )
