@@ -66,7 +66,7 @@ def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Doc
         lowest[domain] = min(place, lowest.get(domain, 1.0))
         sizes[domain] += len(text)
     for domain, name, text, place in _folder_texts(root, files, field):
-        chosen = place < FOLDER_VALIDATION or place == lowest[domain]
+        chosen = place < FOLDER_VALIDATION or place == lowest.get(domain)  # None: written since
         cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
         if chosen and 2 * len(text) > sizes[domain] and cut < len(text):
             yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
