@@ -26,19 +26,14 @@ def folder(config: DataConfig, root: Path) -> Corpus:
     """Return the corpus of a folder; ValueError, one line, where it is none, has no text, or links lead out of it."""
     if not root.is_dir():
         raise ValueError(f"data: corpus {config.corpus!r} is no folder")
-    paths = [
-        path
-        for path in root.rglob("*")
-        if (path.suffix.lower() in SUFFIXES or path.is_dir())
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)  # such as .ipynb_checkpoints, .venv
-    ]
+    paths = [path for path in _visible(root) if path.suffix.lower() in SUFFIXES or path.is_dir()]
     within = root.resolve()
     for path in filter(Path.is_symlink, paths):  # also linked folders, which `rglob` does not enter
         if not (path.exists() and path.resolve().is_relative_to(within)):
             raise ValueError(
                 f"data: {path} is a link to {path.readlink()}, outside of {root} or not there; copy the file into it"
             )
-    files = sorted(path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not files:
         raise ValueError(f"data: no .txt, .md or .jsonl file in {root}")
     if len({file.relative_to(root).parts[0] for file in files if file.parent != root}) > MAX_DOMAINS:
@@ -120,7 +115,13 @@ def _near_space(text: str, cut: int) -> int:
     return next((i for i in range(cut, max(0, cut - 1000), -1) if text[i : i + 1].isspace()), cut)
 
 
-def _listing(root: Path, files: list[Path]) -> str:
+def _visible(root: Path) -> list[Path]:
+    """Return what is below a folder, sorted, without hidden files and folders (.git, .venv, .ipynb_checkpoints)."""
+    paths = ((path, path.relative_to(root).parts) for path in root.rglob("*"))
+    return sorted(path for path, names in paths if not any(name.startswith(".") for name in names))
+
+
+def _listing(root: Path, files: Iterable[Path]) -> str:
     """Return a text that changes when a file is added, removed or rewritten."""
     rows = ((file, file.stat()) for file in files)
     return "\n".join(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows)
@@ -138,7 +139,7 @@ def hugging_face(config: DataConfig, where: str) -> Corpus:
     revision, state = "", "remote"
     if (local := Path(os.path.expanduser(name))).is_dir():
         name = str(local.resolve())  # `datasets` knows neither ~ nor .
-        state = _listing(local, sorted(file for file in local.rglob("*") if file.is_file()))
+        state = _listing(local, (file for file in _visible(local) if file.is_file()))  # `datasets` reads no hidden ones
     else:
         match = _HF_NAME.fullmatch(where)
         if match is None or ".." in where or "--" in where:

@@ -242,6 +242,10 @@ def test_hf_reads_a_local_folder_of_json(tmp_path, monkeypatch):
     assert {d.domain for d in docs} == {"set"}
     assert 1 <= sum(d.split == "validation" for d in docs) <= 15
     assert documents(f"hf:{root}", tmp_path, text_field="body", max_documents=10) == docs[:10]
+    config = DataConfig(corpus=f"hf:{root}")
+    before = open_corpus(config, tmp_path).state
+    write(root, {".git/index": "written by `git status`"})
+    assert open_corpus(config, tmp_path).state == before
     monkeypatch.chdir(root)
     monkeypatch.setenv("HOME", str(tmp_path))
     for place in (".", "~/set"):
