@@ -10,10 +10,9 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
     hf:NAME[:CONFIG][@REVISION]
                        a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
 
-A document is wholly training or wholly validation, chosen by its name or text and never by its position; only a text
-that is most of a folder's domain may be cut. The user's own texts go by a bound on their hash, so that reading more of
-them moves none across the line (but for a domain's lowest, where none is below the bound). The packaged texts are
-pinned.
+A document is wholly training or wholly validation, chosen by its name or text and never by its position; only the
+longest text of a folder's domain may be cut. The user's own texts go by a bound on their hash, so that reading more of
+them moves none across the line (but in domains of few texts). The packaged texts are pinned.
 """
 
 import functools

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from moelab.terminal import one_line
 
 SUFFIXES = (".txt", ".md", ".jsonl")  # of files of a folder, in any case
 FOLDER_VALIDATION = 0.05
+FOLDER_SHARES = (0.01, 0.5)  # of a domain's text: what whole texts of it may be validation
 HF_VALIDATION = 0.01
 MAX_DOMAINS = 500  # of a folder: each has a file of validation tokens that stays open, and a process may open 1024
 _HF_NAME = re.compile(r"([A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?)(?::([^/:@]+))?(?:@([\w.-]+))?")
@@ -44,7 +44,7 @@ def folder(config: DataConfig, root: Path) -> Corpus:
         name=config.corpus,
         licence="as the owner of the folder states; not known here",
         source=f"{len(files)} files in {root}",
-        state=_listing(root, files) + "\nsplit by text, a large one cut",  # another rule would be other documents
+        state=_listing(root, files) + "\nsplit by text, or within one",  # another rule would give other documents
         documents=functools.partial(_folder_documents, root, files, config.text_field),
     )
 
@@ -52,22 +52,25 @@ def folder(config: DataConfig, root: Path) -> Corpus:
 def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Document]:
     """About 5 % of each domain is validation, by the hash of the text; copies of a text are left out.
 
-    A domain whose hashes are all above 5 % gives its lowest one. A text that is more than half of its domain's, such as
-    the only one, gives its last 5 %, so that the rest is trained on.
+    A domain whose hashes are all above 5 % gives its lowest one. Where what is chosen so is less than 1 % of the domain
+    or more than half of it, as of a book and a note, or of one text, the longest text gives its last 5 % instead.
     """
-    lowest: dict[str, float] = {}
-    sizes: Counter[str] = Counter()
+    found: dict[str, list[tuple[float, int]]] = {}
     for domain, _, text, place in _folder_texts(root, files, field):
-        lowest[domain] = min(place, lowest.get(domain, 1.0))
-        sizes[domain] += len(text)
+        found.setdefault(domain, []).append((place, len(text)))
+    last, cut_at = {}, {}  # of each domain: the last place that is validation; that of the text that is cut
+    for domain, texts in found.items():
+        last[domain] = max(FOLDER_VALIDATION, min(texts)[0])
+        held = sum(size for place, size in texts if place <= last[domain])
+        if not FOLDER_SHARES[0] <= held / sum(size for _, size in texts) <= FOLDER_SHARES[1]:
+            last[domain], cut_at[domain] = -1.0, max(texts, key=lambda text: text[1])[0]
     for domain, name, text, place in _folder_texts(root, files, field):
-        chosen = place < FOLDER_VALIDATION or place == lowest.get(domain)  # None: written since
         cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
-        if chosen and 2 * len(text) > sizes[domain] and cut < len(text):
+        if place == cut_at.get(domain) and cut < len(text):
             yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
             yield Document(domain, "validation", text[cut:], f"{name}[{cut}:]")
         else:
-            yield Document(domain, "validation" if chosen else "train", text, name)
+            yield Document(domain, "validation" if place <= last.get(domain, -1.0) else "train", text, name)
 
 
 def _folder_texts(root: Path, files: list[Path], field: str) -> Iterator[tuple[str, str, str, float]]:
