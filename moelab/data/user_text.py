@@ -58,7 +58,8 @@ def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Doc
     found: dict[str, list[tuple[float, int]]] = {}
     for domain, _, text, place in _folder_texts(root, files, field):
         found.setdefault(domain, []).append((place, len(text)))
-    last, cut_at = {}, {}  # of each domain: the last place that is validation; that of the text that is cut
+    last: dict[str, float] = {}  # of each domain, the last place that is validation
+    cut_at: dict[str, float] = {}  # and that of the text that is cut
     for domain, texts in found.items():
         last[domain] = max(FOLDER_VALIDATION, min(texts)[0])
         held = sum(size for place, size in texts if place <= last[domain])
