@@ -97,7 +97,7 @@ def _random_model() -> Path:
 
 def tables(measured: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `moelab.evaluation.routing.measure` found as frames: layers, shares."""
-    columns = ([f.name for f in fields(Layer)], ["layer", "domain", "expert", "share"])
+    columns = ([f.name for f in fields(Layer)], ["layer", "domain", "choices", "expert", "share"])
     return tuple(pd.DataFrame(measured[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
 
 
