@@ -64,7 +64,7 @@ class RunSpec:
         if self.data.context > self.model.context:
             raise ValueError(
                 f"spec: sequences of {self.data.context} tokens are longer than the context of {self.model} "
-                f"({self.model.context})"
+                f"({self.model.context}); set data.context and model.context together"
             )
         if self.train.eval_tokens < self.data.context:
             raise ValueError(
