@@ -229,6 +229,7 @@ def test_what_would_fail_after_the_training_is_refused_before():
         ("what-if", {"cached": "0"}, "what-if: cached must be at least 1, got 0"),
         ("imported-model", {"corpus": "mix6"}, "imported-model: data: unknown corpus 'mix6'"),
         ("imported-model", {"context": "0"}, "imported-model: .*context must be at least 1"),
+        ("imported-model", {"max_tokens": "100"}, "imported-model: max_tokens must be 0 .all. or at least 512, the"),
         ("imported-model", {"gpus": "0"}, "imported-model: gpus must be at least 1, got 0"),
         ("learning-rate", {"train.lr": "0.01"}, "learning-rate: train.lr is what its runs differ in.* peaks are"),
         ("ladder", {"model.hidden": "64"}, "ladder: model.hidden is what its runs differ in"),
