@@ -66,8 +66,7 @@ def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Doc
         if not FOLDER_SHARES[0] <= held / sum(size for _, size in texts) <= FOLDER_SHARES[1]:
             last[domain], cut_at[domain] = -1.0, max(texts, key=lambda text: text[1])[0]
     for domain, name, text, place in _folder_texts(root, files, field):
-        cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
-        if place == cut_at.get(domain) and cut < len(text):
+        if place == cut_at.get(domain) and (cut := _near_space(text)) < len(text):
             yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
             yield Document(domain, "validation", text[cut:], f"{name}[{cut}:]")
         else:
@@ -114,8 +113,9 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _near_space(text: str, cut: int) -> int:
-    """Return the position of the last white space before `cut`, or `cut` if there is none close by."""
+def _near_space(text: str) -> int:
+    """Return where the last 5 % of a text begin, or the last white space before it if there is one close by."""
+    cut = round(len(text) * (1 - FOLDER_VALIDATION))
     return next((i for i in range(cut, max(0, cut - 1000), -1) if text[i : i + 1].isspace()), cut)
 
 
