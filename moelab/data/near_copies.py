@@ -96,6 +96,7 @@ def _copies(domain: str, held: list[tuple[str, int, MinHash]], nearest: dict[int
 
 def paragraphs(text: str) -> Iterator[list[str]]:
     """Return the words of each paragraph that has enough of them; without blank lines, a line is a paragraph."""
+    text = text.replace("\r\n", "\n")  # a field of JSON may have them
     for paragraph in re.split(r"\n\s*\n" if "\n\n" in text else "\n", text):
         words = paragraph.split()
         if len(words) >= FEWEST_WORDS:

@@ -159,7 +159,10 @@ def test_the_corpus_is_mix5_and_ten_more_domains(tmp_path, monkeypatch):
 
 def test_near_copies_are_found_by_domain():
     pytest.importorskip("datasketch")
-    from moelab.data.near_copies import near_copies
+    from moelab.data.near_copies import near_copies, paragraphs
+
+    for end in ("\n", "\r\n"):
+        assert list(paragraphs(f"{'a ' * 8}{end}{'b ' * 8}{end}{end}short")) == [["a"] * 8 + ["b"] * 8]
 
     text = " ".join(f"word{i}" for i in range(60))
     changed = text.replace("word30", "another")
