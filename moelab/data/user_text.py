@@ -28,7 +28,7 @@ def folder(config: DataConfig, root: Path) -> Corpus:
         raise ValueError(f"data: corpus {config.corpus!r} is no folder")
     paths = [path for path in _visible(root) if path.suffix.lower() in SUFFIXES or path.is_dir()]
     within = root.resolve()
-    for path in filter(Path.is_symlink, paths):  # also linked folders, which `rglob` does not enter
+    for path in filter(Path.is_symlink, paths):  # also linked folders, which nothing enters
         if not (path.exists() and path.resolve().is_relative_to(within)):
             raise ValueError(
                 f"data: {path} is a link to {path.readlink()}, outside of {root} or not there; copy the file into it"
@@ -121,8 +121,11 @@ def _near_space(text: str) -> int:
 
 def _visible(root: Path) -> list[Path]:
     """Return what is below a folder, sorted, without hidden files and folders (.git, .venv, .ipynb_checkpoints)."""
-    paths = ((path, path.relative_to(root).parts) for path in root.rglob("*"))
-    return sorted(path for path, names in paths if not any(name.startswith(".") for name in names))
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # those that it goes on to
+        paths += [Path(folder, name) for name in (*folders, *files) if not name.startswith(".")]
+    return sorted(paths)
 
 
 def _listing(root: Path, files: Iterable[Path]) -> str:
