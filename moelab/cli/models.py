@@ -71,8 +71,9 @@ def generate(
     cache, batch = paths.home() / "data", min(len(prompts), 32)
     writer = open_text(directory, cache=cache, mode=mode, dtype=dtype, device=device, batch=batch, mesh=mesh)
     if len(prompts) == 1 and mesh is None and not as_json:
+        pieces = writer.stream(prompts, sampling)  # a prompt that is too long is refused, not printed
         print(prompts[0], end="", flush=True)
-        for _, text in writer.stream(prompts, sampling):
+        for _, text in pieces:
             print(text, end="", flush=True)
         print()
         return
@@ -117,6 +118,10 @@ def eval_(
     check_device(device)
     check_dtypes([dtype])
     if losses:
+        if tasks or (batch, dtype, device) != (16, "fp32", "cpu"):
+            raise ValueError(
+                "eval: --losses compares all dtypes on a CPU, so it takes no --tasks, --batch, --dtype or --device"
+            )
         _losses(RunStore().find(run), limit, as_json, out)
         return
     from moelab.experiments.zero_shot import REFERENCE, save

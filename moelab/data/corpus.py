@@ -10,14 +10,15 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
     hf:NAME[:CONFIG][@REVISION]
                        a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
 
-A document is wholly training or wholly validation, chosen by its name or text and never by its position; only a text
-that is a folder's domain alone is cut. The user's own texts go by a bound on their hash, so that reading more of them
-moves none across the line (but for a domain's lowest, where none is below the bound). The packaged texts are pinned.
+A document is wholly training or wholly validation, chosen by its name or text and never by its position; only the
+longest text of a folder's domain may be cut. The user's own texts go by a bound on their hash, so that reading more of
+them moves none across the line (but in domains of few texts). The packaged texts are pinned.
 """
 
 import functools
 import importlib.metadata
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -59,10 +60,7 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
     if config.corpus in packaged:
         corpus = packaged[config.corpus](cache)
     elif kind == "folder" and where:
-        try:
-            corpus = folder(config, Path(where).expanduser())
-        except RuntimeError:  # ~ and the name of no user
-            raise ValueError(f"data: corpus {config.corpus!r} is no folder") from None
+        corpus = folder(config, Path(os.path.expanduser(where)))  # pathlib's raises where ~ names no user
     else:
         raise UnknownCorpus(
             f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'mix15', 'made', 'folder:/path' "

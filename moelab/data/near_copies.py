@@ -7,10 +7,12 @@
 
 Two paragraphs are near copies if the sets of their three-word sequences have a Jaccard similarity of at least 0.7, as
 estimated by MinHash. Paragraphs of fewer than 15 words are left out: short lines of code and labels are alike anywhere.
+Words are what white space separates, so that text in Chinese, Japanese or Thai has hardly any and is not compared.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections import Counter
@@ -48,12 +50,12 @@ class Copies:
 
     @property
     def share(self) -> float:
-        """Share of the words in paragraphs that have a near copy."""
-        return self.copied_words / self.words if self.words else 0.0
+        """Share of the words in paragraphs that have a near copy; NaN where no paragraph was compared."""
+        return self.copied_words / self.words if self.words else math.nan
 
 
 def near_copies(documents: Iterable[Document]) -> dict[str, Copies]:
-    """Return domain -> near copies of its validation text in the training text.
+    """Return domain -> near copies of its validation text in the training text, for all that have such text.
 
     Args:
         documents: of a corpus, in any order; the training text is kept in memory meanwhile.
@@ -63,10 +65,12 @@ def near_copies(documents: Iterable[Document]) -> dict[str, Copies]:
     training: list[Document] = []
     index = MinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS)
     held: list[tuple[str, int, MinHash]] = []  # domain, words, sketch
+    domains: set[str] = set()
     for document in documents:
         if document.split == "train":
             training.append(document)
             continue
+        domains.add(document.domain)
         for words in paragraphs(document.text):
             held.append((document.domain, len(words), sketch(words)))
             index.insert(len(held) - 1, held[-1][2])
@@ -78,7 +82,7 @@ def near_copies(documents: Iterable[Document]) -> dict[str, Copies]:
                 similarity = signature.jaccard(held[i][2])
                 if similarity >= SIMILARITY and similarity > nearest.get(i, (0.0, ""))[0]:
                     nearest[i] = (similarity, document.domain)
-    return {domain: _copies(domain, held, nearest) for domain in sorted({domain for domain, _, _ in held})}
+    return {domain: _copies(domain, held, nearest) for domain in sorted(domains)}
 
 
 def _copies(domain: str, held: list[tuple[str, int, MinHash]], nearest: dict[int, tuple[float, str]]) -> Copies:
@@ -92,6 +96,7 @@ def _copies(domain: str, held: list[tuple[str, int, MinHash]], nearest: dict[int
 
 def paragraphs(text: str) -> Iterator[list[str]]:
     """Return the words of each paragraph that has enough of them; without blank lines, a line is a paragraph."""
+    text = text.replace("\r\n", "\n")  # a field of JSON may have them
     for paragraph in re.split(r"\n\s*\n" if "\n\n" in text else "\n", text):
         words = paragraph.split()
         if len(words) >= FEWEST_WORDS:

@@ -196,6 +196,8 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
             tokenizer.save(scratch / "tokenizer.json")
             say(f"{corpus.name}: encoding")
         meta = _encode(config, documents(), tokenizer, scratch, done, say)
+        if open_corpus(config, folder.parent).state != corpus.state:  # the folder's name is that of the text before
+            raise ValueError(f"data: {corpus.name} was changed while it was read; prepare it again")
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
             for file in sorted(scratch.iterdir())

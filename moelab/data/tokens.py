@@ -128,9 +128,10 @@ class TokenData:
         parts = {"training": self.train} | {f"{name!r} validation": tokens for name, tokens in self.validation.items()}
         for name, tokens in parts.items():
             if tokens.size <= context:
+                remedy = "" if name == "training" else "; else give that domain more text, or leave it out"
                 raise ValueError(
                     f"data: context {context} is too long for {self.meta['corpus']!r}: its {name} text has "
-                    f"{tokens.size} tokens, so at most {tokens.size - 1} is allowed"
+                    f"{tokens.size} tokens, so at most {tokens.size - 1} is allowed{remedy}"
                 )
 
 

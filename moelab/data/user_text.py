@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from moelab.data.documents import Corpus, Document, Split, UnknownCorpus, hash_f
 from moelab.data.packages import CorpusUnavailable
 from moelab.terminal import one_line
 
+SUFFIXES = (".txt", ".md", ".jsonl")  # of files of a folder, in any case
 FOLDER_VALIDATION = 0.05
+FOLDER_SHARES = (0.01, 0.5)  # of a domain's text: what whole texts of it may be validation
 HF_VALIDATION = 0.01
 MAX_DOMAINS = 500  # of a folder: each has a file of validation tokens that stays open, and a process may open 1024
 _HF_NAME = re.compile(r"([A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?)(?::([^/:@]+))?(?:@([\w.-]+))?")
@@ -23,27 +26,25 @@ def folder(config: DataConfig, root: Path) -> Corpus:
     """Return the corpus of a folder; ValueError, one line, where it is none, has no text, or links lead out of it."""
     if not root.is_dir():
         raise ValueError(f"data: corpus {config.corpus!r} is no folder")
-    files = sorted(
-        file
-        for file in root.rglob("*")
-        if file.suffix in {".txt", ".md", ".jsonl"}
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)  # such as .ipynb_checkpoints, .venv
-    )
+    paths = [path for path in _visible(root) if path.suffix.lower() in SUFFIXES or path.is_dir()]
+    within = root.resolve()
+    for path in filter(Path.is_symlink, paths):  # also linked folders, which nothing enters
+        if not (path.exists() and path.resolve().is_relative_to(within)):
+            raise ValueError(
+                f"data: {path} is a link to {path.readlink()}, outside of {root} or not there; copy the file into it"
+            )
+    files = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not files:
         raise ValueError(f"data: no .txt, .md or .jsonl file in {root}")
     if len({file.relative_to(root).parts[0] for file in files if file.parent != root}) > MAX_DOMAINS:
         raise ValueError(
             f"data: {root} has more than {MAX_DOMAINS} subfolders, each a domain; put them into fewer ones"
         )
-    within = root.resolve()
-    if outside := next((file for file in files if not file.resolve().is_relative_to(within)), None):
-        raise ValueError(f"data: {outside} is a link to {outside.resolve()}, outside of {root}; copy the file into it")
     return Corpus(
         name=config.corpus,
         licence="as the owner of the folder states; not known here",
         source=f"{len(files)} files in {root}",
-        state=_listing(root, files) + "\nsplit by text",  # which tells prepared folders from those of the split by name
+        state=_listing(root, files) + "\nsplit by text, or within one",  # another rule would give other documents
         documents=functools.partial(_folder_documents, root, files, config.text_field),
     )
 
@@ -51,20 +52,25 @@ def folder(config: DataConfig, root: Path) -> Corpus:
 def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Document]:
     """About 5 % of each domain is validation, by the hash of the text; copies of a text are left out.
 
-    A domain whose hashes are all above 5 % gives its lowest one; a domain of one text gives that one's last 5 %.
+    A domain whose hashes are all above 5 % gives its lowest one. Where what is chosen so is less than 1 % of the domain
+    or more than half of it, as of a book and a note, or of one text, the longest text gives its last 5 % instead.
     """
-    places: dict[str, list[float]] = {}
-    for domain, _, _, place in _folder_texts(root, files, field):
-        places.setdefault(domain, []).append(place)
-    lowest = {domain: min(found) for domain, found in places.items()}
+    found: dict[str, list[tuple[float, int]]] = {}
+    for domain, _, text, place in _folder_texts(root, files, field):
+        found.setdefault(domain, []).append((place, len(text)))
+    last: dict[str, float] = {}  # of each domain, the last place that is validation
+    cut_at: dict[str, float] = {}  # and that of the text that is cut
+    for domain, texts in found.items():
+        last[domain] = max(FOLDER_VALIDATION, min(texts)[0])
+        held = sum(size for place, size in texts if place <= last[domain])
+        if not FOLDER_SHARES[0] <= held / sum(size for _, size in texts) <= FOLDER_SHARES[1]:
+            last[domain], cut_at[domain] = -1.0, max(texts, key=lambda text: text[1])[0]
     for domain, name, text, place in _folder_texts(root, files, field):
-        if len(places[domain]) == 1:
-            cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
+        if place == cut_at.get(domain) and (cut := _near_space(text)) < len(text):
             yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
             yield Document(domain, "validation", text[cut:], f"{name}[{cut}:]")
         else:
-            chosen = place < FOLDER_VALIDATION or place == lowest[domain]
-            yield Document(domain, "validation" if chosen else "train", text, name)
+            yield Document(domain, "validation" if place <= last.get(domain, -1.0) else "train", text, name)
 
 
 def _folder_texts(root: Path, files: list[Path], field: str) -> Iterator[tuple[str, str, str, float]]:
@@ -80,21 +86,26 @@ def _folder_texts(root: Path, files: list[Path], field: str) -> Iterator[tuple[s
 
 
 def _texts_of(file: Path, name: str, field: str) -> Iterable[tuple[str, str]]:
-    try:
-        if file.suffix != ".jsonl":
-            yield name, file.read_text(encoding="utf-8")
-            return
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                        raise ValueError(f"data: {file} line {number} has no text under {field!r} (text_field)")
-                    yield f"{name}#{number}", _valid(record[field])
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {file} is not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data: {file} line {number} is not JSON: {error}") from None
+    """(name, text) of each text in a file, UTF-8 with or without a byte order mark."""
+    if file.suffix.lower() != ".jsonl":
+        try:
+            yield name, file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data: {file} is not UTF-8 text (byte {error.start})") from None
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"data: {file} line {number} is not UTF-8 text (byte {error.start})") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"data: {file} line {number} is not JSON: {error}") from None
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise ValueError(f"data: {file} line {number} has no text under {field!r} (text_field)")
+            yield f"{name}#{number}", _valid(record[field])
 
 
 def _valid(text: str) -> str:
@@ -102,12 +113,22 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _near_space(text: str, cut: int) -> int:
-    """Return the position of the last white space before `cut`, or `cut` if there is none close by."""
+def _near_space(text: str) -> int:
+    """Return where the last 5 % of a text begin, or the last white space before it if there is one close by."""
+    cut = round(len(text) * (1 - FOLDER_VALIDATION))
     return next((i for i in range(cut, max(0, cut - 1000), -1) if text[i : i + 1].isspace()), cut)
 
 
-def _listing(root: Path, files: list[Path]) -> str:
+def _visible(root: Path) -> list[Path]:
+    """Return what is below a folder, sorted, without hidden files and folders (.git, .venv, .ipynb_checkpoints)."""
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # those that it goes on to
+        paths += [Path(folder, name) for name in (*folders, *files) if not name.startswith(".")]
+    return sorted(paths)
+
+
+def _listing(root: Path, files: Iterable[Path]) -> str:
     """Return a text that changes when a file is added, removed or rewritten."""
     rows = ((file, file.stat()) for file in files)
     return "\n".join(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows)
@@ -123,8 +144,9 @@ def hugging_face(config: DataConfig, where: str) -> Corpus:
     """
     name, _, subset = where.partition(":")
     revision, state = "", "remote"
-    if Path(name).is_dir():
-        state = _listing(Path(name), sorted(file for file in Path(name).rglob("*") if file.is_file()))
+    if (local := Path(os.path.expanduser(name))).is_dir():
+        name = str(local.resolve())  # `datasets` knows neither ~ nor .
+        state = _listing(local, (file for file in _visible(local) if file.is_file()))  # `datasets` reads no hidden ones
     else:
         match = _HF_NAME.fullmatch(where)
         if match is None or ".." in where or "--" in where:

@@ -155,5 +155,8 @@ def _absolute(text: str) -> str:
     kind, _, where = text.partition(":")
     if kind == "folder" and where and where[0] not in "/~":
         return f"folder:{Path(where).resolve()}"
+    name, _, subset = where.partition(":")
+    if kind == "hf" and name and Path(name).is_dir():  # else it is a published name, or ~ stands for the home
+        return f"hf:{Path(name).resolve()}" + f":{subset}" * bool(subset)
     is_path = "/" in text or Path(text).suffix in (".jsonl", ".yaml", ".yml")
     return str(Path(text).resolve()) if is_path and Path(text).exists() else text

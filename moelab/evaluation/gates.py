@@ -38,7 +38,7 @@ class Choices:
 
     Attributes:
         layer: the layer, counted from 1.
-        tokens: the S tokens as text, a leading space written as `SPACE`.
+        tokens: the S tokens as text, a leading space written as `SPACE`, bytes that are no character as ``<name>``.
         logits_SE: the gate's scores, fp32.
         top_k: experts per token, as the model was trained.
         rules: the model's.
@@ -154,12 +154,18 @@ class Gates:
         finally:
             for hook in hooks:
                 hook.remove()
-        texts = tuple(self._tokenizer.decode([i]).replace(" ", SPACE) for i in tokens_BT.flatten())
+        texts = tuple(map(self._text_of, tokens_BT.flatten().tolist()))
         layers = [i + 1 for i, experts in enumerate(self._config.experts) if experts]
         return [
             Choices(layer, texts, logits, self._config.top_k, router.config, router.balance_bias)
             for layer, (router, logits) in zip(layers, recorded, strict=True)
         ]
+
+    def _text_of(self, token: int) -> str:
+        text = self._tokenizer.decode([token])
+        if "\N{REPLACEMENT CHARACTER}" in text:  # a part of a character: such tokens all decode to the same
+            return f"<{self._tokenizer.backend.id_to_token(token)}>"
+        return text.replace(" ", SPACE)
 
 
 def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:

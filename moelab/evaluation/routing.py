@@ -99,12 +99,11 @@ class ExpertUse:
     by_token_VE: np.ndarray
 
     def shares(self) -> list[dict[str, Any]]:
-        """Return the share of each domain's choices that each expert takes: layer, domain, expert, share."""
-        share_DE = self.by_domain_DE / self.by_domain_DE.sum(1, keepdims=True)
+        """Return the share of each domain's choices that each expert takes: layer, domain, choices, expert, share."""
         return [
-            {"layer": self.layer, "domain": domain, "expert": expert, "share": share}
-            for domain, row in zip(self.domains, share_DE.tolist(), strict=True)
-            for expert, share in enumerate(row)
+            {"layer": self.layer, "domain": domain, "choices": sum(row), "expert": expert, "share": taken / sum(row)}
+            for domain, row in zip(self.domains, self.by_domain_DE.tolist(), strict=True)
+            for expert, taken in enumerate(row)
         ]
 
 
@@ -143,7 +142,7 @@ def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max
 
     Returns:
         "layers", the fields of a `Layer` for each MoE layer; "loads", for each the tokens that chose each expert;
-        "shares", the share of a domain's choices that each expert of a layer takes (keys layer, domain, expert, share);
+        "shares", the share of a domain's choices that each expert of a layer takes (see `ExpertUse.shares`);
         "tokens", by domain.
     """
     import torch

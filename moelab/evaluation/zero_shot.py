@@ -154,7 +154,7 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
     with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
         try:
             loaded = manager.load([asked])
-        except OSError as error:
+        except (OSError, RuntimeError, ImportError) as error:  # no network, a data set with code, a missing package
             raise ValueError(
                 f"eval: the data of {task} cannot be had here ({one_line(error)}); without a network: "
                 f"{', '.join(PACKAGED)}"
@@ -173,15 +173,15 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
     metric = next(name for name in ("exact_match", "acc") if name in rows[0])
     right = [float(row[metric]) for row in rows]
     chosen = kind == "multiple_choice" and metric == "acc"
-    places = Counter(_first(row["target"]) for row in rows)
-    nats, size = _nats(lm, rows, kind)
+    gold = [_gold(loaded["tasks"][task], row) if kind == "multiple_choice" else 0 for row in rows]
+    nats, size = _nats(lm, rows, kind, gold)
     return Score(
         task=task,
         metric=metric,
         accuracy=statistics.fmean(right),
         standard_error=statistics.stdev(right) / math.sqrt(len(right)),
         chance=statistics.fmean(1 / len(row["resps"]) for row in rows) if chosen else 0.0,
-        majority=max(places.values()) / len(rows) if chosen else None,
+        majority=max(Counter(gold).values()) / len(rows) if chosen else None,
         n=len(rows),
         bits_per_byte=nats / math.log(2) / size,
         cut=None if cut is None else lm.cut - cut,
@@ -248,8 +248,17 @@ def _first(target: Any) -> Any:
     return target[0] if isinstance(target, list | tuple) else target
 
 
-def _nats(lm: LM, rows: list[dict[str, Any]], kind: str) -> tuple[float, int]:
-    """Return (minus the log-probability in nats, UTF-8 bytes) of all right answers."""
+def _gold(task: Any, row: dict[str, Any]) -> int:
+    """Return the place of a question's right answer, the first of several; lm-eval's tasks give its place or its text.
+
+    Where the choices stand before the text that is scored, as Winogrande's, it is in the place of the context.
+    """
+    right = _first(task.doc_to_text(row["doc"]) if task.multiple_input else row["target"])
+    return task.doc_to_choice(row["doc"]).index(right) if isinstance(right, str) else int(right)
+
+
+def _nats(lm: LM, rows: list[dict[str, Any]], kind: str, gold: list[int]) -> tuple[float, int]:
+    """Return (minus the log-probability in nats, UTF-8 bytes) of all right answers, `gold` being their places."""
     if kind == "generate_until":  # the task does not request scores of its answers
         from lm_eval.api.instance import Instance
 
@@ -258,7 +267,6 @@ def _nats(lm: LM, rows: list[dict[str, Any]], kind: str) -> tuple[float, int]:
         with contextlib.redirect_stderr(io.StringIO()):
             scores = [score for score, _ in lm.loglikelihood(asked)]
     else:
-        places = [int(_first(row["target"])) if kind == "multiple_choice" else 0 for row in rows]
-        pairs = [row["arguments"][place] for row, place in zip(rows, places, strict=True)]
-        scores = [row["filtered_resps"][place][0] for row, place in zip(rows, places, strict=True)]
+        pairs = [row["arguments"][place] for row, place in zip(rows, gold, strict=True)]
+        scores = [row["filtered_resps"][place][0] for row, place in zip(rows, gold, strict=True)]
     return -math.fsum(scores), sum(len(answer.encode()) for _, answer in pairs)

@@ -71,8 +71,14 @@ def check(parameters: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if model and "/" not in model and Path(model).is_dir():  # the notebook's kernel works in another folder
             raise ValueError(f"model {model}: a relative path needs a /, as in ./{model}")
+        longest = _RANDOM.context
         if model:
-            directory(model)
+            path = directory(model)
+            from moelab.inference.text import model_config
+
+            longest = model_config(path).context
+        if 0 < (most := parameters.get("max_tokens", 0)) < (least := min(data.context, longest)):
+            raise ValueError(f"max_tokens must be 0 (all) or at least {least}, the tokens of a sequence, got {most}")
     except ValueError as error:
         raise ValueError(f"imported-model: {str(error).removeprefix('imported-model: ')}") from None
 
@@ -97,7 +103,7 @@ def _random_model() -> Path:
 
 def tables(measured: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `moelab.evaluation.routing.measure` found as frames: layers, shares."""
-    columns = ([f.name for f in fields(Layer)], ["layer", "domain", "expert", "share"])
+    columns = ([f.name for f in fields(Layer)], ["layer", "domain", "choices", "expert", "share"])
     return tuple(pd.DataFrame(measured[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
 
 

@@ -25,8 +25,8 @@ ARMS = {"MoE-128": "350M+MoE-128"}
 
 LAYERS = ("seed", "layer", "by_domain", "by_token")
 """Columns: how much of a layer's choice the domain and the token id explain, see `routing.explained_entropy`."""
-SHARES = ("seed", "layer", "domain", "expert", "share")
-"""Columns: the share of a domain's validation tokens that one expert of a layer takes."""
+SHARES = ("seed", "layer", "domain", "choices", "expert", "share")
+"""Columns: the share of a domain's choices that one expert of a layer takes; older measurements lack their number."""
 
 
 def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -77,19 +77,27 @@ def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
 
 def tables(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `measure` found as frames: layers, shares."""
-    return pd.DataFrame(measured["layers"], columns=LAYERS), pd.DataFrame(measured["shares"], columns=SHARES)
+    shares = pd.DataFrame(measured["shares"], columns=SHARES)
+    shares = shares.drop(columns="choices") if len(shares) and shares["choices"].isna().any() else shares
+    return pd.DataFrame(measured["layers"], columns=LAYERS), shares
 
 
 def most_by_domain(shares: pd.DataFrame) -> pd.Series:
     """Return, by layer, the largest share of the expert's entropy that the domain can explain: its entropy over that.
 
-    Domains have equally many tokens. The mean over seeds.
+    Domains have equally many tokens where their choices are not told. The mean over seeds.
     """
+
+    def entropy(p: pd.Series) -> float:
+        return -(p * np.log(p.where(p > 0, 1.0))).sum()
+
     rows = []
     for (layer, *_), part in shares.groupby([name for name in ("layer", "seed") if name in shares]):
-        load_E = part.groupby("expert")["share"].mean()
-        entropy = -(load_E * np.log(load_E.where(load_E > 0, 1.0))).sum()
-        rows.append([layer, min(1.0, np.log(part["domain"].nunique()) / max(entropy, 1e-9))])
+        domains = part.groupby("domain")
+        weight_D = domains["choices"].first() if "choices" in part else domains.size()
+        weight_D = weight_D / weight_D.sum()
+        load_E = (part["share"] * part["domain"].map(weight_D)).groupby(part["expert"]).sum()
+        rows.append([layer, min(1.0, entropy(weight_D) / max(entropy(load_E), 1e-9))])
     return pd.DataFrame(rows, columns=["layer", "most"]).groupby("layer")["most"].mean()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moelab.config import DataConfig, ModelConfig, from_json
 from moelab.config.parallel import ParallelConfig
@@ -211,16 +212,23 @@ def load_run(
 ) -> GPT:
     """Return a run's model, or this rank's part of it, with its weights; see `checkpoint.weights_of`.
 
+    Where positions are learned, its context is that of the training: those behind it were never trained.
+
     Args:
         data: the text that the model is to read, if any: it must be the one that it was trained on (`weights_for`).
         mesh: the ranks that share the model, on whose device it is; None means this process alone, on `device`.
     """
-    config, _ = run_configs(directory)
+    config, text = run_configs(directory)
     last = checkpoint.weights_of(directory) if data is None else weights_for(directory, data)
     if mesh is not None:
         part = engine.build(config, None, mesh, DTYPES[dtype])
-        checkpoint.load_model(last, part.module, part.placements)
-        return part.module
-    model = empty(config, device, DTYPES[dtype])
-    checkpoint.load_model(last, model)
+        model = part.module
+        checkpoint.load_model(last, model, part.placements)
+    else:
+        model = empty(config, device, DTYPES[dtype])
+        checkpoint.load_model(last, model)
+    if model.position_embedding is not None and text.context < config.context:
+        model.config = replace(config, context=text.context)
+        trained = model.position_embedding.weight.detach()[: text.context].clone()
+        model.position_embedding = nn.Embedding.from_pretrained(trained, freeze=False)
     return model

@@ -70,7 +70,7 @@ def model_card(directory: Path, name: str, dtype: str) -> str:
         layers=model.layers,
         hidden=model.hidden,
         vocab=model.vocab,
-        context=model.context,
+        context=data.context if model.decoder.positions == "learned" else model.context,
         dtype=dtype,
         corpus=data.corpus,
         tokenizer=data.tokenizer,

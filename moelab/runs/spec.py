@@ -63,7 +63,7 @@ class RunSpec:
         if self.data.context > self.model.context:
             raise ValueError(
                 f"spec: sequences of {self.data.context} tokens are longer than the context of {self.model} "
-                f"({self.model.context})"
+                f"({self.model.context}); set data.context and model.context together"
             )
         if self.train.eval_tokens < self.data.context:
             raise ValueError(
@@ -98,10 +98,11 @@ class RunSpec:
             raise ValueError(
                 f"spec: the teacher runs in the student's layout, which does not fit it: {error}"
             ) from None
-        if self.data.context > self.teacher.model.context:
+        learned = self.teacher.model.decoder.positions == "learned"  # those behind the training's are random
+        longest = self.teacher.data.context if learned else self.teacher.model.context
+        if self.data.context > longest:
             raise ValueError(
-                f"spec: sequences of {self.data.context} tokens are longer than the teacher's context of "
-                f"{self.teacher.model.context}"
+                f"spec: sequences of {self.data.context} tokens are longer than the teacher's context of {longest}"
             )
 
     def _check_start(self, trunk: RunSpec, tokens: int) -> None:

@@ -137,14 +137,15 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
     They are the row's numbers, such as `train/loss`, and for each layer the statistics of `moelab.training.balance`,
     such as `balance/layer4/dead_experts`, and percentiles of the experts' load: `expert_load/layer4/p90` is the load
-    that 90 % of layer 4's experts do not exceed, relative to a uniform load. `by_pair/repeated` is the validation loss
-    of targets that copying would give, see `moelab.data.batches.pairs`.
+    that 90 % of layer 4's experts do not exceed, relative to a uniform load. `by_domain/plays` is the validation loss
+    of a domain, `by_pair/repeated` that of targets that copying would give, see `moelab.data.batches.pairs`.
     """
     for key, value in row.items():
         if key not in ("step", "time_s") and isinstance(value, int | float):
             yield f"{Path(file).stem}/{key}", value
-    for kind, part in row.get("by_pair", {}).items():
-        yield f"by_pair/{kind}", part["loss"]
+    for what in ("by_domain", "by_pair"):
+        for name, part in row.get(what, {}).items():
+            yield f"{what}/{name}", part["loss"]
     for layer, balance in row.get("balance", {}).items():
         for name, value in balance.items():
             yield f"balance/layer{layer}/{name}", value

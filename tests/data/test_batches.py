@@ -129,6 +129,7 @@ def test_overall_loss_weights_domains_by_their_tokens(data):
         (lambda d: TrainBatches(d, 4, 10**6, 0), "context 1000000 is too long"),
         (lambda d: TrainBatches(d, 4, T, 0).batch(-1), "step -1 is negative"),
         (lambda d: validation_batches(d, 0, T), "batch_size 0 must be at least 1"),
+        (lambda d: d.check_context(d.train.size - 1), "is allowed; else give that domain more text, or leave it out$"),
         (lambda d: validation_batches(d, 1, 10**6), "is too long"),
         (lambda d: validation_batches(d, 1, T, max_tokens=T - 1), "must be 0 .all. or at least the context"),
         (lambda d: bits_per_byte(d, 1.0, "east"), "no validation text of domain 'east'; there is"),

@@ -83,6 +83,23 @@ def test_copies_of_a_text_in_a_folder_and_hidden_folders_are_left_out(tmp_path):
     assert {d.domain for d in docs if d.split == "train"} == {d.domain for d in docs} == {"a", "b", "c"}
 
 
+def test_of_a_book_and_notes_neither_the_book_nor_a_note_is_validation(tmp_path):
+    for i in range(8):
+        texts = {"book.txt": f"words of book {i} " * 200, "a.md": f"note {i}", "b.md": f"other note {i}"}
+        write(tmp_path / f"{i}", texts)
+    docs = documents(f"folder:{tmp_path}", tmp_path)
+    for i in range(8):
+        train, held = (size([d for d in docs if d.domain == f"{i}"], split) for split in ("train", "validation"))
+        assert 0.04 < held / (train + held) < 0.06
+
+
+def test_a_mark_of_byte_order_and_the_case_of_a_name_do_not_matter(tmp_path):
+    (tmp_path / "a.txt").write_text("one text", encoding="utf-8-sig")
+    (tmp_path / "B.TXT").write_text("one text")
+    (tmp_path / "c.JSONL").write_text('{"text": "another"}\n\n{"text": "a third"}\n', encoding="utf-8-sig")
+    assert {d.text for d in documents(f"folder:{tmp_path}", tmp_path)} == {"one text", "another", "a third"}
+
+
 def test_a_folder_of_more_domains_than_files_may_be_open_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("moelab.data.user_text.MAX_DOMAINS", 2)
     write(tmp_path, dict.fromkeys(("0/a.txt", "1/a.txt", "2/a.txt"), "text"))
@@ -96,6 +113,7 @@ def test_a_folder_of_more_domains_than_files_may_be_open_is_refused(tmp_path, mo
         ("sotuu", {}, "unknown corpus 'sotuu'"),
         ("folder:", {}, "unknown corpus"),
         ("folder:/no/such/place", {}, "is no folder"),
+        ("folder:~no-such-user/texts", {}, "is no folder"),
         ("folder:EMPTY", {}, "no .txt, .md or .jsonl file"),
         ("hf:someone/something", {}, "needs a bound"),
         ("hf:../../x", {"max_documents": 3}, r"'../../x' is neither a folder nor the name of a Hugging Face data set"),
@@ -118,6 +136,8 @@ def test_bad_names_and_bounds_say_what_is_allowed(corpus, settings, message, tmp
     [
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "' + b"x" * 9000 + b'"}\n{"text": "\xff"}\n', r"line 2 is not UTF-8 text \(byte 10\)"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b'{"words": "x"}\n', "line 1 has no text under 'text'"),
         ("a.jsonl", b"[1]\n", "line 1 has no text"),
     ],
@@ -212,7 +232,7 @@ def test_a_failed_or_foreign_download_is_one_clear_line(fails, tmp_path, monkeyp
     assert list((tmp_path / "packages").iterdir()) == []
 
 
-def test_hf_reads_a_local_folder_of_json(tmp_path):
+def test_hf_reads_a_local_folder_of_json(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     lines = "".join(json.dumps({"body": f"document number {i}"}) + "\n" for i in range(500))
@@ -222,6 +242,14 @@ def test_hf_reads_a_local_folder_of_json(tmp_path):
     assert {d.domain for d in docs} == {"set"}
     assert 1 <= sum(d.split == "validation" for d in docs) <= 15
     assert documents(f"hf:{root}", tmp_path, text_field="body", max_documents=10) == docs[:10]
+    config = DataConfig(corpus=f"hf:{root}")
+    before = open_corpus(config, tmp_path).state
+    write(root, {".git/index": "written by `git status`"})
+    assert open_corpus(config, tmp_path).state == before
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in (".", "~/set"):
+        assert documents(f"hf:{place}", tmp_path, text_field="body") == docs
     assert len(documents(f"hf:{root}", tmp_path, text_field="body", max_bytes=100)) == 6
     with pytest.raises(ValueError, match=r"no text field 'text'; its fields are \['body'\]"):
         documents(f"hf:{root}", tmp_path)
@@ -270,6 +298,9 @@ def test_links_do_not_lead_out_of_a_folder(tmp_path):
     (root / "b.txt").symlink_to("a.txt")
     config = DataConfig(corpus=f"folder:{root}")
     open_corpus(config, tmp_path)
-    (root / "c.txt").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(ValueError, match=r"c\.txt is a link to .*secret\.txt, outside of .*; copy the file into it"):
-        open_corpus(config, tmp_path)
+    (tmp_path / "other").mkdir()
+    for name, target in {"c.txt": "secret.txt", "d.txt": "nothing.txt", "law": "other"}.items():
+        (link := root / name).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=rf"{name} is a link to .*{target}, outside of .*; copy the file into it"):
+            open_corpus(config, tmp_path)
+        link.unlink()

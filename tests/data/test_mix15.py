@@ -1,6 +1,7 @@
 """mix15: its readers on tiny trees of the packages' shapes, its split, and what resembles what in it."""
 
 import json
+import math
 
 import pytest
 
@@ -158,16 +159,20 @@ def test_the_corpus_is_mix5_and_ten_more_domains(tmp_path, monkeypatch):
 
 def test_near_copies_are_found_by_domain():
     pytest.importorskip("datasketch")
-    from moelab.data.near_copies import near_copies
+    from moelab.data.near_copies import near_copies, paragraphs
+
+    for end in ("\n", "\r\n"):
+        assert list(paragraphs(f"{'a ' * 8}{end}{'b ' * 8}{end}{end}short")) == [["a"] * 8 + ["b"] * 8]
 
     text = " ".join(f"word{i}" for i in range(60))
     changed = text.replace("word30", "another")
     fresh = " ".join(f"new{i}" for i in range(40))
     short = "too short to be compared"
-    held = [("a", f"{changed}\n\n{fresh}\n\n{short}"), ("b", f"{fresh} more\n{short}\n")]
+    held = [("a", f"{changed}\n\n{fresh}\n\n{short}"), ("b", f"{fresh} more\n{short}\n"), ("c", "春眠不覚暁" * 30)]
     train = [("a", f"{fresh[:40]}\n\n{short}"), ("c", f"{text}\n")]
     documents = [Document(domain, "validation", text, f"v{domain}") for domain, text in held]
     found = near_copies([*documents, *(Document(domain, "train", text, f"t{domain}") for domain, text in train)])
     a, b = found["a"], found["b"]
     assert (a.paragraphs, a.words, a.copied_paragraphs, a.copied_words) == (2, 100, 1, 60) and a.share == 0.6
     assert a.nearest == {"c": 60} and (b.paragraphs, b.share, b.nearest) == (1, 0.0, {})
+    assert found["c"].paragraphs == 0 and math.isnan(found["c"].share), "not known: nothing separates its words"

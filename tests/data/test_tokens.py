@@ -156,6 +156,20 @@ def test_a_broken_folder_is_told_once_and_not_by_who_only_looks(data_config, tmp
     assert len(recwarn) == 1
 
 
+def test_a_text_that_changes_while_it_is_read_is_not_kept(text_folder, tmp_path):
+    shutil.copytree(text_folder, texts := tmp_path / "texts")
+    config = DataConfig(corpus=f"folder:{texts}", tokenizer="bpe-270", context=4)
+
+    def change(line):
+        if "learning" in line:
+            (texts / "sea" / "0.txt").write_text("other words " * 200)
+
+    with pytest.raises(ValueError, match=r"/texts was changed while it was read; prepare it again$"):
+        prepare(config, tmp_path / "data", change)
+    assert not [f for f in (tmp_path / "data").iterdir() if f.is_dir()]
+    assert prepare(config, tmp_path / "data").train.size
+
+
 def test_what_a_killed_build_left_is_swept_also_by_another_corpus(data_config, tmp_path):
     (left := tmp_path / ".building-sotu-bpe-4096-0123456789ab-qwert_12").mkdir()
     (lock := tmp_path / ".sotu-bpe-4096-0123456789ab.lock").touch()

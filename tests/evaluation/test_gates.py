@@ -82,6 +82,7 @@ def test_gates_route_as_the_model_does(trained, tiny_spec, tmp_path):
     layers = gates.on_text(TEXT)
     assert [(c.layer, c.experts) for c in layers] == [(2, 2), (4, 4)]
     assert "".join(layers[0].tokens).replace(SPACE, " ") == TEXT
+    assert len(set(gates.on_text("èé")[0].tokens)) == 3, "bytes C3 A8 C3 A9"
     ids = gates._tokenizer.encode(TEXT)
     with torch.no_grad():
         routing = load_run(trained.path).eval()(torch.tensor([ids])).routing
@@ -123,6 +124,8 @@ def test_losses_by_mode_and_dtype(trained, tmp_path):
     """Modes of one dtype differ by rounding, and the first row's loss is that of the run's own validation."""
     name = trained.path.name
     arguments = ["eval", name, "--losses", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="it takes no --tasks, --batch, --dtype or --device"):
+        CliRunner().invoke(app, [*arguments, "--dtype", "bf16"], catch_exceptions=False)
     output = CliRunner().invoke(app, arguments, catch_exceptions=False).output
     rows = [json.loads(line) for line in (tmp_path / f"losses-{name}.jsonl").read_text().splitlines()]
     assert (rows[0]["mode"], rows[0]["dtype"], rows[0]["minus_reference"]) == (*rounding.VARIANTS[0], 0.0)

@@ -57,6 +57,7 @@ def test_counts_are_those_of_the_models_routing(text_folder, texts, tmp_path, mo
         for domain, experts in chosen.items():
             share = np.bincount(experts.ravel(), minlength=E) / experts.size
             assert np.allclose(of_layer[of_layer["domain"] == domain]["share"], share)
+            assert of_layer[of_layer["domain"] == domain]["choices"].eq(experts.size).all()
         row = layers.iloc[i]
         assert row["busiest"] == pytest.approx(load.max() / load.mean()) == row["max_violation"] + 1
         assert row["p50"] <= row["p90"] <= row["p99"] <= row["busiest"]

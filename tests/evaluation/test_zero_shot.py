@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -306,6 +307,22 @@ def test_the_command(lm_eval, exported, place, monkeypatch):
     assert set(found[0]) == {f.name for f in dataclasses.fields(zero_shot.Score)}
 
 
+def test_a_right_answer_may_be_given_by_its_text_or_before_the_context(lm_eval, exported, cache, monkeypatch):
+    """As lm-eval's anli and winogrande do."""
+    folder, known = exported(), zero_shot.definition
+    (by_place,) = evaluate(folder, ["packaged_boolq"], cache=cache)
+    for other in (
+        {"doc_to_target": "{{answers[gold[0]]}}"},
+        {"doc_to_text": "{{gold[0]}}", "doc_to_target": "{{passage}}"},
+    ):
+        changed = {**other, "metadata": {"version": f"2 {other}"}}
+        monkeypatch.setattr(zero_shot, "definition", lambda task, changed=changed: known(task) | changed)
+        (score,) = evaluate(folder, ["packaged_boolq"], cache=cache)
+        assert score.majority == by_place.majority == 0.8 and score.bits_per_byte > 0
+        if "doc_to_text" not in other:
+            assert (score.accuracy, score.bits_per_byte) == (by_place.accuracy, by_place.bits_per_byte)
+
+
 def test_a_full_disk_is_no_missing_data(lm_eval, exported, cache, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -327,6 +344,12 @@ def test_bad_input_is_one_line(lm_eval, exported, cache, monkeypatch):
     monkeypatch.setattr(zero_shot, "definition", lambda task: known(task) | other)
     with pytest.raises(ValueError, match=r"packaged_piqa has acc_norm; only tasks with acc or exact_match are scored"):
         evaluate(folder, ["packaged_piqa"], cache=cache)
+    reason = "Dataset scripts are no longer supported, but found piqa.py"
+    stubborn = SimpleNamespace(load=lambda _: (_ for _ in ()).throw(RuntimeError(f"{reason}\n")))
+    monkeypatch.setattr(zero_shot, "_task_manager", lambda _: stubborn)
+    with pytest.raises(ValueError, match=rf"the data of packaged_nq cannot be had here \({reason}\)") as caught:
+        evaluate(folder, ["packaged_nq"], cache=cache)
+    assert "\n" not in str(caught.value)
     monkeypatch.setattr(zero_shot, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="lm-eval is not installed; install moelab with its extra"):
         evaluate(folder, cache=cache)

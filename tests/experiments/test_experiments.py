@@ -317,6 +317,9 @@ def test_what_a_domain_can_tell_is_bounded_by_its_entropy():
     even = shares({"a": [0.5, 0.5, 0, 0], "b": [0, 0, 0.5, 0.5]})
     assert specialisation.most_by_domain(even).to_dict() == {2: pytest.approx(0.5)}
     assert specialisation.most_by_domain(even.drop(columns="seed")).to_dict() == {2: pytest.approx(0.5)}
+    unequal = even.assign(choices=[90] * 4 + [10] * 4)  # ln 2 more than the domain's entropy is the expert's
+    domain = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
+    assert specialisation.most_by_domain(unequal).to_dict() == {2: pytest.approx(domain / (domain + math.log(2)))}
     assert specialisation.most_by_domain(shares({"a": [1, 0], "b": [1, 0]})).to_dict() == {2: 1}
     layers = pd.DataFrame([{"layer": 2, "seed": 0, "by_token": 0.7, "by_domain": 0.1}])
     assert "the domain, which can tell 50% at most, 10% and 10%" in specialisation.headline(layers, even)

@@ -199,8 +199,14 @@ def test_files_and_folders_are_those_of_the_caller(tmp_path, monkeypatch):
     for given in ({"data.corpus": "folder:my texts"}, {"overrides": '{"data.corpus": "folder:my texts"}'}):
         found = resolve(experiment("pr-moe"), {"scale": "smoke", **given}).given
         assert found["overrides"] == {"data.corpus": f"folder:{tmp_path}/my texts"}
-    found = resolve(experiment("pr-moe"), {"data.corpus": "sotu"}).given
-    assert found["overrides"] == {"data.corpus": "sotu"}
+    (tmp_path / "pile").mkdir()
+    for text, corpus in {
+        "sotu": "sotu",
+        "hf:pile": f"hf:{tmp_path}/pile",
+        "hf:./pile:a": f"hf:{tmp_path}/pile:a",
+    }.items():
+        found = resolve(experiment("pr-moe"), {"data.corpus": text}).given
+        assert found["overrides"] == {"data.corpus": corpus}
     (tmp_path / "exchange.jsonl").write_text('{"alpha_ms": 0.1, "ranks": 8}')
     found = resolve(experiment("all-to-all"), {"scale": "paper", "measured_file": "exchange.jsonl"}).given
     assert found["measured_file"] == str(tmp_path / "exchange.jsonl")
@@ -227,6 +233,7 @@ def test_what_would_fail_after_the_training_is_refused_before():
         ("what-if", {"cached": "0"}, "what-if: cached must be at least 1, got 0"),
         ("imported-model", {"corpus": "mix6"}, "imported-model: data: unknown corpus 'mix6'"),
         ("imported-model", {"context": "0"}, "imported-model: .*context must be at least 1"),
+        ("imported-model", {"max_tokens": "100"}, "imported-model: max_tokens must be 0 .all. or at least 512, the"),
         ("imported-model", {"gpus": "0"}, "imported-model: gpus must be at least 1, got 0"),
         ("learning-rate", {"train.lr": "0.01"}, "learning-rate: train.lr is what its runs differ in.* peaks are"),
         ("ladder", {"model.hidden": "64"}, "ladder: model.hidden is what its runs differ in"),

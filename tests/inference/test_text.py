@@ -68,6 +68,20 @@ def test_modes_and_exports_write_the_same_text(trained, workspace, opened, tmp_p
     assert opened(dtype="bf16").generate(["wave"], SAMPLING)[0].tokens
 
 
+def test_positions_that_were_not_trained_are_not_used(trained, workspace, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    spec = json.loads((run / "spec.json").read_text())
+    (run / "spec.json").write_text(json.dumps(spec | {"data": spec["data"] | {"context": 16}}))
+    model, whole = load_run(run), load_run(trained.path)
+    assert model.config.context == 16 and whole.config.context == 32
+    assert torch.equal(model.position_embedding.weight, whole.position_embedding.weight[:16])
+    folder = hf.export(model, tmp_path / "out", Tokenizer.train(["wave"], 257))
+    assert hf.load(folder).config.context == 16
+    (text,) = open_text(run, cache=workspace / "data").generate(["wave salt"], replace(SAMPLING, temperature=0))
+    assert text.finish == "context" and text.tokens < 16
+
+
 def test_one_line_in_a_notebook(trained):
     lab = Lab()
     text = lab.generate(trained, "wave", max_new_tokens=5, temperature=0)
@@ -114,6 +128,8 @@ def moelab(*arguments):
 def test_commands(trained, tmp_path, monkeypatch):
     few = ("--max-new-tokens", "6", "--temperature", "0")
     assert moelab("generate", trained.spec.id, "--prompt", "wave salt", *few).startswith("wave salt")
+    long = CliRunner().invoke(app, ["generate", trained.spec.id, "--prompt", "wave " * 99])
+    assert "allowed are at most 31" in str(long.exception) and not long.output, "it is not printed"
     assert "moelab format in" in moelab("export", trained.spec.id[:6], str(tmp_path / "out"))
     both = moelab("generate", str(tmp_path / "out"), "--prompt", "wave", "--prompt", "corn", *few)
     assert both.startswith("wave") and "\n\ncorn" in both

@@ -365,7 +365,10 @@ def on_two_ranks_with_an_odd_teacher(spec: RunSpec) -> RunSpec:
     ("change", "part"),
     [
         (lambda s: replace(s, train=replace(s.train, tokens=100)), "less than one step of 4 x 32 = 128 tokens"),
-        (lambda s: replace(s, data=replace(s.data, context=64)), "longer than the context of tiny"),
+        (
+            lambda s: replace(s, data=replace(s.data, context=64)),
+            "longer than the context of tiny (32); set data.context and model.context together",
+        ),
         (
             lambda s: replace(s, train=replace(s.train, eval_tokens=31)),
             "spec: train.eval_tokens 31 must be at least data.context, 32",
@@ -379,6 +382,10 @@ def on_two_ranks_with_an_odd_teacher(spec: RunSpec) -> RunSpec:
         (
             lambda s: replace(student_of(s), model=replace(s.model, vocab=321)),
             "must share their vocabulary, it has 321 and 320",
+        ),
+        (
+            lambda s: replace(student_of(replace(s, data=replace(s.data, context=16))), data=s.data),
+            "spec: sequences of 32 tokens are longer than the teacher's context of 16",
         ),
         (on_two_ranks_with_an_odd_teacher, "spec: the teacher runs in the student's layout, which does not fit it: "),
     ],

@@ -22,7 +22,8 @@ def run(home):
     rows = [{"step": s, "loss": 7.0 - s, "time_s": 2.0 * s, "expert_load": {"2": [0.1, 0.2, 0.3, 0.4]}} for s in (1, 2)]
     (folder / TRAIN).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / VALIDATION).write_text(
-        json.dumps({"step": 2, "loss": 5.5, "by_pair": {"new": {"loss": 6.5, "share": 1.0}}}) + "\n"
+        json.dumps({"step": 2, "loss": 5.5, "by_pair": {"new": {"loss": 6.5}}, "by_domain": {"law": {"loss": 5.5}}})
+        + "\n"
     )
     return folder
 
@@ -44,7 +45,7 @@ def test_events_follow_a_run(run, tmp_path):
     events.close()
     found = read(tmp_path / "board" / run.name)
     assert found["train/loss"] == [(1, 6.0), (2, 5.0), (3, 4.0)] and found["validation/loss"] == [(2, 5.5)]
-    assert found["by_pair/new"] == [(2, 6.5)]
+    assert found["by_pair/new"] == [(2, 6.5)] and found["by_domain/law"] == [(2, 5.5)]
     assert found["expert_load/layer2/p100"] == [(1, 1.6), (2, 1.6)]
     assert not any("time_s" in tag for tag in found)
 
