@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from moelab.config import ModelConfig, ParallelConfig, RoutingConfig, TrainConfig
+from moelab.paper._table import unknown
 from moelab.paper.training import TrainingSettings, all_training_settings, training_settings
 
 GPUS = 64
@@ -27,8 +28,11 @@ def settings_for(name: str, run: str | None = None) -> TrainingSettings:
         ValueError: one line: there are no settings of the run, or none on the model's base.
     """
     name = str(ModelConfig.parse(name))
-    known, base = {row.run for row in all_training_settings()}, name.split("+")[0]
-    return training_settings(run or (name if name in known else f"{base}+MoE-128" if "MoE" in name else base))
+    known, base = [row.run for row in all_training_settings()], name.split("+")[0]
+    used = name if name in known else f"{base}+MoE-128" if "MoE" in name else base
+    if not run and used not in known:
+        raise unknown("training settings of", name, known)
+    return training_settings(run or used)
 
 
 def published_configs(name: str, run: str | None = None) -> tuple[ModelConfig, TrainConfig, ParallelConfig]:

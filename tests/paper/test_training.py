@@ -82,3 +82,5 @@ def test_settings_are_found_by_every_spelling_of_a_name():
     assert paper.published_configs("350m+top2-moe-32") == paper.published_configs("350M+Top2-MoE-32")
     with pytest.raises(ValueError, match=r"unknown run '350M\+PR-MoE-32/64\+L21\+MOS'; did you mean .*L21\+MoS"):
         paper.settings_for("350M+PR-MoE-32/64+L21", "350M+PR-MoE-32/64+L21+MOS")
+    with pytest.raises(ValueError, match=r"unknown training settings of '125M\+MoE-32'; did you mean .*125M\+MoE-64"):
+        paper.settings_for("125M+MoE-32")  # none of 125M+MoE-128 either, whose name the user has not given
