@@ -337,7 +337,9 @@ class TestPlans:
         planned, more = judge(ORDER, values[:3], looks=(3,)), judge(ORDER, values, looks=(3,))
         assert (more.verdict, more.low, more.p) == (planned.verdict, planned.low, planned.p)
         assert more.values == tuple(values)
-        assert judge(ORDER, values[:3], looks=(5,)).verdict == claims.FEW_SEEDS and restate(ORDER, more) == more
+        early = judge(ORDER, values[:3], looks=(5,))
+        assert early.verdict == claims.FEW_SEEDS and early.why == "The first look is at 5 seeds."
+        assert restate(ORDER, early) == early and restate(ORDER, more) == more
 
     def test_what_was_seen_counts_against_futility(self):
         likely = judge(FIG1, [-0.6, -0.2, -0.1], looks=(3, 9))
