@@ -181,8 +181,14 @@ def compared(
     Args:
         table: a row per seed, a column per arm.
         arms: arm -> the paper's name of its run.
+
+    Raises:
+        ValueError: one line: two of the table's arms have one name.
     """
-    columns = {name: arm for arm, name in arms.items() if arm in table}
+    columns: dict[str, str] = {}
+    for arm, name in arms.items():
+        if arm in table and (other := columns.setdefault(name, arm)) != arm:
+            raise ValueError(f"arms {other!r} and {arm!r} both stand for {name}; name one of them")
     left, right, better, worse = (columns.get(n) for n in (claim.left, claim.right, claim.gain_of, claim.gain_over))
     if not left or not right:
         return {"values": []}

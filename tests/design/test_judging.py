@@ -452,6 +452,16 @@ class TestSimulated:
             judge_simulated(self.ORDERED, 1.0)
 
 
+def test_two_arms_of_one_model_are_refused_as_a_side_of_a_claim():
+    claim, losses = paper.claim("moe128-350m-beats-own-base"), {"Dense": 4.0, "MoE-128": 3.7, "MoE-128 (sum)": 3.8}
+    rows = [(seed, arm, loss) for seed in range(3) for arm, loss in losses.items()]
+    final = pd.DataFrame(rows, columns=["seed", "arm", "validation_loss"])
+    arms = {"Dense": "350M", "MoE-128": "350M+MoE-128", "MoE-128 (sum)": "350M+MoE-128"}
+    with pytest.raises(ValueError, match=r"'MoE-128' and 'MoE-128 \(sum\)' both stand for 350M\+MoE-128"):
+        comparison.judge_loss(claim, final, arms, "cpu")
+    assert comparison.judge_loss(claim, final[final["arm"] != "MoE-128 (sum)"], arms, "cpu").values
+
+
 def test_an_arm_may_be_compared_with_itself():
     """As the best of several arms is with the first one, which it may be."""
     final = pd.DataFrame({"seed": [0, 1], "arm": ["Dense", "Dense"], "validation_loss": [3.0, 3.1]})
