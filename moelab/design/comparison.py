@@ -87,6 +87,19 @@ def _missing(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
     return [f"seed {seed} of {arm}" for seed, lost in table.isna().iterrows() for arm in arms if lost[arm]]
 
 
+def planned(rows: pd.DataFrame, looks: Sequence[int]) -> pd.DataFrame:
+    """Return the rows of the seeds that a plan judges by now: what a later seed lacks matters at the next look only.
+
+    All rows before the first look, and without a plan.
+
+    Args:
+        rows: with a column seed.
+        looks: the plan, see `moelab.design.sequential`.
+    """
+    seeds = sorted(rows["seed"].unique())
+    return rows[rows["seed"].isin(seeds[: max((n for n in looks if n <= len(seeds)), default=len(seeds))])]
+
+
 def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return columns arm, seed and gap: final loss minus the reference arm's of the same seed, nats per token."""
     _check_labels(final)
@@ -153,8 +166,8 @@ def judge_loss(
         return judge(claim, [], scale=scale, share=share)
     table = by_arm(final)
     values = compared(claim, table, arms)
-    if values.get("missing"):  # not of a seed that counts at the next look only
-        values = compared(claim, table.head(max((n for n in looks if n <= len(table)), default=len(table))), arms)
+    if values.get("missing"):
+        values = compared(claim, table[table.index.isin(planned(final, looks)["seed"])], arms)
     return judge(claim, **values, note=note, scale=scale, share=share, looks=looks)
 
 
@@ -168,8 +181,14 @@ def compared(
     Args:
         table: a row per seed, a column per arm.
         arms: arm -> the paper's name of its run.
+
+    Raises:
+        ValueError: one line: two of the table's arms have one name.
     """
-    columns = {name: arm for arm, name in arms.items() if arm in table}
+    columns: dict[str, str] = {}
+    for arm, name in arms.items():
+        if arm in table and (other := columns.setdefault(name, arm)) != arm:
+            raise ValueError(f"arms {other!r} and {arm!r} both stand for {name}; name one of them")
     left, right, better, worse = (columns.get(n) for n in (claim.left, claim.right, claim.gain_of, claim.gain_over))
     if not left or not right:
         return {"values": []}

@@ -239,7 +239,8 @@ def _measured(claim: Claim, estimate: Estimate | None, note: str, stored: dict[s
         )
     n = max((look for look in looks if look <= estimate.samples), default=0 if looks else estimate.samples)
     if n < MIN_SAMPLES:
-        return stated.row(claim, estimate, FEW_SESSIONS if claim.timed else FEW_SEEDS, note, stored)
+        why = f"The first look is at {looks[0]} seeds." if looks and looks[0] > MIN_SAMPLES else ""
+        return stated.row(claim, estimate, FEW_SESSIONS if claim.timed else FEW_SEEDS, note, stored | {"why": why})
     if n < estimate.samples:  # further seeds count at the next planned look: each look more is a chance to be wrong
         after = f"Judged by the first {n} of {estimate.samples} seeds, the last planned look."
         judged = stored | {"values": stored["values"][:n], "gain": stored["gain"][:n]}

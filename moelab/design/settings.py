@@ -23,7 +23,9 @@ which an experiment runs:
 
 Twins are *drop-free*: an expert takes all tokens that are routed to it. Early routing is so uneven that capacity 1.0
 drops many tokens, which a run of 572,000 steps recovers from and a short one may not. The experiment `capacity`
-measures that.
+measures that. They also have no dropout (the scripts: 0.1, Megatron's default) and batches of one size; Top-2 takes
+its second expert without noise; and initial weights are scaled from 0.014 on every base, 6.7B too, whose script has
+0.01.
 
 At `quick`, `cpu` and `gpu` the rate warms up, stays, and decays linearly over the last fifth of the tokens, so that
 runs of smaller budgets branch off one long run (`budgets`). The dense model and MoE-128 of the 350M base were swept
@@ -172,7 +174,7 @@ def spec(
     """Return one training of a paper model, or of its twin.
 
     Args:
-        name: of the model, such as ``350M+MoE-128``.
+        name: of the model, such as ``350M+MoE-128``; case and spaces do not matter.
         overrides: settings in place of the scale's own, see `moelab.config.overrides`. With ``train.lr`` the rate ends
             at a tenth of it (at `full` at the paper's share of it) unless ``train.min_lr`` says otherwise; with fewer
             ``train.tokens``, warm-up and decay keep their share unless they are given, too. Not so at `paper`, where
@@ -189,7 +191,9 @@ def spec(
     """
     if scale not in paper.SCALES:
         raise ValueError(f"no scale {scale!r}; allowed: {', '.join(paper.SCALES)}")
-    given = check_overrides(overrides or {})
+    given, name = check_overrides(overrides or {}), str(ModelConfig.parse(name))
+    if name.endswith(" twin"):
+        raise ValueError(f"model name {name!r}: the scale makes the twin; allowed: {name.removesuffix(' twin')}")
     model, train, layout = paper.published_configs(name, published) if scale == "paper" else _twin(name, scale)
     if rate not in get_args(Rate) or (rate == "shared" and scale != "full"):
         allowed = ", ".join(get_args(Rate)) if scale == "full" else "own (full has shared)"

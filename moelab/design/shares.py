@@ -121,8 +121,9 @@ def judge_crossing(
 ) -> Verdict:
     """Judge a claim on where two curves cross: in each seed from there on one arm stays below the other.
 
-    An arm that is below from the first evaluation on crosses there. A seed of one arm, and one in which the arm does
-    not end below the other, is missing. Runs that end before the claim's share of the training have no value.
+    An arm that is below from the first evaluation on crosses there. A seed that one or both arms lack, and one in which
+    the arm does not end below the other, is missing. Runs that end before the claim's share of the training have no
+    value.
 
     Args:
         curves: `Runs.curves()`.
@@ -134,10 +135,13 @@ def judge_crossing(
     both = curves[curves["arm"].isin(arms)] if len(curves) else curves
     if not can_test(claim, how.get("scale"), share) or not len(both) or both["arm"].nunique() < 2:
         return judge(claim, [], share=share, **how)
-    found = crossings(gaps(both, [arms])).set_index("seed")["share"]
-    lost = {seed: f"seed {seed}: {arms[0]} does not end below {arms[1]}" for seed in found.index[found.isna()]}
-    lost |= {seed: f"seed {seed} of one arm" for seed in both["seed"].unique() if seed not in found.index}
-    missing = [lost[seed] for seed in sorted(lost)]
+    found, there = crossings(gaps(both, [arms])).set_index("seed")["share"], set(both["seed"])
+    missing = []
+    for seed in sorted(comparison.planned(curves, how.get("looks", ()))["seed"].unique()):
+        if seed not in found.index:
+            missing.append(f"seed {seed} of {'one arm' if seed in there else 'both arms'}")
+        elif pd.isna(found[seed]):
+            missing.append(f"seed {seed}: {arms[0]} does not end below {arms[1]}")
     note = f"{comparison.TWINS} The share of the training at which the curves cross (on a part of the validation text)."
     values = list(whole * min(1.0, share or 1.0) * found.dropna())
     return judge(claim, values, missing=missing, note=note, share=share, **how)

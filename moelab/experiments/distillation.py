@@ -238,7 +238,7 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
             values = list(early(curves).query("arm == 'L21 + KD'")["gap"])
             peak = ", at the peak rate" if reads_halves(scale) else ""
             note = f"Mean over the evaluations of the first half of training{peak}; twins, paired by seed."
-            lost = comparison.missing(final, "L21 + KD", "L21 alone") if values else ()
+            lost = comparison.missing(comparison.planned(final, looks), "L21 + KD", "L21 alone") if values else ()
             judged.append(judge(claim, values, note=note, scale=scale, looks=looks, missing=lost))
         elif claim.id == "full-kd-turns-at-400k":
             share = comparison.share_of_training((claim.left, claim.right), final, arms, scale)

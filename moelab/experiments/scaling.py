@@ -145,6 +145,8 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str) -> list[Verd
             judged.append(shares.judge_crossing(claim, curves, (claim.left, claim.right), whole, **how))
         elif claim.id == EQUAL_SIZE:
             found = equal_sizes(final, scale) if can_test(claim, scale, share) else {"values": []}
+            if found.get("missing"):
+                found = equal_sizes(comparison.planned(final, looks), scale)
             judged.append(judge(claim, **found, note=f"{comparison.TWINS} {BOTH_PAIRS}", **how))
         else:
             judged.append(comparison.judge_loss(claim, final, ARMS, scale, looks))

@@ -2,7 +2,7 @@
 
     from moelab import paper
 
-    paper.model("350M+PR-MoE-32/64").computed_B        # 4.116787 billion (stated: 4)
+    paper.model("350M+PR-MoE-32/64").computed_B        # 4.116793 billion (stated: 4)
     paper.training_settings("350M+MoE-128").lr         # 2e-4
     paper.loss_curve("350M+MoE-128").final             # 2.286 nats per token
     paper.claim("pr-moe-matches-moe128").statement

@@ -1,7 +1,8 @@
 """Turn the settings of the paper's training scripts into configurations.
 
 What differs from the scripts: bf16 instead of fp16 with loss scaling; the dense models' batch does not ramp up; FSDP
-instead of tensor slicing for the dense 1.3B and 6.7B (one degree less; it computes the same).
+instead of tensor slicing for the dense 1.3B and 6.7B (one degree less; it computes the same); 64 GPUs for the 1.3B
+student, too, whose script has 128.
 """
 
 from __future__ import annotations
@@ -9,22 +10,29 @@ from __future__ import annotations
 from typing import Any
 
 from moelab.config import ModelConfig, ParallelConfig, RoutingConfig, TrainConfig
+from moelab.paper._table import unknown
 from moelab.paper.training import TrainingSettings, all_training_settings, training_settings
 
 GPUS = 64
-"""GPUs of the paper's training scripts."""
+"""GPUs of the paper's training scripts, but for that of the 1.3B student."""
 
 
 def settings_for(name: str, run: str | None = None) -> TrainingSettings:
     """Return the training settings that apply to a model.
 
     Args:
-        name: of the model, such as ``350M+MoE-128``.
+        name: of the model, such as ``350M+MoE-128``; case and spaces do not matter.
         run: whose settings apply; by default the model's own, or those of 350M+MoE-128 on its base if it has none.
+
+    Raises:
+        ValueError: one line: there are no settings of the run, or none on the model's base.
     """
-    known = {row.run for row in all_training_settings()}
-    run, base = run or name, name.split("+")[0]
-    return training_settings(run if run in known else f"{base}+MoE-128" if "MoE" in name else base)
+    name = str(ModelConfig.parse(name))
+    known, base = [row.run for row in all_training_settings()], name.split("+")[0]
+    used = name if name in known else f"{base}+MoE-128" if "MoE" in name else base
+    if not run and used not in known:
+        raise unknown("training settings of", name, known)
+    return training_settings(run or used)
 
 
 def published_configs(name: str, run: str | None = None) -> tuple[ModelConfig, TrainConfig, ParallelConfig]:
@@ -32,6 +40,7 @@ def published_configs(name: str, run: str | None = None) -> tuple[ModelConfig, T
 
     `name` and `run`: see `settings_for`.
     """
+    name = str(ModelConfig.parse(name))
     s, base = settings_for(name, run), name.split("+")[0]
     gate: dict[str, Any] = {}
     if s.capacity_factor_train is not None:  # an MoE's, whose settings of the gate are all there

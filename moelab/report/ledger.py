@@ -144,7 +144,7 @@ class Entry:
     def tested(self) -> bool:
         """Whether its verdict is that of a statistical test, also of one whose runs cannot tell."""
         told = self.verdict == CANNOT_TELL or (self.deciding is not None and self.deciding.p is not None)
-        return self.kind == MEASURED and told
+        return self.kind == MEASURED and told and self.verdict not in NOT_JUDGED
 
 
 def ledger(*results: Path) -> list[Entry]:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from moelab.design import budgets, settings
+from moelab import paper
+from moelab.design import budgets, comparison, settings
 from moelab.experiments import experiment, scaling
 from moelab.files import write_json
 from moelab.runs.collection import Runs
@@ -113,6 +114,9 @@ def test_effective_size_is_between_the_dense_models():
     assert found == pytest.approx([1.0, 400_000 / 101_696])
     early, late = (budgets.paper_effective_size("350M+MoE-128", "350M", "1.3B", n) for n in (161, 975))
     assert 2 < early < late < 7, "the paper's MoE equals a larger model as training goes on"
+    pairs = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
+    ends = [budgets.paper_effective_size(*pair, comparison.tokens_a_parameter(pair[1])) for pair in pairs]
+    assert "Fig 1 ends at {:.1f} and {:.1f}".format(*ends) in paper.conflict("dense-equivalent-ratio").check
 
 
 def test_headlines_name_the_weakest_budget_and_the_seeds():

@@ -337,7 +337,9 @@ class TestPlans:
         planned, more = judge(ORDER, values[:3], looks=(3,)), judge(ORDER, values, looks=(3,))
         assert (more.verdict, more.low, more.p) == (planned.verdict, planned.low, planned.p)
         assert more.values == tuple(values)
-        assert judge(ORDER, values[:3], looks=(5,)).verdict == claims.FEW_SEEDS and restate(ORDER, more) == more
+        early = judge(ORDER, values[:3], looks=(5,))
+        assert early.verdict == claims.FEW_SEEDS and early.why == "The first look is at 5 seeds."
+        assert restate(ORDER, early) == early and restate(ORDER, more) == more
 
     def test_what_was_seen_counts_against_futility(self):
         likely = judge(FIG1, [-0.6, -0.2, -0.1], looks=(3, 9))
@@ -448,6 +450,16 @@ class TestSimulated:
     def test_an_order_needs_the_value_that_it_is_against(self):
         with pytest.raises(ValueError, match="needs the value of the right side"):
             judge_simulated(self.ORDERED, 1.0)
+
+
+def test_two_arms_of_one_model_are_refused_as_a_side_of_a_claim():
+    claim, losses = paper.claim("moe128-350m-beats-own-base"), {"Dense": 4.0, "MoE-128": 3.7, "MoE-128 (sum)": 3.8}
+    rows = [(seed, arm, loss) for seed in range(3) for arm, loss in losses.items()]
+    final = pd.DataFrame(rows, columns=["seed", "arm", "validation_loss"])
+    arms = {"Dense": "350M", "MoE-128": "350M+MoE-128", "MoE-128 (sum)": "350M+MoE-128"}
+    with pytest.raises(ValueError, match=r"'MoE-128' and 'MoE-128 \(sum\)' both stand for 350M\+MoE-128"):
+        comparison.judge_loss(claim, final, arms, "cpu")
+    assert comparison.judge_loss(claim, final[final["arm"] != "MoE-128 (sum)"], arms, "cpu").values
 
 
 def test_an_arm_may_be_compared_with_itself():

@@ -61,6 +61,18 @@ def test_distillation_early_is_the_mean_of_the_first_half():
     assert terms.filter(like="term").to_list() == [4.5, 2.5], "means over seeds"
 
 
+def test_distillation_early_does_not_wait_for_a_seed_after_the_last_planned_look():
+    part = curves({"L21 alone": (9, 6, 5, 4), "L21 + KD": (9, 5, 5, 5)})
+    lines = pd.concat([part.assign(seed=seed) for seed in range(3)])
+    done = final({"L21 alone": [5.0] * 4, "L21 + KD": [5.0] * 3})
+
+    def early(scale):
+        return {v.claim: v for v in distillation.verdicts(done, lines, scale)}["full-kd-helps-early"]
+
+    assert early("full").values == (-1, -1, -1) and early("full").missing == ()
+    assert early("full").verdict == claims.REPRODUCED
+
+
 def test_distillation_late_is_before_the_decay():
     assert distillation.decay_begins(distillation.EXPERIMENT.specs("cpu")) == pytest.approx(0.8, abs=0.001)
     assert distillation.decay_begins(distillation.EXPERIMENT.specs("paper")) == 1

@@ -97,6 +97,25 @@ def test_the_dense_model_of_equal_quality_is_a_mean_over_both_pairs():
     assert judged(without, curves([0.65] * 3))["dense-equivalent-4-5x"].verdict == claims.NOT_TESTED
 
 
+def test_seeds_after_the_last_planned_look_wait_also_where_one_lacks_a_value():
+    losses = {arm: [*values, values[0]] for arm, values in LOSSES.items()}
+    known = judged(LOSSES, curves([0.69, 0.69, 0.71]))
+    lacking = final({**losses, "350M+MoE-128": LOSSES["350M+MoE-128"]}).assign(tokens=TOKENS)
+    lines = curves([0.69, 0.69, 0.71, 0.71]).query("arm != '350M+MoE-128' or seed < 3")
+    found = {v.claim: v for v in scaling.verdicts(lacking, lines, "full")}
+    for id in ("moe-crossover-350m", "dense-equivalent-4-5x", "moe128-350m-beats-1.3b"):
+        assert (found[id].values, found[id].verdict) == (known[id].values, known[id].verdict) and not found[id].missing
+    never = judged(losses, curves([0.69, 0.69, 0.71, None]))["moe-crossover-350m"]
+    assert never.values == known["moe-crossover-350m"].values
+
+
+def test_a_seed_that_has_neither_curve_is_missing_where_other_arms_have_it():
+    lines = curves([0.69, 0.69, 0.71])
+    others = lines.query("arm == '1.3B' and seed == 1").assign(arm="350M")
+    part = pd.concat([lines.query("seed != 1"), others])
+    assert judged(LOSSES, part)["moe-crossover-350m"].missing == ("seed 1 of both arms",)
+
+
 def test_the_papers_points_are_interpolated_as_ours():
     curve, goal = paper.loss_curve("350M+MoE-128"), paper.loss_curve("350M").loss[-1]
     reached = budgets.tokens_at(pd.DataFrame({"tokens": curve.tokens_B, "loss": curve.loss}), goal)

@@ -275,3 +275,14 @@ def test_an_experiment_without_its_notebook_is_told_in_one_line(tmp_path, monkey
     (tmp_path / lone.notebook).write_text('{"cells": [{"source": [], "metadata": {}}]}')
     with pytest.raises(ValueError, match="0 cells have the tag parameters, expected one"):
         resolve(lone, {})
+
+
+@pytest.mark.parametrize("scale", ["cpu", "full", "paper"])
+@pytest.mark.parametrize(("typed", "name"), [("1.3B + MoE-128", "1.3B+MoE-128"), ("350M+pr-moe-32/64", None)])
+def test_a_model_is_the_same_run_however_its_name_is_typed(typed, name, scale):
+    assert settings.spec(typed, scale).id == settings.spec(name or "350M+PR-MoE-32/64", scale).id
+
+
+def test_a_twins_name_is_not_shrunk_again():
+    with pytest.raises(ValueError, match=r"350M\+MoE-128 twin.*the scale makes the twin.*350M\+MoE-128"):
+        settings.spec("350M+MoE-128 twin", "cpu")

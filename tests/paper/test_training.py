@@ -74,3 +74,13 @@ def test_throughput():
         assert flops / 1e12 == pytest.approx(row.tflops_per_gpu, abs=0.06)
     ratio = rows["1.3B+MoE-128"].samples_per_s / rows["6.7B"].samples_per_s
     assert ratio == pytest.approx(paper.claim("training-5x-cheaper").value, abs=1e-3) and int(ratio) == 5
+
+
+def test_settings_are_found_by_every_spelling_of_a_name():
+    assert paper.settings_for("350M + moe-128") == paper.settings_for("350M+MoE-128")
+    assert paper.settings_for("350M+Top2-MoE-128").run == "350M+MoE-128", "the recipe on its base"
+    assert paper.published_configs("350m+top2-moe-32") == paper.published_configs("350M+Top2-MoE-32")
+    with pytest.raises(ValueError, match=r"unknown run '350M\+PR-MoE-32/64\+L21\+MOS'; did you mean .*L21\+MoS"):
+        paper.settings_for("350M+PR-MoE-32/64+L21", "350M+PR-MoE-32/64+L21+MOS")
+    with pytest.raises(ValueError, match=r"unknown training settings of '125M\+MoE-32'; did you mean .*125M\+MoE-64"):
+        paper.settings_for("125M+MoE-32")  # none of 125M+MoE-128 either, whose name the user has not given

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from moelab import paper
 from moelab.cli import app
 from moelab.design import verdicts as claims
-from moelab.design.judging import judge, judge_timing
+from moelab.design.judging import agreed, judge, judge_timing
 from moelab.design.simulated import judge_simulated
 from moelab.files import write_json
 from moelab.report import ledger
@@ -126,6 +126,17 @@ def test_the_measured_verdicts_together(tmp_path):
         "4 measured verdicts at 95 %: up to 0.2 expected wrong by chance; 1 of 2 that decide stand after Holm's "
         "adjustment, not pyramid-shrinks-gap"
     )
+
+
+def test_what_is_not_judged_is_no_test(tmp_path):
+    few = agreed(LOWER, judge(ORDER, [-0.1, -0.14], note="At one shared rate"))
+    weak = agreed(judge(ORDER, [-0.1, 0.1, 0.0]), judge(ORDER, [-0.1, -0.14], note="At one shared rate"))
+    for date, verdict in enumerate((few, weak)):
+        publish(tmp_path, "pr-moe", "cpu", f"2026-01-0{date + 1}", [verdict])
+        found = ledger.ledger(tmp_path)
+        (entry,) = (e for e in found if e.claim == ORDER.id)
+        assert verdict.p is not None and (entry.verdict, entry.adjusted) == (claims.INCOMPLETE, claims.INCOMPLETE)
+        assert entry.p is None and ledger.family(found).verdicts == 0
 
 
 def test_a_row_that_shares_its_claim_is_adjusted_with_it(tmp_path):
