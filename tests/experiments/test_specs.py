@@ -237,6 +237,12 @@ def test_what_would_fail_after_the_training_is_refused_before():
         ("imported-model", {"gpus": "0"}, "imported-model: gpus must be at least 1, got 0"),
         ("learning-rate", {"train.lr": "0.01"}, "learning-rate: train.lr is what its runs differ in.* peaks are"),
         ("ladder", {"model.hidden": "64"}, "ladder: model.hidden is what its runs differ in"),
+        ("scaling", {"model.hidden": "64"}, "scaling: model.hidden is what its bases differ in"),
+        (
+            "what-survives",
+            {"model.routing.drop_tokens": "true"},
+            "what-survives: with model.routing.drop_tokens the arms 'Shared' and 'Shared, capacity 1' are one and the",
+        ),
         (
             "capacity",
             {"model.routing.capacity_factor": "1.5"},
@@ -248,6 +254,8 @@ def test_what_would_fail_after_the_training_is_refused_before():
     ):
         with pytest.raises(ValueError, match=message):
             resolve(experiment(name), {"scale": "smoke", **given})
+    others = {"arms": '["Dense", "Shared"]', "model.routing.drop_tokens": "true"}
+    assert len(resolve(experiment("what-survives"), {"scale": "smoke", **others}).specs) == 2
 
 
 def test_all_experiments_of_the_paper_leave_out_those_that_need_a_file():
