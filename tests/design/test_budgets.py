@@ -113,6 +113,8 @@ def test_effective_size_is_between_the_dense_models():
     assert found == pytest.approx([1.0, 400_000 / 101_696])
     early, late = (budgets.paper_effective_size("350M+MoE-128", "350M", "1.3B", n) for n in (161, 975))
     assert 2 < early < late < 7, "the paper's MoE equals a larger model as training goes on"
+    before = budgets.paper_effective_size("350M+MoE-128", "350M", "1.3B", 30)
+    assert before is None, "its first reading is at 33 tokens a parameter"
 
 
 def test_headlines_name_the_weakest_budget_and_the_seeds():
