@@ -8,8 +8,8 @@ Here: two twins train in turns in one process, so that other load on the machine
 follows from the models, the ratio of times is a CPU's. The cluster is simulated (`moelab.simulate`, not fitted to this
 table).
 
-Expect: a ratio of FLOPs near 3.5 (twins have larger embeddings, in proportion, and the 6.7B twin is only 11 layers
-deep); measured somewhat less.
+Expect: at `cpu` a ratio of FLOPs of 4.2, where the paper's models have 4.9 (twins have larger embeddings, in
+proportion, and the 6.7B twin is only 11 layers deep); measured somewhat less.
 """
 
 from __future__ import annotations
