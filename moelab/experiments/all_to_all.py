@@ -31,6 +31,8 @@ MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 }
 """Scale -> ranks, bytes of tokens a rank, rounds."""
 
+CASE = ("ranks", "bytes_per_rank")
+"""What tells the measured times of a way apart."""
 
 COUNTED = ("messages", "rows", "gathered_rows")
 """What is counted in the engine, and given by the formulas and the simulator too."""
@@ -79,7 +81,7 @@ def measured_times(
     if scale == "paper":
         from moelab.bench.harness import rows_of_ranks
 
-        return rows_of_ranks(EXPERIMENT.name, file, "exchange")
+        return rows_of_ranks(EXPERIMENT.name, file, "exchange", CASE)
     return measure(times, scale, rounds)
 
 
@@ -159,6 +161,6 @@ EXPERIMENT = Experiment(
             "not yet run; 16 to 256 A100",
         ),
     },
-    check=partial(check_file, "all-to-all", "exchange"),
+    check=partial(check_file, "all-to-all", "exchange", CASE),
     measures=True,
 )
