@@ -15,7 +15,13 @@ class Conclusion(str):
 
 
 def conclude(
-    headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0, simulated: bool = False, sure: str = ""
+    headline: str,
+    judged: Sequence[Verdict] = (),
+    *,
+    seeds: int = 0,
+    simulated: bool = False,
+    sure: str = "",
+    scale: str = "",
 ) -> Conclusion:
     """Return the conclusion of an experiment.
 
@@ -25,6 +31,7 @@ def conclude(
         seeds: of the training runs; 0 where nothing was trained.
         simulated: the finding is a simulation's, whether or not claims are judged.
         sure: how sure it is, in place of the sentence on seeds.
+        scale: at `paper` models are not small.
     """
     lines = ["## Conclusion", "", f"**What was found.** {headline.rstrip('.')}."]
     decided = [v for v in judged if v.verdict not in NOT_JUDGED]
@@ -36,7 +43,7 @@ def conclude(
         "",
         f"**How sure.** {_sure(decided, seeds, simulated, sure)}",
         "",
-        f"**What it does not say.** {_limits(judged, decided, seeds, simulated)}",
+        f"**What it does not say.** {_limits(judged, decided, seeds, simulated, scale)}",
     ]
     return Conclusion("\n".join(lines))
 
@@ -70,11 +77,13 @@ def _sure(decided: Sequence[Verdict], seeds: int, simulated: bool, sure: str) ->
     return " ".join(parts) or "Nothing here has a spread: what was counted is exact."
 
 
-def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, simulated: bool) -> str:
+def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, simulated: bool, scale: str) -> str:
     parts = ["Its numbers of a cluster are simulated, not measured."] if simulated else []
     if seeds or any(v.kind == MEASURED for v in decided):
         parts.append(
-            "Small models on one machine show whether an effect appears at this size, not how large it is at the "
+            "Text and software are not the paper’s, and a difference to its numbers may be theirs."
+            if scale == "paper"
+            else "Small models on one machine show whether an effect appears at this size, not how large it is at the "
             "paper’s."
         )
     if left := len(judged) - len(decided):

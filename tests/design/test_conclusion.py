@@ -26,6 +26,8 @@ def test_a_conclusion_quotes_verdicts_with_their_intervals_and_counts_what_is_le
     simulated = [judge_simulated(paper.claim("1t-under-25ms"), 21.4)]
     for text in (str(conclude("Fast", simulated=True)), str(conclude("Fast", simulated))):
         assert "Simulated values have no spread" in text and "Small models" not in text
+    assert "Small models" in str(conclude("A finding", seeds=3, scale="cpu"))
+    assert "Small models" not in str(conclude("A finding", seeds=3, scale="paper")), "they have the paper's size"
     own = str(conclude("A finding", seeds=3, sure="Refits say so."))
     assert "**How sure.** Refits say so.\n" in own, "in place of the sentence on seeds"
 
