@@ -228,6 +228,17 @@ class Experiment:
         return made
 
 
+def at_least_one(experiment: str, names: Sequence[str], parameters: Mapping[str, Any]) -> None:
+    """Refuse numbers below 1, as an experiment's `check` or a part of it; ValueError, one line.
+
+    Args:
+        names: of the parameters that are such numbers, where they are given.
+    """
+    for name in names:
+        if (value := parameters.get(name)) is not None and value < 1:
+            raise ValueError(f"{experiment}: {name} must be at least 1, got {value}")
+
+
 def _arguments(label: str, arm: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return an arm's arguments of `settings.spec`, its overrides checked.
 

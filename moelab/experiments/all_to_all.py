@@ -13,12 +13,11 @@ where tensor ranks share tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moelab import paper
-from moelab.design.experiment import Experiment, Measure, Scale
+from moelab.design.experiment import Experiment, Measure, Scale, at_least_one
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
@@ -143,6 +142,12 @@ def verdicts(counted: pd.DataFrame) -> list[Verdict]:
     ]
 
 
+def check(parameters: Mapping[str, Any]) -> None:
+    """Refuse a number of rounds below 1, and the scale paper without a file of times; ValueError, one line."""
+    at_least_one("all-to-all", ["rounds"], parameters)
+    check_file("all-to-all", "exchange", CASE, parameters)
+
+
 EXPERIMENT = Experiment(
     name="all-to-all",
     number=9,
@@ -161,6 +166,6 @@ EXPERIMENT = Experiment(
             "not yet run; 16 to 256 A100",
         ),
     },
-    check=partial(check_file, "all-to-all", "exchange", CASE),
+    check=check,
     measures=True,
 )

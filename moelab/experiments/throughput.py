@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale, at_least_one
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
@@ -117,6 +118,7 @@ EXPERIMENT = Experiment(
         "gpu": Scale("twins 256 and 512 wide", "not yet run; one GPU"),
     },
     arms=ARMS,
+    check=partial(at_least_one, "throughput", ["rounds"]),
     trains=False,
     measures=True,
     measures_on_gpu=("gpu",),
