@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from moelab.design.verdicts import FITTED, MEASURED, NOT_JUDGED, PREDICTED, SIMULATED_CLOSE, Verdict, outcome
 
+HERE = "It is about this machine and these shapes alone."
+
 
 class Conclusion(str):
     """A text in markdown, which a notebook shows as such."""
@@ -79,13 +81,15 @@ def _sure(decided: Sequence[Verdict], seeds: int, simulated: bool, sure: str) ->
 
 def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, simulated: bool, scale: str) -> str:
     parts = ["Its numbers of a cluster are simulated, not measured."] if simulated else []
-    if seeds or any(v.kind == MEASURED for v in decided):
+    if seeds:
         parts.append(
             "Text and software are not the paper’s, and a difference to its numbers may be theirs."
             if scale == "paper"
             else "Small models on one machine show whether an effect appears at this size, not how large it is at the "
             "paper’s."
         )
+    elif any(v.kind == MEASURED for v in decided):
+        parts.append(HERE)
     if left := len(judged) - len(decided):
         parts.append(
             f"{left} of the paper’s {len(judged)} claims here {'is' if left == 1 else 'are'} not judged"
@@ -95,4 +99,4 @@ def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, s
         parts.append(f"Undecided: {close}; two simulated values are too near one another for their order to count.")
     if open_ := sum(outcome(v.verdict).style == "open" for v in decided) - close:
         parts.append(f"Undecided: {open_}; more seeds or longer runs could turn such a claim either way.")
-    return " ".join(parts) or "It is about this machine and these shapes alone."
+    return " ".join(parts) or HERE
