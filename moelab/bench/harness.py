@@ -362,8 +362,17 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def rows_of_ranks(experiment: str, file: str | None, bench: Literal["decode", "exchange"]) -> list[dict[str, Any]]:
-    """Return the rows that `srun moelab bench` wrote to a file, of one run or several joined, fewest ranks first."""
+def rows_of_ranks(
+    experiment: str, file: str | None, bench: Literal["decode", "exchange"], by: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the rows that `srun moelab bench` wrote to a file, of one run or several joined, fewest ranks first.
+
+    Args:
+        by: what tells the rows of a candidate apart, such as ranks.
+
+    Raises:
+        ValueError: one line: there is no such file or row, or there are two that `by` does not tell apart.
+    """
     mark = {"decode": "empty_collective_ms", "exchange": "alpha_ms"}[bench]
     if not file:
         raise ValueError(
@@ -377,4 +386,10 @@ def rows_of_ranks(experiment: str, file: str | None, bench: Literal["decode", "e
     rows = [row for row in rows if isinstance(row, dict) and mark in row]
     if not rows:
         raise ValueError(f"{experiment}: {file}: no rows of ranks in it")
+    seen = set[tuple[Any, ...]]()
+    for row in rows:
+        if (key := (*(row.get(column) for column in by), row.get("candidate"))) in seen:
+            of = ", ".join(f"{column} {value}" for column, value in zip(by, key, strict=False))
+            raise ValueError(f"{experiment}: {file}: two rows of {key[-1]} at {of}; keep the one that is to be shown")
+        seen.add(key)
     return [{"name": row.get("model", ""), **row} for row in sorted(rows, key=lambda row: row["ranks"])]

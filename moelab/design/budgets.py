@@ -109,7 +109,7 @@ def gaps(table: pd.DataFrame, reference: str) -> pd.DataFrame:
 def paper_gaps(model: str, base: str) -> pd.DataFrame:
     """Return the paper's gap of an MoE to its base over training, read off the two curves of Fig 1.
 
-    The readings are along one run each, so all but the last are from before the end of the learning rate's decay.
+    The readings are along one run each; all but the last two are from before the end of the base's decay of the rate.
 
     Columns: tokens, per_parameter, gap, low, high.
     """
@@ -217,10 +217,15 @@ def effective_size(final: pd.DataFrame, moe: str, base: str, larger: str, scale:
     return times.rename("times").dropna().reset_index()
 
 
-def paper_effective_size(moe: str, base: str, larger: str, per_parameter: float) -> float:
-    """Return the same from the paper's Fig 1, at the tokens where its base has seen so many tokens a parameter."""
+def paper_effective_size(moe: str, base: str, larger: str, per_parameter: float) -> float | None:
+    """Return the same from the paper's Fig 1, at the tokens where its base has seen so many tokens a parameter.
+
+    None before its first reading.
+    """
     small, large = (ModelConfig.parse(name).non_embedding_parameters() for name in (base, larger))
     at = per_parameter * small / 1e9
     curves = {name: paper.loss_curve(name) for name in (moe, base, larger)}
+    if at < min(curves[base].tokens_B):
+        return None
     loss = {name: float(np.interp(at, curve.tokens_B, curve.loss)) for name, curve in curves.items()}
     return math.exp((loss[base] - loss[moe]) / (loss[base] - loss[larger]) * math.log(large / small))

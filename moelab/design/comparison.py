@@ -347,6 +347,17 @@ def moved_headline(moved: pd.DataFrame) -> str:
     return f"At the end of their curves, against {moved['against'].iloc[0]}: {said} nats"
 
 
+def then_and_at_the_end(moved: pd.DataFrame, share: float) -> str:
+    """Return "+0.012 nats at 70% of training, +0.034 at its end", from one arm's rows of `over_training`.
+
+    The first is at the last evaluation up to that share of the training, and says which share that is.
+    """
+    at = moved.groupby("tokens")["loss"].mean()
+    then = max(0, int((at.index <= share * at.index[-1]).sum()) - 1)
+    reached = at.index[then] / at.index[-1]
+    return f"{at.iloc[then]:+.3f} nats at {reached:.0%} of training, {at.iloc[-1]:+.3f} at its end"
+
+
 def ends_headline(curves: pd.DataFrame) -> str:
     """Return "Loss at the end of the curves: ARM 3.95, … nats per token", the mean over seeds, from curves."""
     last = curves[curves["tokens"] == curves.groupby("arm")["tokens"].transform("max")]

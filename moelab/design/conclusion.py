@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from moelab.design.verdicts import FITTED, MEASURED, NOT_JUDGED, PREDICTED, SIMULATED_CLOSE, Verdict, outcome
 
+HERE = "It is about this machine and these shapes alone."
+
 
 class Conclusion(str):
     """A text in markdown, which a notebook shows as such."""
@@ -15,7 +17,13 @@ class Conclusion(str):
 
 
 def conclude(
-    headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0, simulated: bool = False, sure: str = ""
+    headline: str,
+    judged: Sequence[Verdict] = (),
+    *,
+    seeds: int = 0,
+    simulated: bool = False,
+    sure: str = "",
+    scale: str = "",
 ) -> Conclusion:
     """Return the conclusion of an experiment.
 
@@ -25,6 +33,7 @@ def conclude(
         seeds: of the training runs; 0 where nothing was trained.
         simulated: the finding is a simulation's, whether or not claims are judged.
         sure: how sure it is, in place of the sentence on seeds.
+        scale: at `paper` models are not small.
     """
     lines = ["## Conclusion", "", f"**What was found.** {headline.rstrip('.')}."]
     decided = [v for v in judged if v.verdict not in NOT_JUDGED]
@@ -36,7 +45,7 @@ def conclude(
         "",
         f"**How sure.** {_sure(decided, seeds, simulated, sure)}",
         "",
-        f"**What it does not say.** {_limits(judged, decided, seeds, simulated)}",
+        f"**What it does not say.** {_limits(judged, decided, seeds, simulated, scale)}",
     ]
     return Conclusion("\n".join(lines))
 
@@ -70,13 +79,17 @@ def _sure(decided: Sequence[Verdict], seeds: int, simulated: bool, sure: str) ->
     return " ".join(parts) or "Nothing here has a spread: what was counted is exact."
 
 
-def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, simulated: bool) -> str:
+def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, simulated: bool, scale: str) -> str:
     parts = ["Its numbers of a cluster are simulated, not measured."] if simulated else []
-    if seeds or any(v.kind == MEASURED for v in decided):
+    if seeds:
         parts.append(
-            "Small models on one machine show whether an effect appears at this size, not how large it is at the "
+            "Text and software are not the paper’s, and a difference to its numbers may be theirs."
+            if scale == "paper"
+            else "Small models on one machine show whether an effect appears at this size, not how large it is at the "
             "paper’s."
         )
+    elif any(v.kind == MEASURED for v in decided):
+        parts.append(HERE)
     if left := len(judged) - len(decided):
         parts.append(
             f"{left} of the paper’s {len(judged)} claims here {'is' if left == 1 else 'are'} not judged"
@@ -86,4 +99,4 @@ def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, s
         parts.append(f"Undecided: {close}; two simulated values are too near one another for their order to count.")
     if open_ := sum(outcome(v.verdict).style == "open" for v in decided) - close:
         parts.append(f"Undecided: {open_}; more seeds or longer runs could turn such a claim either way.")
-    return " ".join(parts) or "It is about this machine and these shapes alone."
+    return " ".join(parts) or HERE

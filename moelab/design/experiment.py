@@ -189,9 +189,15 @@ class Experiment:
                 raise ValueError(f"unknown arm {unknown[0]!r}; allowed: {', '.join(labels)}")
             if any(name.startswith("distill.") for name in given) and not any(spec.distill for spec in made):
                 raise ValueError("settings of distill.… need a run that has a teacher, and there is none")
+            chosen = [spec for spec in made if not arms or _arm(spec) in arms or rates.arm(spec.label) in arms]
+            by_id: dict[str, str] = {}
+            for spec in chosen if given else ():
+                arm = rates.arm(spec.label)
+                if (other := by_id.setdefault(spec.id, arm)) != arm:
+                    raise ValueError(f"with {', '.join(given)} the arms {other!r} and {arm!r} are one and the same run")
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        return [spec for spec in made if not arms or _arm(spec) in arms or rates.arm(spec.label) in arms]
+        return chosen
 
     def specs_of(self, parameters: Mapping[str, Any]) -> list[RunSpec]:
         """Return the runs that the notebook asks for; parameters that do not concern the runs are ignored."""
@@ -220,6 +226,17 @@ class Experiment:
             arguments["overrides"] |= overrides
             made.append(settings.spec(**arguments, scale=scale, seed=seed, label=label, rate=rate))
         return made
+
+
+def at_least_one(experiment: str, names: Sequence[str], parameters: Mapping[str, Any]) -> None:
+    """Refuse numbers below 1, as an experiment's `check` or a part of it; ValueError, one line.
+
+    Args:
+        names: of the parameters that are such numbers, where they are given.
+    """
+    for name in names:
+        if (value := parameters.get(name)) is not None and value < 1:
+            raise ValueError(f"{experiment}: {name} must be at least 1, got {value}")
 
 
 def _arguments(label: str, arm: str | Mapping[str, Any]) -> dict[str, Any]:

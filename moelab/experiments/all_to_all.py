@@ -13,12 +13,11 @@ where tensor ranks share tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moelab import paper
-from moelab.design.experiment import Experiment, Measure, Scale
+from moelab.design.experiment import Experiment, Measure, Scale, at_least_one
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
@@ -31,6 +30,8 @@ MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 }
 """Scale -> ranks, bytes of tokens a rank, rounds."""
 
+CASE = ("ranks", "bytes_per_rank")
+"""What tells the measured times of a way apart."""
 
 COUNTED = ("messages", "rows", "gathered_rows")
 """What is counted in the engine, and given by the formulas and the simulator too."""
@@ -79,7 +80,7 @@ def measured_times(
     if scale == "paper":
         from moelab.bench.harness import rows_of_ranks
 
-        return rows_of_ranks(EXPERIMENT.name, file, "exchange")
+        return rows_of_ranks(EXPERIMENT.name, file, "exchange", CASE)
     return measure(times, scale, rounds)
 
 
@@ -141,6 +142,12 @@ def verdicts(counted: pd.DataFrame) -> list[Verdict]:
     ]
 
 
+def check(parameters: Mapping[str, Any]) -> None:
+    """Refuse a number of rounds below 1, and the scale paper without a file of times; ValueError, one line."""
+    at_least_one("all-to-all", ["rounds"], parameters)
+    check_file("all-to-all", "exchange", CASE, parameters)
+
+
 EXPERIMENT = Experiment(
     name="all-to-all",
     number=9,
@@ -159,6 +166,6 @@ EXPERIMENT = Experiment(
             "not yet run; 16 to 256 A100",
         ),
     },
-    check=partial(check_file, "all-to-all", "exchange"),
+    check=check,
     measures=True,
 )

@@ -58,23 +58,26 @@ def steps(
         parts_ms (part -> ms), and name (the model's key) and label (by `by`).
 
     Raises:
-        ValueError: there is no such file at scale paper, or it is not one of ranks; the message is one line.
+        ValueError: there is no such file at scale paper, it is not one of ranks, or `by` does not tell two of its rows
+            apart; the message is one line.
     """
     if scale == "paper":
         from moelab.bench.harness import rows_of_ranks
 
-        rows = rows_of_ranks(experiment, file, "decode")
+        rows = rows_of_ranks(experiment, file, "decode", ["model" if by == "model" else "ranks"])
     else:
         rows = measure(decode, models, scale, ranks, batches)
     return pd.DataFrame([{**row, "label": row["name"] if by == "model" else _size(row)} for row in rows])
 
 
-def check_file(experiment: str, bench: Literal["decode", "exchange"], parameters: Mapping[str, Any]) -> None:
-    """Refuse the scale paper without a file of times on ranks that can be read; ValueError, one line."""
+def check_file(
+    experiment: str, bench: Literal["decode", "exchange"], by: Sequence[str], parameters: Mapping[str, Any]
+) -> None:
+    """Refuse the scale paper without a file of times on ranks that can be read and drawn; ValueError, one line."""
     if parameters.get("scale") == "paper":
         from moelab.bench.harness import rows_of_ranks
 
-        rows_of_ranks(experiment, parameters.get("measured_file"), bench)
+        rows_of_ranks(experiment, parameters.get("measured_file"), bench, by)
 
 
 def decode(

@@ -193,10 +193,7 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
 def over_training_headline(moved: pd.DataFrame, stop: float) -> str:
     """Return, from `comparison.over_training`, what distillation changes at its stop and at the end, in one line."""
     taught = "L21 + KD" if "L21 + KD" in set(moved["arm"]) else moved["arm"].iloc[0]
-    at = moved[moved["arm"] == taught].groupby("tokens")["loss"].mean()
-    before = at[at.index <= stop * at.index.max()]
-    stopped = (before if len(before) else at).iloc[-1]
-    return f"{taught} minus L21 alone, {stopped:+.3f} nats at {stop:.0%} of training, {at.iloc[-1]:+.3f} at its end"
+    return f"{taught} minus L21 alone, {comparison.then_and_at_the_end(moved[moved['arm'] == taught], stop)}"
 
 
 def decay_begins(specs: Sequence[RunSpec]) -> float:
@@ -210,12 +207,13 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame, until: float) ->
     Args:
         until: share of the tokens at which the learning rate begins its decay; the fall is that over the 15 % of the
             tokens before, because in the decay the loss of every model falls. At 1 the decay is along the whole run.
+            It is missing where a run has fewer than two evaluations there.
     """
     share = curves["tokens"] / curves.groupby("arm")["tokens"].transform("max")  # the arm of equal cost is longer
     late = curves[(share >= until - 0.15) & (share <= until + 1e-9)].sort_values("tokens").groupby(["arm", "seed"])
     rows = {
         f"fall of the loss from {100 * (until - 0.15):.0f} to {100 * until:.0f} % of the tokens": (
-            late["loss"].first() - late["loss"].last()
+            (late["loss"].first() - late["loss"].last()).where(late.size() > 1)
         )
         .groupby("arm")
         .mean()

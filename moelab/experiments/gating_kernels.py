@@ -14,10 +14,11 @@ Expect: little difference at the 8 tokens of a decoding step, tens of times at h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from moelab import paper
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale, at_least_one
 from moelab.design.judging import judge, judge_timing
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
@@ -242,6 +243,7 @@ EXPERIMENT = Experiment(
         "gpu": Scale("2048 wide, 8 to 128 experts, 8 to 512 tokens", "not yet run; one GPU"),
         "paper": Scale("as gpu; the paper's GPU", "not yet run; one A100"),
     },
+    check=partial(at_least_one, "gating-kernels", ["rounds", "threads"]),
     measures=True,
     measures_on_gpu=("gpu", "paper"),
 )

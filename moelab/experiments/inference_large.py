@@ -83,7 +83,7 @@ EXPERIMENT = Experiment(
             "simulated cluster; the models as `srun moelab bench decode` measured them", "not yet run; 128 to 256 A100"
         ),
     },
-    check=partial(check_file, "inference-large", "decode"),
+    check=partial(check_file, "inference-large", "decode", ["model"]),
     measures=True,
     measures_on_gpu=("gpu",),
 )

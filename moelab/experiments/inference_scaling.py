@@ -80,7 +80,7 @@ EXPERIMENT = Experiment(
             "not yet run; 64 A100",
         ),
     },
-    check=partial(check_file, "inference-scaling", "decode"),
+    check=partial(check_file, "inference-scaling", "decode", ["ranks"]),
     measures=True,
     measures_on_gpu=("gpu",),
 )

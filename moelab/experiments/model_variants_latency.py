@@ -101,7 +101,7 @@ EXPERIMENT = Experiment(
             "not yet run; A100 cluster",
         ),
     },
-    check=partial(check_file, "model-variants-latency", "decode"),
+    check=partial(check_file, "model-variants-latency", "decode", ["model"]),
     measures=True,
     measures_on_gpu=("gpu",),
 )

@@ -65,6 +65,8 @@ def arms(scale: str) -> list[str]:
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
     """Return the runs of one seed: every arm, then the budgets of those that have some; at `full` a pair on mix5."""
+    if "model.hidden" in overrides:
+        raise ValueError("model.hidden is what its bases differ in, so it cannot be set")
     given: dict[str, Any] = {"scale": scale, "seed": seed, "rate": rate}
     specs = [settings.spec(name, **given, label=name, overrides=overrides) for name in arms(scale)]
     specs = budgets.expand(specs, BUDGETED, scale)

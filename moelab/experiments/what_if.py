@@ -9,11 +9,11 @@ notebooks 10 to 14. Models of today stand with the range of such a prediction an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from moelab import simulate
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale, at_least_one
 from moelab.lazy import pd
 from moelab.simulate import public
 
@@ -82,12 +82,6 @@ def headline(rows: pd.DataFrame) -> str:
     )
 
 
-def check(parameters: Mapping[str, Any]) -> None:
-    """Refuse a cache without tokens, which no layout could serve; ValueError, one line."""
-    if (cached := parameters.get("cached", 1)) < 1:
-        raise ValueError(f"what-if: cached must be at least 1, got {cached}")
-
-
 EXPERIMENT = Experiment(
     name="what-if",
     number=16,
@@ -101,5 +95,5 @@ EXPERIMENT = Experiment(
             "thirteen models on simulated clusters of up to 256 GPUs", "minutes (computed, nothing is measured)"
         ),
     },
-    check=check,
+    check=partial(at_least_one, "what-if", ["cached"]),
 )

@@ -179,7 +179,7 @@ class Publication:
         """
         print(self.finish(runs, title=title))
         seeds = runs.seeds if runs is not None else 0
-        return conclude(title, self.verdicts, seeds=seeds, simulated=simulated, sure=sure)
+        return conclude(title, self.verdicts, seeds=seeds, simulated=simulated, sure=sure, scale=self.scale)
 
 
 def lines(data: pd.DataFrame) -> str:

@@ -117,6 +117,8 @@ def test_effective_size_is_between_the_dense_models():
     pairs = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
     ends = [budgets.paper_effective_size(*pair, comparison.tokens_a_parameter(pair[1])) for pair in pairs]
     assert "Fig 1 ends at {:.1f} and {:.1f}".format(*ends) in paper.conflict("dense-equivalent-ratio").check
+    before = budgets.paper_effective_size("350M+MoE-128", "350M", "1.3B", 30)
+    assert before is None, "its first reading is at 33 tokens a parameter"
 
 
 def test_headlines_name_the_weakest_budget_and_the_seeds():

@@ -6,7 +6,7 @@ import pytest
 from moelab import paper
 from moelab.design import comparison
 from moelab.design.conclusion import conclude
-from moelab.design.judging import judge
+from moelab.design.judging import judge, judge_timing
 from moelab.design.simulated import judge_simulated
 
 
@@ -26,6 +26,10 @@ def test_a_conclusion_quotes_verdicts_with_their_intervals_and_counts_what_is_le
     simulated = [judge_simulated(paper.claim("1t-under-25ms"), 21.4)]
     for text in (str(conclude("Fast", simulated=True)), str(conclude("Fast", simulated))):
         assert "Simulated values have no spread" in text and "Small models" not in text
+    assert "Small models" in str(conclude("A finding", seeds=3, scale="cpu"))
+    assert "Small models" not in str(conclude("A finding", seeds=3, scale="paper")), "they have the paper's size"
+    timed = str(conclude("A finding", [judge_timing(paper.claim("kernels-6x"), [[6.5, 6.6]] * 3)]))
+    assert "this machine and these shapes alone" in timed and "Small models" not in timed, "kernels are no models"
     own = str(conclude("A finding", seeds=3, sure="Refits say so."))
     assert "**How sure.** Refits say so.\n" in own, "in place of the sentence on seeds"
 

@@ -1,10 +1,12 @@
 """Distillation: what students read and when, and what is said of them."""
 
+import math
+
 import pandas as pd
 import pytest
 
 from moelab import paper
-from moelab.design import rates
+from moelab.design import comparison, rates
 from moelab.design import verdicts as claims
 from moelab.experiments import distillation
 from tests.experiments.helpers import final
@@ -82,7 +84,14 @@ def test_distillation_late_is_before_the_decay():
         return distillation.late_training(lines, pd.DataFrame(), until=until).iloc[0]["L21 alone"]
 
     few = (9, 8, 7, 6, 5.5, 3)  # one evaluation, at 60 % of the tokens
-    assert fall(few, 0.75) == fall(few, 0.81) == 0 and fall(range(20, -1, -1), 0.8) == 3
+    assert math.isnan(fall(few, 0.75)) and math.isnan(fall(few, 0.81)), "one evaluation shows no fall"
+    assert fall(range(20, -1, -1), 0.8) == 3
+
+
+def test_the_difference_at_the_stop_says_where_it_was_evaluated():
+    lines = curves({"L21 alone": (9, 8, 7, 6, 5, 4), "L21 + KD": (9, 7, 6.5, 5.75, 5, 4.25)}, range(0, 600, 100))
+    line = distillation.over_training_headline(comparison.over_training(lines, ["L21 + KD"], "L21 alone"), 0.7)
+    assert line == "L21 + KD minus L21 alone, -0.250 nats at 60% of training, +0.250 at its end"
 
 
 def test_a_student_is_held_against_its_teacher_only_where_the_teacher_is_the_better_model():

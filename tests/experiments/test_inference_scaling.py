@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moelab.experiments import decoding, inference_scaling
+from moelab.experiments import decoding, inference_scaling, moe_vs_dense_inference
 from moelab.lab import Lab
 
 
@@ -30,6 +30,12 @@ def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
         shown = {t.get_text() for t in (*ax.texts, *ax.get_yticklabels())}
         assert {"8 ranks", "64 ranks"} <= shown
     plt.close(fig)
+    file.write_text("".join(json.dumps(r | {"model": m}) + "\n" for m in ("1.3B+MoE-128", "6.7B") for r in rows[:2]))
+    with pytest.raises(ValueError, match=r"^inference-scaling: .*two rows of baseline at ranks 64; keep the one"):
+        inference_scaling.EXPERIMENT.check({"scale": "paper", "measured_file": str(file)})
+    steps = decoding.steps(Lab().measure, "moe-vs-dense-inference", {}, "paper", str(file))
+    line = moe_vs_dense_inference.steps_headline(steps, "the cluster")
+    assert line.endswith("over a step of 6.7B in baseline mode: 1.3B+MoE-128 1.00 (optimised)"), "in any order"
     file.write_text("{}")
     with pytest.raises(ValueError, match="no rows"):
         inference_scaling.measured_steps(Lab().measure, "paper", str(file))

@@ -231,12 +231,21 @@ def test_what_would_fail_after_the_training_is_refused_before():
         ("imported-model", {"system": "vllm"}, "imported-model: no system 'vllm'"),
         ("imported-model", {"system": "megatron"}, "imported-model: system megatron is for training alone"),
         ("what-if", {"cached": "0"}, "what-if: cached must be at least 1, got 0"),
+        ("throughput", {"rounds": "0"}, "throughput: rounds must be at least 1, got 0"),
+        ("gating-kernels", {"threads": "0"}, "gating-kernels: threads must be at least 1, got 0"),
+        ("all-to-all", {"rounds": "-1"}, "all-to-all: rounds must be at least 1, got -1"),
         ("imported-model", {"corpus": "mix6"}, "imported-model: data: unknown corpus 'mix6'"),
         ("imported-model", {"context": "0"}, "imported-model: .*context must be at least 1"),
         ("imported-model", {"max_tokens": "100"}, "imported-model: max_tokens must be 0 .all. or at least 512, the"),
         ("imported-model", {"gpus": "0"}, "imported-model: gpus must be at least 1, got 0"),
         ("learning-rate", {"train.lr": "0.01"}, "learning-rate: train.lr is what its runs differ in.* peaks are"),
         ("ladder", {"model.hidden": "64"}, "ladder: model.hidden is what its runs differ in"),
+        ("scaling", {"model.hidden": "64"}, "scaling: model.hidden is what its bases differ in"),
+        (
+            "what-survives",
+            {"model.routing.drop_tokens": "true"},
+            "what-survives: with model.routing.drop_tokens the arms 'Shared' and 'Shared, capacity 1' are one and the",
+        ),
         (
             "capacity",
             {"model.routing.capacity_factor": "1.5"},
@@ -248,6 +257,8 @@ def test_what_would_fail_after_the_training_is_refused_before():
     ):
         with pytest.raises(ValueError, match=message):
             resolve(experiment(name), {"scale": "smoke", **given})
+    others = {"arms": '["Dense", "Shared"]', "model.routing.drop_tokens": "true"}
+    assert len(resolve(experiment("what-survives"), {"scale": "smoke", **others}).specs) == 2
 
 
 def test_all_experiments_of_the_paper_leave_out_those_that_need_a_file():
