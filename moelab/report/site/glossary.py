@@ -10,8 +10,8 @@ from moelab.design.verdicts import OUTCOMES
 from moelab.plotting.typography import typeset
 
 TERMS = {
-    "twin": "the scaled-down counterpart of a model of the paper: the same shape rules, narrower and shallower, with as "
-    "many experts (fewer at the scale smoke)",
+    "twin": "the scaled-down counterpart of a model of the paper: the same shape rules, narrower and shallower, with "
+    "as many experts (fewer at the scale smoke)",
     "arm": "one of the models or settings that an experiment compares",
     "seed": "the number from which initial weights and the order of the data are drawn; several show how much of a "
     "difference is chance",
