@@ -26,16 +26,18 @@ def export_(
     to = to or records.folder(publish=publish)
     store = RunStore()
     runs = store.select(names or (), file="result.json")
-    exported = []
+    exported, left_out = [], []
     for name in runs:
         try:
             exported.append(store.at(name))
         except ValueError as error:  # made by another version; the others are good
-            print(f"moelab: {error}", file=sys.stderr)
-    records.write(exported, to)
-    print(f"{len(exported)} runs packed into {to}")
-    if refused := len(runs) - len(exported):
-        raise ValueError(f"{refused} of {len(runs)} runs cannot be read and were not packed")
+            left_out.append(str(error))
+    records.write(exported, to, left_out)
+    for line in left_out:
+        print(f"moelab: {line}", file=sys.stderr)
+    print(f"{len(runs) - len(left_out)} runs packed into {to}")
+    if left_out:
+        raise ValueError(f"{len(left_out)} of {len(runs)} runs cannot be read and were not packed")
 
 
 @app.command(name="import")

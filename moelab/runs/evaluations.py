@@ -81,6 +81,18 @@ def files(run: Run) -> list[Path]:
     return [file for file, record in records if record and record["result"] == digest]
 
 
+def is_new(run: Run, file: Path, record: dict[str, Any]) -> bool:
+    """Return whether a record is news for a file of the run: there is none, or an older one and no weights.
+
+    With weights, what they give with today's code counts, see `measure`.
+    """
+    if not file.exists():
+        return True
+    digest, there = file_digest(run.path / "result.json"), _read(file)
+    older = not there or there["result"] != digest or str(there.get("measured")) < str(record.get("measured"))
+    return older and record.get("result") == digest and not run.has_weights
+
+
 def _stored(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any] | None:
     record = _read(_file(run, function, arguments))
     return record if record and record["result"] == file_digest(run.path / "result.json") else None

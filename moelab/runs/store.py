@@ -159,7 +159,7 @@ class Run:
         """Its state; a run whose process died without a word counts as stopped."""
         status = Status.read(self.path) or Status("new")
         if self.finished:
-            return replace(status, state="finished")
+            return replace(status, state="finished", reason="")
         if status.state == "running" and not self.locked:
             return replace(status, state="stopped", reason=ended(self.path))
         return status
@@ -311,7 +311,7 @@ class RunStore:
         """
         known = self.ids(file=file)
         for name in names:
-            if not any(run.startswith(name) for run in known):
+            if not name or not any(run.startswith(name) for run in known):
                 kind = "finished run" if file == "result.json" else "run"
                 raise ValueError(f"run {name!r}: no {kind} begins so; {len(known)} are in {self.root}")
         return [run for run in known if not names or run.startswith(tuple(names))]

@@ -112,6 +112,24 @@ def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result
     assert len(list((taken.path / evaluations.FOLDER).iterdir())) == 1
 
 
+def test_a_later_record_replaces_what_was_measured_before_where_there_are_no_weights(run, tmp_path, theirs):
+    """The code that measures was mended, and the run published again."""
+    evaluations.measure(run, words, 2)
+    taken = records.read(record(run, tmp_path), theirs)
+    ours, other = evaluations.files(run)[0], taken.path / evaluations.FOLDER / evaluations.files(run)[0].name
+    write_json(ours, {**read_json(ours), "measured": "2999-01-01 00:00:00 UTC", "value": "mended"})
+    later = record(run, tmp_path)
+    (taken.path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    records.read(later, theirs)
+    assert read_json(other)["value"] != "mended", "its own weights measure anew"
+    without_weights(taken)
+    records.read(later, theirs)
+    assert evaluations.measure(taken, words, 2) == "mended"
+    write_json(ours, {**read_json(ours), "measured": "2000-01-01 00:00:00 UTC", "value": "old"})
+    records.read(record(run, tmp_path), theirs)
+    assert evaluations.measure(taken, words, 2) == "mended"
+
+
 def test_of_many_runs_each_new_one_is_named_before_it_is_measured(run, tmp_path, result, capsys):
     other = RunStore(tmp_path / "ours").run(pr_moe.EXPERIMENT.specs("smoke", arms=["MoE-32"])[0])
     write_json(other.path / "result.json", result())

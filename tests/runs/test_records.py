@@ -126,6 +126,14 @@ def test_a_run_that_is_being_trained_stays(finished, tmp_path, theirs):
     assert not (trained.path / "run.lock").exists(), "what was not trained here has no lock"
 
 
+def test_a_run_that_was_only_begun_here_is_not_taken_for_one_of_this_machine(finished, tmp_path, theirs):
+    begun = theirs.run(finished.spec)
+    write_json(begun.path / "holder.json", {"host": "here"})
+    begun.set_status(Status("failed", reason="no space"))
+    records.read(record(finished, tmp_path), theirs)
+    assert not (begun.path / "holder.json").exists() and begun.status == Status("finished")
+
+
 def on_this_machine(specs):
     return dry_run.on_this_machine(dry_run.planned_runs(specs))
 
@@ -169,6 +177,32 @@ def test_a_torn_status_is_passed_over(finished, tmp_path, theirs):
     assert record(finished, tmp_path / "torn").read_bytes() == archive.read_bytes()
     finished.set_status(Status("finished", 1, 1))
     assert records.read(record(finished, tmp_path), theirs).status.step == 1
+
+
+def test_what_no_import_would_take_is_not_packed(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_BYTES", 1000)
+    (finished.path / "train.jsonl").write_text('{"step": 1, "loss": 4.6}\n' * 80)
+    with pytest.raises(ValueError, match=r"which no import takes; train\.log_every makes fewer rows$") as error:
+        records.write([finished], tmp_path)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.zip"))
+
+
+def test_a_copy_of_a_run_and_a_damaged_one_keep_no_other_from_being_packed(finished, tmp_path, capsys, home, result):
+    """The copy's numbers would be packed in place of the run's."""
+    here = shutil.copytree(finished.path, home / "runs" / finished.path.name)
+    copy = shutil.copytree(finished.path, here.with_name(f"{here.name}.before"))
+    write_json(copy / "result.json", result(9.9))
+    damaged = RunStore().run(replace(finished.spec, train=replace(finished.spec.train, seed=9)))
+    (damaged.path / "result.json").write_text("{")
+    with pytest.raises(ValueError, match="2 of 3 runs cannot be read and were not packed"):
+        export_(to=tmp_path / "zips")
+    said = capsys.readouterr()
+    assert f"{copy}: the run it describes is called {here.name} here: a copy" in said.err
+    assert f"{damaged.path}: unreadable (result.json" in said.err
+    ((_, numbers),) = map(records.glance, records.archives_in(tmp_path / "zips"))
+    assert numbers["validation_loss"] == 4.5
+    with pytest.raises(ValueError, match="run '': no finished run begins so"):
+        export_([""], to=tmp_path / "zips")
 
 
 def test_an_unfinished_run_is_not_passed_on(store, tmp_path):
