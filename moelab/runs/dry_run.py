@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from moelab import paper, terminal
 from moelab.runs import records
 from moelab.runs.progress import Snapshot
-from moelab.runs.spec import RunSpec, closure
+from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 
 STATE_BYTES = 16
@@ -46,7 +46,7 @@ class PlannedRun:
 def planned_runs(specs: Sequence[RunSpec]) -> list[PlannedRun]:
     """One row a run, teachers and trunks before the runs that need them. Writes nothing."""
     store = RunStore()
-    runs = [Run(spec, store.root / spec.id) for spec in closure(specs).values()]
+    runs = [Run(spec, store.root / spec.id) for spec in store.needed(specs).values()]
     return [
         PlannedRun(run.spec, run.status.state if run.path.exists() else "new", Snapshot.of([run]).done) for run in runs
     ]

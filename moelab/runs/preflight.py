@@ -6,12 +6,12 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from moelab import environment, machine, paths
-from moelab.runs.spec import RunSpec, closure
+from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 
 MOMENTS_AND_WEIGHT = 12
@@ -60,9 +60,9 @@ def check(
     _check_space(todo, store, publish)
 
 
-def unfinished(specs: Iterable[RunSpec], store: RunStore) -> list[RunSpec]:
-    """Return the specs of the runs without a result, and of those that they require."""
-    return [spec for spec in closure(list(specs)).values() if not Run(spec, store.root / spec.id).finished]
+def unfinished(specs: Sequence[RunSpec], store: RunStore) -> list[RunSpec]:
+    """Return the specs of the runs without a result, and of those that these require."""
+    return [spec for spec in store.needed(specs).values() if not Run(spec, store.root / spec.id).finished]
 
 
 def _check_writable(name: str, variable: str, folder: Path) -> None:

@@ -31,7 +31,7 @@ from moelab.config import from_json
 from moelab.config.parallel import ParallelConfig
 from moelab.files import read_json, read_object, write_json
 from moelab.lazy import pd
-from moelab.runs.spec import RunSpec
+from moelab.runs.spec import RunSpec, closure
 from moelab.terminal import plain
 
 
@@ -298,6 +298,16 @@ class RunStore:
         own = run.spec.with_checkpoints(spec.train.keep_at)
         if own.train.keep_at != run.spec.train.keep_at and not run.finished:
             write_json(run.path / "spec.json", own.to_json())
+
+    def needed(self, specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
+        """Return `closure(specs)` without the unfinished runs that only finished ones require.
+
+        A teacher or trunk that was removed, or not taken over, is not trained again for runs that are done.
+        """
+        every = closure(specs)
+        done = {id for id in every if (self.root / id / "result.json").exists()}
+        wanted = done | {spec.id for spec in specs} | closure([spec for spec in specs if spec.id not in done]).keys()
+        return {id: spec for id, spec in every.items() if id in wanted}
 
     def ids(self, *, file: str = "spec.json") -> list[str]:
         """Return the sorted ids of the runs that have `file`: "spec.json" for all, "result.json" for finished ones."""

@@ -14,7 +14,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.data import preparation
 from moelab.files import new_directory, read_json, write_json, write_text
 from moelab.lab import Lab
-from moelab.runs import executors
+from moelab.runs import dry_run, executors, preflight
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.executors import start
@@ -403,6 +403,16 @@ def test_teachers_are_trained_first(tiny_spec):
     assert len(runs) == 1 and runs[0].finished, runs.explain_missing()
     assert (runs[0].path.parent / tiny_spec.id / "result.json").exists()
     assert "distill_loss" in runs.curves("train.jsonl")
+
+
+def test_a_teacher_that_is_gone_is_not_trained_again_for_a_finished_student(tiny_spec, result):
+    student = student_of(tiny_spec)
+    write_json(RunStore().run(student).path / "result.json", result())
+    assert Lab().run([student], executor="inline")[0].finished
+    assert RunStore().ids() == [student.id] and not preflight.unfinished([student], RunStore())
+    assert [row.spec.id for row in dry_run.planned_runs([student])] == [student.id]
+    other = replace(student, train=replace(student.train, seed=1))
+    assert list(RunStore().needed([student, other])) == [tiny_spec.id, student.id, other.id]
 
 
 def test_a_student_without_its_teacher_says_so(tiny_spec):
