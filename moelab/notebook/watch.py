@@ -18,8 +18,9 @@ from moelab.files import read_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.publication import SUMMARY
+from moelab.runs import records
 from moelab.runs.progress import Estimate, Snapshot, table
-from moelab.runs.store import Run
+from moelab.runs.store import Run, RunStore
 
 
 def execute_watched(
@@ -54,6 +55,17 @@ def execute_watched(
         *([("page", index)] if index else []),
     ):
         console.print(f"{name:>9}  {paths.short(path)}", soft_wrap=True, markup=False, highlight=False)
+    if publish:
+        with contextlib.suppress(ValueError, OSError):  # a damaged record or run is told where it is packed
+            used = dict.fromkeys(run["id"] for run in summary["runs"])
+            if late := records.not_published(list(used), RunStore()):
+                console.print(
+                    f"{len(late)} of its {len(used)} runs are not in {paths.short(records.folder())} as they are now; "
+                    f"`moelab runs export --publish {' '.join(late)}` packs them",
+                    soft_wrap=True,
+                    markup=False,
+                    highlight=False,
+                )
     if summary["missing"]:
         console.print(
             f"[red]without a result:[/] {escape(', '.join(summary['missing']))}; the notebook says why", soft_wrap=True

@@ -165,6 +165,21 @@ def published() -> dict[str, Archive]:
     return {archive.stem: archive for archive in archives_in(folder())}
 
 
+def not_published(names: Sequence[str], store: RunStore) -> list[str]:
+    """Return those of some finished runs whose published record is missing or lacks numbers that they have now.
+
+    A record has what was measured with the weights before it was packed.
+    """
+    there, late = published(), []
+    for name in names:
+        run = Run.at(store.root / name)
+        files = (*evaluations.files(run), run.path / "result.json")
+        numbers = {str(file.relative_to(run.path)): file.read_bytes() for file in files}
+        if name not in there or _content(there[name], list(numbers)) != numbers:
+            late.append(name)
+    return late
+
+
 def glance(archive: Archive) -> tuple[RunSpec, dict[str, Any]]:
     """Return the spec and the result of a record; ValueError as for `read`."""
     content = _content(archive, ("spec.json", "result.json"))
