@@ -55,7 +55,7 @@ def import_(
     for archive in archives:
         try:
             taken_over = records.read(archive, store)
-        except ValueError as error:  # the others are good
+        except (ValueError, PermissionError) as error:  # damaged, or here in a folder of another user; others are good
             print(f"moelab: {error}", file=sys.stderr)
             continue
         taken, here = taken + (taken_over is not None), here + (taken_over is None)

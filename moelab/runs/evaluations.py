@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,10 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
         "provenance": provenance(),
         "value": value,
     }
-    write_json(_file(run, function, arguments), record)
+    try:
+        write_json(_file(run, function, arguments), record)
+    except OSError as error:  # a run of another user, say: the value is good, though nobody else will have it
+        print(f"{function.__name__}: not kept: {error.strerror}: {run.path / FOLDER}", file=sys.stderr)
     return value
 
 
@@ -63,9 +67,9 @@ def measure_all(runs: Sequence[Run], function: Callable[..., Any], *arguments: A
     """Return the runs that have a value or the weights, each with what `measure` returns; announce new measurements."""
     there = [run for run in runs if run.has_weights or _stored(run, function, arguments)]
     new = [run for run in there if not _current(run, function, arguments)]
-    for run in announced(new, lambda run: f"{run.spec.title}, seed {run.spec.train.seed}"):
-        measure(run, function, *arguments)
-    return [(run, measure(run, function, *arguments)) for run in there]
+    named = announced(new, lambda run: f"{run.spec.title}, seed {run.spec.train.seed}")
+    values = {run.path: measure(run, function, *arguments) for run in named}
+    return [(run, values[run.path] if run.path in values else measure(run, function, *arguments)) for run in there]
 
 
 def require(run: Run, function: Callable[..., Any], *arguments: Any) -> None:

@@ -130,6 +130,18 @@ def test_a_later_record_replaces_what_was_measured_before_where_there_are_no_wei
     assert evaluations.measure(taken, words, 2) == "mended"
 
 
+def test_a_value_that_cannot_be_kept_is_returned_all_the_same(run, monkeypatch, capsys):
+    """The run is another user's."""
+
+    def refused(file, value):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(evaluations, "write_json", refused)
+    ((_, value),) = evaluations.measure_all([run], words, 2)
+    assert value["words"] == ["Dense", "Dense"] and CALLS == [2]
+    assert capsys.readouterr().err == f"words: not kept: Permission denied: {run.path / 'measured'}\n"
+
+
 def test_of_many_runs_each_new_one_is_named_before_it_is_measured(run, tmp_path, result, capsys):
     other = RunStore(tmp_path / "ours").run(pr_moe.EXPERIMENT.specs("smoke", arms=["MoE-32"])[0])
     write_json(other.path / "result.json", result())

@@ -358,6 +358,24 @@ def test_a_bad_archive_keeps_no_other_from_being_taken(finished, tmp_path, capsy
     assert "1 runs taken over, 0 were here already" in shown.out and "a.zip: unreadable" in shown.err
 
 
+def test_a_folder_of_another_user_keeps_no_other_run_from_being_taken(finished, store, tmp_path, capsys, monkeypatch):
+    other = store.run(replace(finished.spec, train=replace(finished.spec.train, seed=9)))
+    write_json(other.path / "result.json", finished.result)
+    records.write([finished, other], tmp_path / "zips")
+    write = records.write_bytes
+
+    def refused(path, *arguments, **options):
+        if path.parent.name == finished.spec.id:
+            raise PermissionError(13, "Permission denied", str(path))
+        write(path, *arguments, **options)
+
+    monkeypatch.setattr(records, "write_bytes", refused)
+    with pytest.raises(ValueError, match="1 of 2 records were not taken over"):
+        import_(tmp_path / "zips")
+    shown = capsys.readouterr()
+    assert "1 runs taken over" in shown.out and "Permission denied" in shown.err and finished.spec.id in shown.err
+
+
 def test_a_run_that_has_begun_here_is_named_as_unfinished(finished, tmp_path, capsys, home):
     records.write([finished], tmp_path / "zips")
     here = shutil.copytree(finished.path, home / "runs" / finished.path.name)

@@ -114,6 +114,23 @@ def test_what_keeps_a_run_from_starting_is_told(tiny_spec, monkeypatch, capsys, 
     assert ("Permission denied" in capsys.readouterr().err) != writable
 
 
+def test_a_run_whose_process_cannot_be_started_takes_no_other_with_it(tiny_spec, monkeypatch):
+    """Its folder is another user's."""
+    runs = [RunStore().run(replace(tiny_spec, train=replace(tiny_spec.train, seed=seed))) for seed in range(2)]
+    begun = []
+
+    def started(run):
+        begun.append(run.spec.train.seed)
+        if begun == [0]:
+            raise PermissionError(13, "Permission denied", str(run.path / "log.txt"))
+        return subprocess.Popen([sys.executable, "-S", "-c", ""])
+
+    monkeypatch.setattr(executors, "start", started)
+    executors.processes(runs, 1, poll_s=0.02)
+    assert begun == [0, 1] and runs[0].status.state == "failed"
+    assert runs[0].status.reason == f"[Errno 13] Permission denied: '{runs[0].path / 'log.txt'}'"
+
+
 def test_a_plan_names_the_runs_that_there_are(tiny_spec, tmp_path, monkeypatch):
     """Where runs are only read, nobody writes the specs of those that the store lacks."""
     monkeypatch.setenv("MOELAB_PLAN", str(tmp_path / "plan.json"))
