@@ -337,7 +337,7 @@ class RunStore:
             ValueError: there is none, or several begin so; names those that are close.
         """
         with contextlib.suppress(RuntimeError):  # ~ and the name of no user
-            if (path := Path(name).expanduser()).is_dir():
+            if name and (path := Path(name).expanduser()).is_dir():
                 return path
         known = {path.name: path for path in published_weights()} | {run: self.root / run for run in self.ids()}
         matches = [name] if name in known else [run for run in known if name and run.startswith(name)]
@@ -346,7 +346,7 @@ class RunStore:
         if matches:
             raise ValueError(f"run {name!r}: {len(matches)} runs begin so: {', '.join(matches[:5])}")
         starts = {run[: len(name)]: run for run in known}
-        close = [starts[start] for start in difflib.get_close_matches(name, starts, n=3)]
+        close = [starts[start] for start in difflib.get_close_matches(name, starts, n=3) if name]
         raise ValueError(
             f"run {name!r}: no such run or directory; "
             + (f"did you mean {', '.join(close)}?" if close else f"runs are in {self.root}, {len(self.ids())} there")

@@ -471,3 +471,9 @@ def test_a_missing_result_is_explained_by_the_status_first(run):
 def test_the_home_of_nobody_is_no_run():
     with pytest.raises(ValueError, match="no such run"):
         RunStore().find("~nouser-of-this-name")
+
+
+def test_no_name_is_no_run(run):
+    """Of a shell's variable that is not set, say; neither the current folder nor any run is meant."""
+    with pytest.raises(ValueError, match=r"^run '': no such run or directory; runs are in "):
+        RunStore().find("")
