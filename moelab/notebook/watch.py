@@ -46,15 +46,17 @@ def execute_watched(
     if failure:
         console.print(failure, soft_wrap=True)
         return False
-    index = site.update(publish=publish).index if page else None
     summary = read_json(result / SUMMARY)
     console.print(f"[bold green]{escape(summary['title'])}[/]")
-    for name, path in (
-        ("notebook", result / "notebook.ipynb"),
-        *(("figure", result / f"{f['name']}.svg") for f in summary["figures"]),
-        *([("page", index)] if index else []),
-    ):
+
+    def show(name: str, path: Path) -> None:
         console.print(f"{name:>9}  {paths.short(path)}", soft_wrap=True, markup=False, highlight=False)
+
+    show("notebook", result / "notebook.ipynb")
+    for figure in summary["figures"]:
+        show("figure", result / f"{figure['name']}.svg")
+    if page:  # last: the result stands, also where the pages are another user's
+        show("page", site.update(publish=publish).index)
     if publish:
         with contextlib.suppress(ValueError, OSError):  # a damaged record or run is told where it is packed
             used = dict.fromkeys(run["id"] for run in summary["runs"])

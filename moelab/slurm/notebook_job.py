@@ -26,12 +26,14 @@ def main(folder: Path, name: str) -> int:
     submission = Submission.read(folder / "submission.json")
     code = _execute(submission, name)
     try:
+        if code == 0:
+            site.update(publish=submission.publish)
         ended = [part.values is None or outcome(folder, part.name) for part in submission.parts]
         if submission.sweep and all(ended) and (comparison := _compare(submission, submission.sweep)):
             site.update(publish=submission.publish)
             print(f"comparison of the sweep: {comparison}")
     except (ValueError, OSError) as error:  # the notebook's own outcome stands
-        print(f"the sweep's comparison: {error}", file=sys.stderr)
+        print(f"the pages and the sweep's comparison: {error}", file=sys.stderr)
     return code
 
 
@@ -49,13 +51,12 @@ def _execute(submission: Submission, name: str) -> int:
             progress=folder / f"{name}.progress.json",
             publish=submission.publish,
         )
-    except (notebooks.NotebookFailed, ValueError, KeyboardInterrupt) as error:
+    except (notebooks.NotebookFailed, ValueError, OSError, KeyboardInterrupt) as error:
         cancelled = outcome(folder, name)  # written while it was executed
         reason = cancelled.error if cancelled else str(error) or "out of time; raise the profile's notebook_time"
         set_outcome(folder, name, replace(ended, error=reason))
         print(reason, file=sys.stderr)
         return 1
-    site.update(publish=submission.publish)
     missing = read_json(result / SUMMARY)["missing"]
     set_outcome(folder, name, replace(ended, result=str(result), missing=tuple(missing)))
     print(f"result: {result}" + (f"; without {', '.join(missing)}" if missing else ""))

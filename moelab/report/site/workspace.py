@@ -63,7 +63,8 @@ def _link_files(source: Path, target: Path) -> None:
     """Link the files of a folder into another, those that are missing there or older."""
     target.mkdir(parents=True, exist_ok=True)
     sweep(target)
-    there = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(target)}
+    shown = (entry for entry in os.scandir(target) if not entry.name.startswith("."))  # others may vanish meanwhile
+    there = {entry.name: entry.stat().st_mtime_ns for entry in shown}
     for entry in os.scandir(source):
         if entry.is_file() and not entry.name.startswith(".") and there.get(entry.name, -1) < entry.stat().st_mtime_ns:
             _link(Path(entry.path), target / entry.name)
