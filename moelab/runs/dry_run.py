@@ -55,17 +55,10 @@ def planned_runs(specs: Sequence[RunSpec]) -> list[PlannedRun]:
             run.spec,
             run.status.state if run.path.exists() else "new",
             Snapshot.of([run]).done,
-            run.spec.total_cost - run.spec.cost if _trains_trunk_again(run) else 0.0,
+            run.spec.total_cost - run.spec.cost if run.trains_trunk_again else 0.0,
         )
         for run in runs
     ]
-
-
-def _trains_trunk_again(run: Run) -> bool:
-    if run.spec.start is None or run.finished or run.has_checkpoint():
-        return False
-    trunk = Run(run.spec.start.run, run.path.with_name(run.spec.start.run.id))
-    return trunk.finished and not trunk.has_checkpoint(run.spec.first_step)
 
 
 def paper_rate() -> float:

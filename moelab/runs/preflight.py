@@ -53,7 +53,8 @@ def check(
     if publish:
         _check_writable("results", environment.RESULTS.name, paths.results())
     check_devices(todo if executor in ("processes", "inline") else [], device)
-    for teacher in {s.teacher.id: s.teacher for s in todo if s.teacher}.values():
+    again = [s.start.run for s in todo if s.start and Run(s, store.root / s.id).trains_trunk_again]
+    for teacher in {s.teacher.id: s.teacher for s in (*todo, *again) if s.teacher}.values():
         if (run := Run(teacher, store.root / teacher.id)).finished:
             run.require_weights()
     check_texts(waiting, same_files=same_files, same_packages=same_packages and executor != "read")

@@ -221,6 +221,14 @@ class Run:
         """Return whether the run has a checkpoint, of so many steps where that is given."""
         return any((self.path / "checkpoints").glob("step-*" if steps is None else f"step-{steps:08d}"))
 
+    @property
+    def trains_trunk_again(self) -> bool:
+        """Whether it is a branch, not begun, whose finished trunk has no checkpoint of the branch point (any more)."""
+        if self.spec.start is None or self.finished or self.has_checkpoint():
+            return False
+        trunk = Run(self.spec.start.run, self.path.with_name(self.spec.start.run.id))
+        return trunk.finished and not trunk.has_checkpoint(self.spec.first_step)
+
     def require_weights(self) -> None:
         """Check that the run has weights, see `has_weights`; ValueError, one line, where it has none."""
         if not self.has_weights:

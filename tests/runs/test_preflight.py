@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from moelab import machine
+from moelab.config.distill import DistillConfig
 from moelab.data import is_prepared, prepare
 from moelab.experiments import EXPERIMENTS
+from moelab.files import write_json
 from moelab.lab import Lab
 from moelab.runs import preflight
 from moelab.runs.spec import Start
@@ -33,6 +35,18 @@ def test_what_can_be_trained_passes_at_once_and_writes_nothing(tiny_spec, tmp_pa
     before = time.thread_time()
     preflight.check([tiny_spec])
     assert time.thread_time() - before < 1 and not list(tmp_path.iterdir())
+
+
+def test_a_trunk_that_is_trained_again_needs_its_teachers_weights(tiny_spec, result):
+    """Staged distillation from runs that were taken over without weights."""
+    taught = replace(tiny_spec, teacher=tiny_spec, distill=DistillConfig())
+    staged = replace(taught, teacher=None, distill=None, start=Start(taught, 8 * 4 * 32))
+    for spec in (tiny_spec, taught):
+        write_json(RunStore().run(spec).path / "result.json", result())
+    with pytest.raises(ValueError, match=rf"{tiny_spec.id}: numbers only, no weights"):
+        preflight.check([staged])
+    (RunStore().root / taught.id / "checkpoints" / f"step-{staged.first_step:08d}").mkdir(parents=True)
+    preflight.check([staged])
 
 
 def test_a_missing_device_is_refused(tiny_spec, monkeypatch):
