@@ -136,6 +136,15 @@ def test_folders_that_cannot_be_written_are_refused(variable, publish, tiny_spec
         preflight.check([tiny_spec], publish=publish)
 
 
+def test_an_unfinished_run_of_another_user_is_refused(tiny_spec, monkeypatch, result):
+    run, real = RunStore().run(tiny_spec), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run.path and real(path, mode))
+    with pytest.raises(ValueError, match=rf"{tiny_spec.id} is not writable; MOELAB_HOME names another"):
+        preflight.check([tiny_spec])
+    write_json(run.path / "result.json", result())
+    preflight.check([tiny_spec])
+
+
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypatch):
     """Three of a run, one more of a trunk, which a branch starts from."""
     train = replace(tiny_spec.train, cooldown_tokens=6 * 128)
