@@ -49,7 +49,8 @@ def check(
     executor = executor or environment.EXECUTOR.get() or "processes"
     waiting = unfinished(specs, store)
     todo = waiting if executor != "read" else []
-    for folder in dict.fromkeys((paths.home(), *(existing(store.root / spec.id) for spec in todo))):  # a run may be another user's
+    # Of runs, too: one may be another user's.
+    for folder in dict.fromkeys((paths.home(), *(existing(store.root / spec.id) for spec in todo))):
         _check_writable("home", environment.HOME.name, folder)
     if publish:
         _check_writable("results", environment.RESULTS.name, paths.results())

@@ -128,8 +128,8 @@ def read(archive: Archive, store: RunStore) -> Run | None:
     """Take a record over into a store; None when the store has begun that run itself.
 
     The run has begun there when it is finished, has a checkpoint, or is being trained. What it has is never replaced.
-    If it has the record's result, it takes over what it lacks of what was measured with the weights, and without weights
-    of its own also what was measured later.
+    If it has the record's result, it takes over what it lacks of what was measured with the weights, and without
+    weights of its own also what was measured later.
 
     Raises:
         ValueError: one line: not a record, damaged, or of a run that this version of moelab would call differently.
