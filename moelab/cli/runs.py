@@ -51,17 +51,24 @@ def import_(
         raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
     store = RunStore()
     taken = here = 0
-    begun = []
+    begun, others = [], []
     for archive in archives:
         try:
             taken_over = records.read(archive, store)
+            if not (store.root / archive.stem / "result.json").exists():
+                begun.append(archive.stem)
+            elif taken_over is None and store.at(archive.stem).result != records.glance(archive)[1]:
+                others.append(archive.stem)
         except (ValueError, PermissionError) as error:  # damaged, or here in a folder of another user; others are good
             print(f"moelab: {error}", file=sys.stderr)
             continue
         taken, here = taken + (taken_over is not None), here + (taken_over is None)
-        if not (store.root / archive.stem / "result.json").exists():
-            begun.append(archive.stem)
     print(f"{taken} runs taken over, {here} were here already ({store.root})")
+    if others:
+        print(
+            f"{len(others)} of these have another result here, of another training; remove the folder of one to take it "
+            f"over: {', '.join(others)}"
+        )
     if begun:
         print(
             f"{len(begun)} of these are not finished and go on from their own checkpoints; remove the folder of one to "

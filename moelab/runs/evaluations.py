@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from moelab.files import write_json
-from moelab.runs.measurements import FORMAT, as_json, code, file_digest, prefix, read_record
+from moelab.runs.measurements import EVALUATIONS, FORMAT, as_json, code, file_digest, prefix, read_record
 from moelab.runs.provenance import provenance
 from moelab.runs.store import Run
 from moelab.terminal import announced
 
-FOLDER = "measured"
+FOLDER = EVALUATIONS
 
 
 def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: Any) -> Any:

@@ -34,6 +34,8 @@ from moelab.runs.store import Run
 FORMAT = 1
 _NEEDED = ("function", "arguments", "measured", "seconds", "code", "machine", "provenance", "value")
 """What a record of the store has besides its format."""
+EVALUATIONS = "measured"
+"""Folder of a run, see `moelab.runs.evaluations`."""
 _KINDS = (".py", ".cpp", ".h", ".json", ".yaml", ".csv")
 
 
@@ -173,7 +175,10 @@ def as_json(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Run):  # trained again it has other weights; values name it by its arm
-        return {"run": value.spec.id, "arm": value.spec.title, "result": file_digest(value.path / "result.json")}
+        about = {"run": value.spec.id, "arm": value.spec.title, "result": file_digest(value.path / "result.json")}
+        # What was measured with weights that are gone is all there is of them, and a later record may bring more.
+        kept = [] if value.has_checkpoint() else sorted((value.path / EVALUATIONS).glob("*.json"))
+        return about | ({"measured": [[file.name, file_digest(file)] for file in kept]} if kept else {})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {"type": type(value).__qualname__} | {
             f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)

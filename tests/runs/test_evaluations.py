@@ -4,7 +4,7 @@ import pytest
 
 from moelab.experiments import pr_moe
 from moelab.files import read_json, write_json
-from moelab.runs import evaluations, records
+from moelab.runs import evaluations, measurements, records
 from moelab.runs.store import RunStore
 from tests.runs.conftest import record
 
@@ -128,6 +128,16 @@ def test_a_later_record_replaces_what_was_measured_before_where_there_are_no_wei
     write_json(ours, {**read_json(ours), "measured": "2000-01-01 00:00:00 UTC", "value": "old"})
     records.read(record(run, tmp_path), theirs)
     assert evaluations.measure(taken, words, 2) == "mended"
+
+
+def test_what_a_later_record_brings_is_not_hidden_by_what_was_read_before(run, tmp_path, theirs):
+    """`Lab.measure` reads back what it found before: of fewer runs, or with earlier code."""
+    taken = records.read(record(run, tmp_path), theirs)
+    own, before = measurements.as_json(run), measurements.as_json(taken)
+    evaluations.measure(run, words, 2)
+    assert measurements.as_json(run) == own, "weights give the same again"
+    records.read(record(run, tmp_path), theirs)
+    assert measurements.as_json(taken) != before == own
 
 
 def test_a_value_that_cannot_be_kept_is_returned_all_the_same(run, monkeypatch, capsys):

@@ -358,6 +358,19 @@ def test_a_bad_archive_keeps_no_other_from_being_taken(finished, tmp_path, capsy
     assert "1 runs taken over, 0 were here already" in shown.out and "a.zip: unreadable" in shown.err
 
 
+def test_a_run_that_has_another_result_here_is_named(finished, tmp_path, capsys, home, result):
+    """It was trained here, or published again since it was taken over."""
+    records.write([finished], tmp_path / "zips")
+    import_(tmp_path / "zips")
+    import_(tmp_path / "zips")
+    assert "another result" not in capsys.readouterr().out
+    write_json(finished.path / "result.json", result(4.4))
+    records.write([finished], tmp_path / "zips")
+    import_(tmp_path / "zips")
+    assert "1 of these have another result here, of another training; remove" in (shown := capsys.readouterr().out)
+    assert shown.rstrip().endswith(finished.spec.id)
+
+
 def test_a_folder_of_another_user_keeps_no_other_run_from_being_taken(finished, store, tmp_path, capsys, monkeypatch):
     other = store.run(replace(finished.spec, train=replace(finished.spec.train, seed=9)))
     write_json(other.path / "result.json", finished.result)
