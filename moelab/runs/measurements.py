@@ -88,8 +88,8 @@ class MeasurementStore:
     ) -> Measurement:
         """Return what `function(*arguments)` returns, from the store if it is there.
 
-        A value is not kept, and one line on standard error says so, where files of moelab have changed since this
-        process began: it may be of code that no file has, or of several versions.
+        A value is not kept, and one line on standard error says so, where it cannot be written, or where files of
+        moelab have changed since this process began: it may be of code that no file has, or of several versions.
 
         Args:
             function: of a module of moelab; returns what JSON can hold (tuples come back as lists).
@@ -122,14 +122,15 @@ class MeasurementStore:
                 "provenance": provenance(),
                 "value": value,
             }
+            why = ", because files of moelab have changed since this process began; restart the kernel"
             if source() == record["code"]:
-                write_json(file, record)
-            else:
-                print(
-                    f"{function.__name__}: not kept, because files of moelab have changed since this process began; "
-                    "restart the kernel",
-                    file=sys.stderr,
-                )
+                try:
+                    write_json(file, record)
+                    why = ""
+                except OSError as error:  # the disk is full, say; the value is good
+                    why = f": {error.strerror}: {self.root}"
+            if why:
+                print(f"{function.__name__}: not kept{why}", file=sys.stderr)
         return _of(key, record, read_back=False)
 
     def _read(self, key: str) -> Measurement | None:
