@@ -5,7 +5,9 @@
                       train.jsonl, validation.jsonl, checkpoints/, log.txt
                       holder.json        host and process that train it, or did last
                       sessions.jsonl     commit and machine of each session, see `moelab.runs.sessions`
-                      logs/                what ranks after the first wrote, for a run on several
+                      logs/              what ranks after the first wrote, for a run on several
+                      measured/          what was measured with its weights, see `moelab.runs.evaluations`
+                      prefix/            of a branch: its trunk, while that is trained again for it
                       result.json        written last: the run is finished
                       provenance.json    commit, versions, hardware, when it started and finished
 

@@ -84,6 +84,17 @@ def test_a_run_that_is_resumed_elsewhere_names_both_machines(tiny_spec, tmp_path
     assert taken.provenance == run.provenance and not (taken.path / sessions.FILE).exists()
 
 
+def test_a_run_on_a_cpu_does_not_name_the_gpus_beside_it(tiny_spec, result, monkeypatch):
+    hardware = {"cpu": "Test", "cores": 2, "gpus": ["GPU"]}
+    monkeypatch.setattr(
+        "moelab.runs.execute.provenance", lambda: {"commit": "a", "modified": False, "hardware": {**hardware}}
+    )
+    monkeypatch.setattr("moelab.runs.execute._call_train", lambda *_: result())
+    execute(run := RunStore().run(tiny_spec))
+    assert run.provenance["hardware"] == {"cpu": "Test", "cores": 2}
+    assert [one["hardware"] for one in sessions.contributing(run.path)] == [run.provenance["hardware"]]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_card_names_all_machines_and_commits_that_trained(tiny_spec, result, device):
     run = RunStore().run(replace(tiny_spec, train=replace(tiny_spec.train, device=device)))
