@@ -77,8 +77,8 @@ class Lab:
     ) -> Runs:
         """Return the runs of the specs: read finished ones back, train the others to their end.
 
-        Teachers are trained before their unfinished students, trunks before their branches. A run that fails is among the
-        returned runs without a result (`Runs.missing`); the others go on.
+        Teachers are trained before their unfinished students, trunks before their branches. A run that fails is among
+        the returned runs without a result (`Runs.missing`); the others go on.
 
         Args:
             executor: "inline" trains in this process. "processes" trains each run in a process of its own. (A run on

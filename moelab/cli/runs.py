@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moelab.runs import records
-from moelab.runs.store import RunStore
+from moelab.runs.store import Run, RunStore
 
 app = typer.Typer(no_args_is_help=True, help="Export and import the numbers of finished runs.")
 
@@ -26,7 +26,8 @@ def export_(
     to = to or records.folder(publish=publish)
     store = RunStore()
     runs = store.select(names or (), file="result.json")
-    exported, left_out = [], []
+    exported: list[Run] = []
+    left_out: list[str] = []
     for name in runs:
         try:
             exported.append(store.at(name))
@@ -51,7 +52,8 @@ def import_(
         raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
     store = RunStore()
     taken = here = 0
-    begun, others = [], []
+    begun: list[str] = []
+    others: list[str] = []
     for archive in archives:
         try:
             taken_over = records.read(archive, store)
@@ -66,8 +68,8 @@ def import_(
     print(f"{taken} runs taken over, {here} were here already ({store.root})")
     if others:
         print(
-            f"{len(others)} of these have another result here, of another training; remove the folder of one to take it "
-            f"over: {', '.join(others)}"
+            f"{len(others)} of these have another result here, of another training; remove the folder of one to take "
+            f"it over: {', '.join(others)}"
         )
     if begun:
         print(

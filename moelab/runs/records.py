@@ -170,7 +170,7 @@ def not_published(names: Sequence[str], store: RunStore) -> list[str]:
 
     A record has what was measured with the weights before it was packed.
     """
-    there, late = published(), []
+    there, late = published(), list[str]()
     for name in names:
         run = Run.at(store.root / name)
         files = (*evaluations.files(run), run.path / "result.json")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from filelock import FileLock
 from moelab import paths
 from moelab.config import from_json
 from moelab.config.parallel import ParallelConfig
-from moelab.files import read_json, read_object, write_json
+from moelab.files import REFUSED, read_json, read_object, write_json
 from moelab.lazy import pd
 from moelab.runs.spec import RunSpec, closure
 from moelab.terminal import plain
@@ -293,7 +292,7 @@ class RunStore:
             try:
                 write_json(path / "spec.json", spec.to_json())
             except OSError as error:
-                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                if error.errno not in REFUSED:
                     raise
                 # a read-only store is read; who trains in it is told then
         return Run(spec, path)
