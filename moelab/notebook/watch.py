@@ -57,23 +57,26 @@ def execute_watched(
         show("figure", result / f"{figure['name']}.svg")
     if page:  # last: the result stands, also where the pages are another user's
         show("page", site.update(publish=publish).index)
-    if publish:
-        with contextlib.suppress(ValueError, OSError):  # a damaged record or run is told where it is packed
-            used = dict.fromkeys(run["id"] for run in summary["runs"])
-            if late := records.not_published(list(used), RunStore()):
-                console.print(
-                    f"{len(late)} of its {len(used)} runs are not in {paths.short(records.folder())} as they are now; "
-                    f"`moelab runs export --publish {' '.join(late)}` packs them",
-                    soft_wrap=True,
-                    markup=False,
-                    highlight=False,
-                )
+    if publish and (line := not_packed(summary)):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if summary["missing"]:
         console.print(
             f"[red]without a result:[/] {escape(', '.join(summary['missing']))}; the notebook says why", soft_wrap=True
         )
         return False
     return True
+
+
+def not_packed(summary: Mapping[str, Any]) -> str:
+    """Return in one line which runs of a published result have no record with all their numbers; empty without any."""
+    with contextlib.suppress(ValueError, OSError):  # a damaged record or run is told where it is packed
+        used = list(dict.fromkeys(run["id"] for run in summary["runs"]))
+        if late := records.not_published(used, RunStore()):
+            return (
+                f"{len(late)} of its {len(used)} runs are not in {paths.short(records.folder())} as they are now; "
+                f"`moelab runs export --publish {' '.join(late)}` packs them"
+            )
+    return ""
 
 
 @contextlib.contextmanager

@@ -174,10 +174,15 @@ def not_published(names: Sequence[str], store: RunStore) -> list[str]:
     for name in names:
         run = Run.at(store.root / name)
         files = (*evaluations.files(run), run.path / "result.json")
-        numbers = {str(file.relative_to(run.path)): file.read_bytes() for file in files}
-        if name not in there or _content(there[name], list(numbers)) != numbers:
+        content = {str(file.relative_to(run.path)): file.read_bytes() for file in files}
+        if name not in there or _values(_content(there[name], list(content))) != _values(content):
             late.append(name)
     return late
+
+
+def _values(content: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the numbers in files: a result, and what was measured without when and by which code."""
+    return {name: record.get("value", record) for name, record in ((n, json.loads(d)) for n, d in content.items())}
 
 
 def glance(archive: Archive) -> tuple[RunSpec, dict[str, Any]]:

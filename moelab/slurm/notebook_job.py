@@ -1,8 +1,8 @@
 """Execute a notebook of a submission: `python -m moelab.slurm.notebook_job SUBMISSION_FOLDER PART`, a step of its job.
 
-The outcome is `PART.json` in the submission's folder, which is written last. The executed notebook cannot tell the
-outcome: papermill marks cells as completed even when the kernel has died. The last notebook of a sweep to end also
-publishes the comparison of all points.
+The outcome is `PART.json` in the submission's folder, written once the result is in its place; the pages are built
+after it. The executed notebook cannot tell the outcome: papermill marks cells as completed even when the kernel has
+died. The last notebook of a sweep to end also publishes the comparison of all points.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from moelab.experiments import experiment
 from moelab.files import read_json
 from moelab.notebook import execute as notebooks
+from moelab.notebook.watch import not_packed
 from moelab.report import site, sweep
 from moelab.report.publication import SUMMARY
 from moelab.runs.store import RunStore
@@ -57,9 +58,12 @@ def _execute(submission: Submission, name: str) -> int:
         set_outcome(folder, name, replace(ended, error=reason))
         print(reason, file=sys.stderr)
         return 1
-    missing = read_json(result / SUMMARY)["missing"]
+    summary = read_json(result / SUMMARY)
+    missing = summary["missing"]
     set_outcome(folder, name, replace(ended, result=str(result), missing=tuple(missing)))
     print(f"result: {result}" + (f"; without {', '.join(missing)}" if missing else ""))
+    if submission.publish and (line := not_packed(summary)):
+        print(line)
     return 0
 
 

@@ -260,6 +260,9 @@ def test_who_publishes_hears_of_runs_whose_records_lack_numbers(tmp_path, monkey
     write_json(old.path / "measured" / "score-0.json", there)
     (line,) = said()
     assert f"--publish {old.spec.id}`" in line
+    records.write([old], records.folder())
+    write_json(old.path / "measured" / "score-0.json", there | {"code": "later"})
+    assert not said(), "the same value, measured again"
 
 
 def test_an_interrupt_while_commands_are_imported_leaves_no_traceback():
