@@ -28,7 +28,7 @@ from moelab.terminal import one_line
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""
 
-MEASURED = re.compile(rf"{evaluations.FOLDER}/[a-z0-9-]+\.json")
+MEASURED = re.compile(rf"{evaluations.FOLDER}/\w[\w.-]*\.json")
 """Further files that a record may hold, see `moelab.runs.evaluations`."""
 
 Archive = Path | zipfile.Path

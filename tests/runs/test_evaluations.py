@@ -18,6 +18,12 @@ def words(run, count, suffix="", show=None):
     return {"words": [f"{run.spec.label}{suffix}"] * count, "pair": (1, 2)}
 
 
+class Scores:
+    @staticmethod
+    def wordsOf(run, count):
+        return count
+
+
 @pytest.fixture
 def run(tmp_path, result):
     """A finished run with weights, its numbers made up."""
@@ -99,6 +105,12 @@ def test_a_record_holds_it(run, tmp_path, theirs):
     assert archive.read_bytes() == record(run, tmp_path / "again").read_bytes()
     taken = records.read(archive, theirs)
     assert not taken.has_weights and evaluations.measure(taken, words, 2) == found and CALLS == [2]
+
+
+def test_a_function_may_have_any_name(run, tmp_path, theirs):
+    evaluations.measure(run, Scores.wordsOf, 2)
+    taken = records.read(record(run, tmp_path), theirs)
+    assert evaluations.measure(taken, Scores.wordsOf, 2) == 2
 
 
 def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result, theirs):
