@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from moelab.runs import records
+from moelab.runs.preflight import existing
 from moelab.runs.store import Run, RunStore
 
 app = typer.Typer(no_args_is_help=True, help="Export and import the numbers of finished runs.")
@@ -62,6 +64,8 @@ def import_(
             elif taken_over is None and store.at(archive.stem).result != records.glance(archive)[1]:
                 others.append(archive.stem)
         except (ValueError, PermissionError) as error:  # damaged, or here in a folder of another user; others are good
+            if isinstance(error, PermissionError) and not os.access(existing(store.root), os.W_OK):
+                raise  # so are all of them
             print(f"moelab: {error}", file=sys.stderr)
             continue
         taken, here = taken + (taken_over is not None), here + (taken_over is None)

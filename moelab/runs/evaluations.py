@@ -34,7 +34,8 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
 
     Args:
         run: a finished run.
-        function: named function of a module; its value is JSON and depends on the weights and the arguments alone.
+        function: named function of a module of moelab, whose code tells when to measure again; its value is JSON and
+            depends on the weights and the arguments alone.
         arguments: numbers, texts, dataclasses, and lists or dicts of them.
         others: what the value does not depend on, such as a function that shows progress.
 

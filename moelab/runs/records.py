@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -153,7 +154,9 @@ def read(archive: Archive, store: RunStore) -> Run | None:
             return None
         for name, data in content.items():
             write_bytes(run.path / name, data, durable=name == "result.json")
-        (run.path / "holder.json").unlink(missing_ok=True)  # who began it here did not train what it has now
+        # Who began it here did not train what it has now.
+        (run.path / "holder.json").unlink(missing_ok=True)
+        shutil.rmtree(run.path / "prefix", ignore_errors=True)
     finally:
         lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)  # who waited for it finds the run finished, with or without the file

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import os
 import re
 import shutil
 import struct
@@ -129,9 +130,11 @@ def test_a_run_that_is_being_trained_stays(finished, tmp_path, theirs):
 def test_a_run_that_was_only_begun_here_is_not_taken_for_one_of_this_machine(finished, tmp_path, theirs):
     begun = theirs.run(finished.spec)
     write_json(begun.path / "holder.json", {"host": "here"})
+    (begun.path / "prefix" / "checkpoints").mkdir(parents=True)
     begun.set_status(Status("failed", reason="no space"))
     records.read(record(finished, tmp_path), theirs)
-    assert not (begun.path / "holder.json").exists() and begun.status == Status("finished")
+    assert not (begun.path / "holder.json").exists() and not (begun.path / "prefix").exists()
+    assert begun.status == Status("finished")
 
 
 def on_this_machine(specs):
@@ -387,6 +390,9 @@ def test_a_folder_of_another_user_keeps_no_other_run_from_being_taken(finished, 
         import_(tmp_path / "zips")
     shown = capsys.readouterr()
     assert "1 runs taken over" in shown.out and "Permission denied" in shown.err and finished.spec.id in shown.err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError):
+        import_(tmp_path / "zips")
 
 
 def test_a_run_that_has_begun_here_is_named_as_unfinished(finished, tmp_path, capsys, home):
