@@ -60,7 +60,7 @@ def check(
         if (run := Run(teacher, store.root / teacher.id)).finished:
             run.require_weights()
     check_texts(waiting, same_files=same_files, same_packages=same_packages and executor != "read")
-    _check_space(todo, store, publish)
+    _check_space(todo, again, store, publish)
 
 
 def unfinished(specs: Sequence[RunSpec], store: RunStore) -> list[RunSpec]:
@@ -133,8 +133,9 @@ def check_texts(specs: Sequence[RunSpec], *, same_files: bool = True, same_packa
             )
 
 
-def _check_space(specs: Sequence[RunSpec], store: RunStore, publish: bool) -> None:
+def _check_space(specs: Sequence[RunSpec], again: Sequence[RunSpec], store: RunStore, publish: bool) -> None:
     needed = ROOM + sum(max(0, _checkpoint_bytes(spec) - _present(store.root / spec.id)) for spec in specs)
+    needed += sum(map(_checkpoint_bytes, again))  # of trunks, in their branches' folders
     for name, folder, size in (("home", store.root, needed), *([("results", paths.results(), ROOM)] * publish)):
         if (free := shutil.disk_usage(existing(folder)).free) < size:
             raise ValueError(

@@ -114,7 +114,9 @@ class Run:
     def at(cls, path: Path) -> Self:
         """Return the run in a directory; ValueError, one line, where its spec is missing or cannot be read."""
         file = path / "spec.json"
-        return cls(RunSpec.from_json(read_json(file), where=str(file)), path)
+        if (record := read_json(file)) is None:
+            raise ValueError(f"{path}: no spec.json there; was the run removed, or copied in part?")
+        return cls(RunSpec.from_json(record, where=str(file)), path)
 
     @property
     def finished(self) -> bool:

@@ -145,7 +145,7 @@ def test_an_unfinished_run_of_another_user_is_refused(tiny_spec, monkeypatch, re
     preflight.check([tiny_spec])
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypatch):
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypatch, result):
     """Three of a run, one more of a trunk, which a branch starts from."""
     train = replace(tiny_spec.train, cooldown_tokens=6 * 128)
     trunk = replace(tiny_spec, train=train)
@@ -158,6 +158,13 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypat
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed: SimpleNamespace(free=free - 1))
         with pytest.raises(ValueError, match=rf"GiB free, .* needed for the checkpoints of {len(specs)} runs"):
             preflight.check(specs)
+    write_json(RunStore().run(trunk).path / "result.json", result())
+    needed = preflight.ROOM + 6 * 12 * tiny_spec.model.parameters()  # the trunk has no checkpoint of the branch point
+    monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed: SimpleNamespace(free=free - 1))
+    with pytest.raises(ValueError, match="needed for the checkpoints of 1 runs"):
+        preflight.check([branch])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed: SimpleNamespace(free=free))
+    preflight.check([branch])
     (written := RunStore().run(tiny_spec).path / "checkpoints" / "step-00000005").mkdir(parents=True)
     (written / "model.safetensors").write_bytes(bytes(100))
     preflight.check([tiny_spec])  # the checkpoints of a run that was stopped are there

@@ -208,6 +208,14 @@ def test_a_copy_of_a_run_and_a_damaged_one_keep_no_other_from_being_packed(finis
         export_([""], to=tmp_path / "zips")
 
 
+def test_a_run_that_was_copied_in_part_is_named(finished, tmp_path, capsys, home):
+    here = shutil.copytree(finished.path, home / "runs" / finished.path.name)
+    (here / "spec.json").unlink()
+    with pytest.raises(ValueError, match="1 of 1 runs cannot be read"):
+        export_(to=tmp_path / "zips")
+    assert f"{here}: no spec.json there; was the run removed, or copied in part?" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_is_not_passed_on(store, tmp_path):
     run = store.run(pr_moe.EXPERIMENT.specs("smoke", arms=["Dense"])[0])
     with pytest.raises(ValueError, match="not finished"):
