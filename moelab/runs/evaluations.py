@@ -20,7 +20,8 @@ from typing import Any
 from moelab.files import write_json
 from moelab.runs.measurements import EVALUATIONS, FORMAT, as_json, code, file_digest, prefix, read_record
 from moelab.runs.provenance import provenance
-from moelab.runs.store import Run
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run, RunStore
 from moelab.terminal import announced
 
 FOLDER = EVALUATIONS
@@ -77,6 +78,15 @@ def require(run: Run, function: Callable[..., Any], *arguments: Any) -> None:
     """Check that `measure` has a value or the weights; ValueError, one line, where both are missing."""
     if not _stored(run, function, arguments):
         run.require_weights()
+
+
+def require_of_finished(
+    specs: Sequence[RunSpec], store: RunStore, function: Callable[..., Any], *arguments: Any
+) -> None:
+    """Check by `require` those of the specs' runs that are finished, which is told before the others are trained."""
+    for spec in specs:
+        if (run := store.run(spec, write=False)).finished:
+            require(run, function, *arguments)
 
 
 def files(run: Run) -> list[Path]:
