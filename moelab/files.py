@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a system says to who writes into a read-only file system, or into another user's folder."""
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:

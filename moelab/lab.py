@@ -26,7 +26,7 @@ from moelab.runs.collection import Runs
 from moelab.runs.measurements import Measurement, MeasurementStore
 from moelab.runs.preflight import check_devices
 from moelab.runs.progress import NotebookProgress, in_notebook
-from moelab.runs.spec import RunSpec, closure
+from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class Lab:
     ) -> Runs:
         """Return the runs of the specs: read finished ones back, train the others to their end.
 
-        Teachers are trained before their students, trunks before their branches. A run that fails is among the
-        returned runs without a result (`Runs.missing`); the others go on.
+        Teachers are trained before their unfinished students, trunks before their branches. A run that fails is among
+        the returned runs without a result (`Runs.missing`); the others go on.
 
         Args:
             executor: "inline" trains in this process. "processes" trains each run in a process of its own. (A run on
@@ -101,7 +101,7 @@ class Lab:
             executor = environment.EXECUTOR.get() or executor  # type: ignore[assignment]  # checked below
         if executor not in (allowed := get_args(Executor)):
             raise ValueError(f"lab.run: executor must be one of {', '.join(allowed)}, got {executor!r}")
-        runs = [self.store.run(spec, write=executor != "read") for spec in closure(specs).values()]
+        runs = [self.store.run(spec, write=executor != "read") for spec in self.store.needed(specs).values()]
         if asked != "read":
             Runs(runs).require_same_texts(None if executor in ("read", "slurm") else _fingerprint)
         self._announce(runs)

@@ -6,6 +6,7 @@ pages that show them beside the published ones. Nothing is written into the publ
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,17 +19,22 @@ def checkout() -> Path | None:
     return root if (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir() else None
 
 
+def _named(value: str) -> Path:
+    """Return the folder that a variable names; not every shell and file of settings replaces a ~ in it."""
+    return Path(os.path.expanduser(value)).resolve()
+
+
 def home() -> Path:
     """Return the workspace: `MOELAB_HOME`, else `.moelab` in the checkout or the current folder."""
     if value := environment.HOME.get():
-        return Path(value).resolve()
+        return _named(value)
     return (checkout() or Path.cwd()) / ".moelab"
 
 
 def results() -> Path:
     """Return the folder of published results: `MOELAB_RESULTS`, else `results` in the checkout or current folder."""
     if value := environment.RESULTS.get():
-        return Path(value).resolve()
+        return _named(value)
     return (checkout() or Path.cwd()) / "results"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moelab import environment
+from moelab import environment, paths
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +34,14 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch):
     monkeypatch.setenv("MOELAB_PROFILE", "")
     assert environment.PROFILE.get() is None
     assert environment.PROFILE.get({"MOELAB_PROFILE": "a100"}) == "a100"
+
+
+def test_a_folder_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    """`docker run -e MOELAB_HOME=~/runs` passes it on as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MOELAB_HOME", "~/runs")
+    monkeypatch.setenv("MOELAB_RESULTS", "~/results")
+    assert (paths.home(), paths.results()) == (tmp_path / "runs", tmp_path / "results")
 
 
 def test_overridden_variables_are_put_back(monkeypatch):

@@ -5,7 +5,6 @@ Heavy modules are imported inside the commands, so that `moelab --help` is quick
 
 from __future__ import annotations
 
-import errno
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import moelab
 from moelab import environment, paths
 from moelab.cli import bench, cluster, experiments, gpu, kernels, models, runs, simulate, slurm, view
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
+from moelab.files import REFUSED
 from moelab.terminal import one_line, plain
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ def main() -> None:
     except OSError as error:
         places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         reason = error.strerror or one_line(error)
-        refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _variable_of(str(error.filename))
+        refused = error.errno in REFUSED and _variable_of(str(error.filename))
         help = f"; {refused} names another folder" if refused else ""
         _complain(f"{reason}{': ' if places else ''}{places}{help}")
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from rich.markup import escape
 from moelab import paths
 from moelab.files import read_object
 from moelab.runs.preflight import existing
-from moelab.runs.provenance import describe, hardware
+from moelab.runs.provenance import commit, describe, hardware
 from moelab.terminal import one_line
 
 _EXTRAS = {"hf": "datasets", "tensorboard": "tensorboard", "eval": "lm_eval", "peers": "deepspeed"}
@@ -84,7 +85,12 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
         yield False, "Jupyter kernel python3: python -m ipykernel install --sys-prefix"
     for name, folder in (("workspace", paths.home()), ("published results", paths.results())):
         free = shutil.disk_usage(existing(folder)).free / 2**30
-        yield free > 1, f"{name} {folder}, {free:.0f} GiB free"
+        writable = os.access(existing(folder), os.W_OK | os.X_OK)
+        refused = False if name == "workspace" else None  # results are written with --publish alone
+        text = f"{name} {folder}, {free:.0f} GiB free"
+        yield (free > 1, text) if writable else (refused, f"{text}, not writable")
+    if paths.checkout() and not commit()["commit"]:
+        yield None, f"git names no commit of {paths.checkout()}, which results then lack; `git status` there says why"
     slurm = shutil.which("sbatch") is not None
     yield (
         True if slurm else None,

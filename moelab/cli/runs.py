@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,8 @@ from typing import Annotated
 import typer
 
 from moelab.runs import records
-from moelab.runs.store import RunStore
+from moelab.runs.preflight import existing
+from moelab.runs.store import Run, RunStore
 
 app = typer.Typer(no_args_is_help=True, help="Export and import the numbers of finished runs.")
 
@@ -26,16 +28,19 @@ def export_(
     to = to or records.folder(publish=publish)
     store = RunStore()
     runs = store.select(names or (), file="result.json")
-    exported = []
+    exported: list[Run] = []
+    left_out: list[str] = []
     for name in runs:
         try:
             exported.append(store.at(name))
         except ValueError as error:  # made by another version; the others are good
-            print(f"moelab: {error}", file=sys.stderr)
-    records.write(exported, to)
-    print(f"{len(exported)} runs packed into {to}")
-    if refused := len(runs) - len(exported):
-        raise ValueError(f"{refused} of {len(runs)} runs cannot be read and were not packed")
+            left_out.append(str(error))
+    records.write(exported, to, left_out)
+    for line in left_out:
+        print(f"moelab: {line}", file=sys.stderr)
+    print(f"{len(runs) - len(left_out)} runs packed into {to}")
+    if left_out:
+        raise ValueError(f"{len(left_out)} of {len(runs)} runs cannot be read and were not packed")
 
 
 @app.command(name="import")
@@ -49,17 +54,27 @@ def import_(
         raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
     store = RunStore()
     taken = here = 0
-    begun = []
+    begun: list[str] = []
+    others: list[str] = []
     for archive in archives:
         try:
             taken_over = records.read(archive, store)
-        except ValueError as error:  # the others are good
+            if not (store.root / archive.stem / "result.json").exists():
+                begun.append(archive.stem)
+            elif taken_over is None and store.at(archive.stem).result != records.glance(archive)[1]:
+                others.append(archive.stem)
+        except (ValueError, PermissionError) as error:  # damaged, or here in a folder of another user; others are good
+            if isinstance(error, PermissionError) and not os.access(existing(store.root), os.W_OK):
+                raise  # so are all of them
             print(f"moelab: {error}", file=sys.stderr)
             continue
         taken, here = taken + (taken_over is not None), here + (taken_over is None)
-        if not (store.root / archive.stem / "result.json").exists():
-            begun.append(archive.stem)
     print(f"{taken} runs taken over, {here} were here already ({store.root})")
+    if others:
+        print(
+            f"{len(others)} of these have another result here, of another training; remove the folder of one to take "
+            f"it over: {', '.join(others)}"
+        )
     if begun:
         print(
             f"{len(begun)} of these are not finished and go on from their own checkpoints; remove the folder of one to "

@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from moelab.evaluation.models import Evaluated
+from moelab.files import REFUSED
 
 
 class Answers(dict[str, Any]):
@@ -42,9 +43,14 @@ class Answers(dict[str, Any]):
     def __setitem__(self, key: str, answer: Any) -> None:
         super().__setitem__(key, answer)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(f"\n{json.dumps([key, answer])}".encode())
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("ab") as file:
+                    file.write(f"\n{json.dumps([key, answer])}".encode())
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise
+                self.path = None  # a model of another user: its scores are made, and told, all the same
 
 
 class RunLM(HFLM):

@@ -20,6 +20,7 @@ import io
 import logging
 import math
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ import yaml
 
 from moelab.config import from_json
 from moelab.evaluation.items import READERS, items
-from moelab.files import read_json, write_json
+from moelab.files import REFUSED, read_json, write_json
 from moelab.terminal import one_line
 
 if TYPE_CHECKING:
@@ -131,16 +132,24 @@ def evaluate(
     evaluated = open_evaluated(directory, cache=cache, dtype=dtype, device=device)
     folder = directory / "evaluation" / evaluated.weights
     lm = RunLM(evaluated, batch=batch, answers=Answers(folder / "requests.jsonl"))
-    scores = []
+    scores: list[Score] = []
+    refused = ""
     for task in tasks:
         file = folder / f"{task}{f'-first-{limit}' if limit else ''}.json"
         score = _read(file, task)
         if score is None:
             lm.on_progress = functools.partial(on_progress, task)
             score = run_task(lm, task, cache=cache, limit=limit)
-            write_json(file, asdict(score))
+            try:
+                write_json(file, asdict(score))
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise
+                refused = f"scores are not kept: {error.strerror}: {folder}"
         on_progress(task, score.requests, score.requests)
         scores.append(score)
+    if refused:  # the model is another user's
+        print(refused, file=sys.stderr)
     return scores
 
 

@@ -18,7 +18,8 @@ from moelab.evaluation.routing import expert_use, explained_entropy
 from moelab.lazy import np, pd
 from moelab.runs import evaluations
 from moelab.runs.collection import Runs
-from moelab.runs.store import Run
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run, RunStore
 
 ARMS = {"MoE-128": "350M+MoE-128"}
 
@@ -42,6 +43,11 @@ def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[st
         evaluations.require(run, route, max_tokens)
     measured = [rows for _, rows in evaluations.measure_all(runs.finished, route, max_tokens)]
     return {name: [row for one in measured for row in one[name]] for name in ("layers", "shares")}
+
+
+def require(specs: Sequence[RunSpec], store: RunStore, max_tokens: int | None) -> None:
+    """Check that finished runs have weights or were routed; ValueError, one line. Called before others are trained."""
+    evaluations.require_of_finished(specs, store, route, max_tokens)
 
 
 def check(parameters: Mapping[str, Any]) -> None:

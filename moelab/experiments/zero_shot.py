@@ -38,7 +38,7 @@ from moelab.terminal import task_progress
 if TYPE_CHECKING:
     from moelab.evaluation.zero_shot import OnProgress, Score
     from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+    from moelab.runs.store import Run, RunStore
 
 ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
 LARGER = {name: name for name in ("1.3B", "1.3B+MoE-128", "6.7B")}
@@ -83,6 +83,18 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings
     return specs
 
 
+def require(specs: Sequence[RunSpec], store: RunStore, limit: int) -> None:
+    """Check that finished runs have weights or scores; ValueError, one line. Called before the others are trained."""
+    evaluations.require_of_finished(specs, store, score, limit, _versions())
+
+
+def _versions() -> dict[str, str]:
+    """Return the packaged tasks and the versions of their definitions."""
+    from moelab.evaluation.zero_shot import PACKAGED, definition
+
+    return {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
+
+
 def measure(runs: Runs, limit: int) -> list[dict]:
     """Score every finished run on the packaged tasks, a row per run and task; scores that are stored are read back.
 
@@ -92,10 +104,10 @@ def measure(runs: Runs, limit: int) -> list[dict]:
     Returns:
         Rows of arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
     """
-    from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, definition
+    from moelab.evaluation.zero_shot import PAPER_TASKS
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
-    versions = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
+    versions = _versions()
     for run in runs.finished:  # before the first takes its time
         evaluations.require(run, score, limit, versions)
     rows = []

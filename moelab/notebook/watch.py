@@ -18,8 +18,9 @@ from moelab.files import read_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.publication import SUMMARY
+from moelab.runs import records
 from moelab.runs.progress import Estimate, Snapshot, table
-from moelab.runs.store import Run
+from moelab.runs.store import Run, RunStore
 
 
 def execute_watched(
@@ -45,21 +46,37 @@ def execute_watched(
     if failure:
         console.print(failure, soft_wrap=True)
         return False
-    index = site.update(publish=publish).index if page else None
     summary = read_json(result / SUMMARY)
     console.print(f"[bold green]{escape(summary['title'])}[/]")
-    for name, path in (
-        ("notebook", result / "notebook.ipynb"),
-        *(("figure", result / f"{f['name']}.svg") for f in summary["figures"]),
-        *([("page", index)] if index else []),
-    ):
+
+    def show(name: str, path: Path) -> None:
         console.print(f"{name:>9}  {paths.short(path)}", soft_wrap=True, markup=False, highlight=False)
+
+    show("notebook", result / "notebook.ipynb")
+    for figure in summary["figures"]:
+        show("figure", result / f"{figure['name']}.svg")
+    if page:  # last: the result stands, also where the pages are another user's
+        show("page", site.update(publish=publish).index)
+    if publish and (line := not_packed(summary)):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if summary["missing"]:
         console.print(
             f"[red]without a result:[/] {escape(', '.join(summary['missing']))}; the notebook says why", soft_wrap=True
         )
         return False
     return True
+
+
+def not_packed(summary: Mapping[str, Any]) -> str:
+    """Return in one line which runs of a published result have no record with all their numbers; empty without any."""
+    with contextlib.suppress(ValueError, OSError):  # a damaged record or run is told where it is packed
+        used = list(dict.fromkeys(run["id"] for run in summary["runs"]))
+        if late := records.not_published(used, RunStore()):
+            return (
+                f"{len(late)} of its {len(used)} runs are not in {paths.short(records.folder())} as they are now; "
+                f"`moelab runs export --publish {' '.join(late)}` packs them"
+            )
+    return ""
 
 
 @contextlib.contextmanager

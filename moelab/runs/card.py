@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from moelab.runs.provenance import describe
 from moelab.runs.store import Run
 
 CARD = """\
@@ -33,8 +35,8 @@ moelab generate {name} --prompt "The" --max-new-tokens 60
 | peak learning rate | {lr:g}, {decline} to {min_lr:g}; AdamW, weight decay {decay:g} |
 | arithmetic | {train_dtype}, seed {seed} |
 | validation loss | {loss:.4f} nats a token, {bits:.4f} bits a byte, on {validation} tokens |
-| trained on | {cpu}, {hours:.1f} hours |
-| run | `{id}`, commit `{commit}` |
+| trained on | {machines}, {hours:.1f} hours |
+| run | `{id}`, commit {commits} |
 
 Validation loss by domain, nats a token:
 
@@ -57,7 +59,7 @@ def model_card(directory: Path, name: str, dtype: str) -> str:
     """
     run = Run.at(directory)
     model, train, data, result = run.spec.model, run.spec.train, run.spec.data, run.result
-    provenance = run.provenance
+    sessions = run.provenance.get("sessions") or [run.provenance]
     route = f"moelab run imported-model -p model={name}   # its routing, by layer and domain\n" if model.is_moe else ""
     return CARD.format(
         model=model.name or name,
@@ -86,12 +88,17 @@ def model_card(directory: Path, name: str, dtype: str) -> str:
         loss=result["validation_loss"],
         bits=result["bits_per_byte"],
         validation=f"{count:,}" if (count := result.get("validation_tokens")) else "an unknown number of",
-        cpu=provenance.get("hardware", {}).get("cpu", "unknown hardware"),
+        machines="; ".join(dict.fromkeys(_machine(one.get("hardware") or {}, train.device) for one in sessions)),
         hours=run.own_seconds / 3600,
         id=run.spec.id,
-        commit=str(provenance.get("commit") or "unknown")[:8],
+        commits=", ".join(dict.fromkeys(f"`{str(one.get('commit') or 'unknown')[:8]}`" for one in sessions)),
         domains="\n".join(
             f"| {domain} | {numbers['loss']:.3f} |"
             for domain, numbers in result.get("validation_by_domain", {}).items()
         ),
     )
+
+
+def _machine(hardware: dict[str, Any], device: str) -> str:
+    """Return what trained a run: the GPUs, or the processor."""
+    return describe(hardware) if device == "cuda" and hardware else hardware.get("cpu", "unknown hardware")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from moelab import paper, terminal
 from moelab.runs import records
 from moelab.runs.progress import Snapshot
-from moelab.runs.spec import RunSpec, closure
+from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 
 STATE_BYTES = 16
@@ -26,11 +26,14 @@ class PlannedRun:
         spec: what it is.
         state: "finished", "stopped" and so on, as the store knows it; "new".
         done: share of its steps that is done.
+        again: FLOPs of its trunk up to the branch point, where that is trained again: the finished trunk has no
+            checkpoint of that point (any more). From an earlier one it takes less.
     """
 
     spec: RunSpec
     state: str
     done: float
+    again: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -40,15 +43,21 @@ class PlannedRun:
     @property
     def gpu_hours(self) -> float | None:
         """At the operations per second and GPU that the paper's Table 3 implies (A100); None off a GPU."""
-        return self.spec.cost / paper_rate() / 3600 if self.spec.train.device == "cuda" else None
+        return (self.spec.cost + self.again) / paper_rate() / 3600 if self.spec.train.device == "cuda" else None
 
 
 def planned_runs(specs: Sequence[RunSpec]) -> list[PlannedRun]:
     """One row a run, teachers and trunks before the runs that need them. Writes nothing."""
     store = RunStore()
-    runs = [Run(spec, store.root / spec.id) for spec in closure(specs).values()]
+    runs = [Run(spec, store.root / spec.id) for spec in store.needed(specs).values()]
     return [
-        PlannedRun(run.spec, run.status.state if run.path.exists() else "new", Snapshot.of([run]).done) for run in runs
+        PlannedRun(
+            run.spec,
+            run.status.state if run.path.exists() else "new",
+            Snapshot.of([run]).done,
+            run.spec.total_cost - run.spec.cost if run.trains_trunk_again else 0.0,
+        )
+        for run in runs
     ]
 
 
@@ -120,7 +129,7 @@ def show(runs: Sequence[PlannedRun]) -> None:
 
 
 def on_this_machine(runs: Sequence[PlannedRun]) -> list[str]:
-    """Return in a line each how long unfinished runs on a CPU take, and which of them are published.
+    """Return in a line each how long unfinished runs on a CPU take, how many train a trunk again, which are published.
 
     The time of a run is that of the FLOPs it has left, at the rate of finished runs here of nearly its cost, or of
     published ones where there are none.
@@ -132,9 +141,11 @@ def on_this_machine(runs: Sequence[PlannedRun]) -> list[str]:
     timed, whose = _timed(known) if left else ([], "")
     if timed:
         rates = {cost: _rate(cost, timed) for cost in {run.spec.cost for run in left}}
-        hours = sum(run.spec.cost * (1 - run.done) / rates[run.spec.cost] for run in left) / 3600
+        hours = sum((run.spec.cost * (1 - run.done) + run.again) / rates[run.spec.cost] for run in left) / 3600
         took = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.0f} minutes" if hours > 1 / 60 else "a minute"
         lines.append(f"about {took} on one core, at the speed of {whose}")
+    if again := sum(run.again > 0 for run in runs):
+        lines.append(f"{again} of these train their trunk again first: it has no checkpoint of the branch point here")
     if there:
         arms = ", ".join(dict.fromkeys(spec.title for spec in there if spec.start is None))
         lines.append(f"{len(there)} of these are published ({arms}): `moelab runs import` takes their numbers over")

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from moelab.files import write_json
-from moelab.runs.measurements import FORMAT, as_json, code, file_digest, prefix, read_record
+from moelab.runs.measurements import EVALUATIONS, FORMAT, as_json, code, file_digest, prefix, read_record
 from moelab.runs.provenance import provenance
-from moelab.runs.store import Run
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run, RunStore
 from moelab.terminal import announced
 
-FOLDER = "measured"
+FOLDER = EVALUATIONS
 
 
 def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: Any) -> Any:
@@ -33,7 +35,8 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
 
     Args:
         run: a finished run.
-        function: named function of a module; its value is JSON and depends on the weights and the arguments alone.
+        function: named function of a module of moelab, whose code tells when to measure again; its value is JSON and
+            depends on the weights and the arguments alone.
         arguments: numbers, texts, dataclasses, and lists or dicts of them.
         others: what the value does not depend on, such as a function that shows progress.
 
@@ -55,7 +58,10 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
         "provenance": provenance(),
         "value": value,
     }
-    write_json(_file(run, function, arguments), record)
+    try:
+        write_json(_file(run, function, arguments), record)
+    except OSError as error:  # a run of another user, say: the value is good, though nobody else will have it
+        print(f"{function.__name__}: not kept: {error.strerror}: {run.path / FOLDER}", file=sys.stderr)
     return value
 
 
@@ -63,9 +69,9 @@ def measure_all(runs: Sequence[Run], function: Callable[..., Any], *arguments: A
     """Return the runs that have a value or the weights, each with what `measure` returns; announce new measurements."""
     there = [run for run in runs if run.has_weights or _stored(run, function, arguments)]
     new = [run for run in there if not _current(run, function, arguments)]
-    for run in announced(new, lambda run: f"{run.spec.title}, seed {run.spec.train.seed}"):
-        measure(run, function, *arguments)
-    return [(run, measure(run, function, *arguments)) for run in there]
+    named = announced(new, lambda run: f"{run.spec.title}, seed {run.spec.train.seed}")
+    values = {run.path: measure(run, function, *arguments) for run in named}
+    return [(run, values[run.path] if run.path in values else measure(run, function, *arguments)) for run in there]
 
 
 def require(run: Run, function: Callable[..., Any], *arguments: Any) -> None:
@@ -74,11 +80,32 @@ def require(run: Run, function: Callable[..., Any], *arguments: Any) -> None:
         run.require_weights()
 
 
+def require_of_finished(
+    specs: Sequence[RunSpec], store: RunStore, function: Callable[..., Any], *arguments: Any
+) -> None:
+    """Check by `require` those of the specs' runs that are finished, which is told before the others are trained."""
+    for spec in specs:
+        if (run := store.run(spec, write=False)).finished:
+            require(run, function, *arguments)
+
+
 def files(run: Run) -> list[Path]:
     """Return the files that hold what was measured with the run's present weights, sorted."""
     digest = file_digest(run.path / "result.json")
     records = [(file, _read(file)) for file in sorted((run.path / FOLDER).glob("*.json"))]
     return [file for file, record in records if record and record["result"] == digest]
+
+
+def is_new(run: Run, file: Path, record: dict[str, Any]) -> bool:
+    """Return whether a record is news for a file of the run: there is none, or an older one and no weights.
+
+    With weights, what they give with today's code counts, see `measure`.
+    """
+    if not file.exists():
+        return True
+    digest, there = file_digest(run.path / "result.json"), _read(file)
+    older = not there or there["result"] != digest or str(there.get("measured")) < str(record.get("measured"))
+    return older and record.get("result") == digest and not run.has_weights
 
 
 def _stored(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any] | None:

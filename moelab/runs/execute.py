@@ -169,6 +169,8 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
         on_progress(p)
 
     started, record = time.time(), provenance()  # of the code that trains; files may change until the end
+    if spec.train.device == "cpu":
+        record["hardware"].pop("gpus", None)  # those of the machine have no part in it
     run.set_status(Status("running", **state))
     try:
         sessions.begin(run.path, record)

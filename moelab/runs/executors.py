@@ -40,16 +40,25 @@ def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
             else:
                 execute(run, on_progress=lambda _: tick())
         except Exception as error:
-            try:
-                status = Status.read(run.path) or Status("new")
-                if not _said(run, status, before):  # it was raised before the training or after it
-                    run.set_status(replace(status, state="failed", reason=one_line(error)))
-                if run.spec.parallel.ranks == 1:  # ranks have logs of their own
-                    with open(run.path / "log.txt", "a", encoding="utf-8") as log:
-                        traceback.print_exception(error, file=log)
-            except OSError:  # such as a store that is read-only
-                print(f"run {run.spec.id}: {one_line(error)}", file=sys.stderr)
+            _failed(run, error, before)
         tick()
+
+
+def _failed(run: Run, error: Exception, before: int) -> None:
+    """Write into the files of a run how it failed, or on standard error where they cannot be written.
+
+    Args:
+        before: time of the run's status when it was begun.
+    """
+    try:
+        status = Status.read(run.path) or Status("new")
+        if not _said(run, status, before):  # it was raised before the training or after it
+            run.set_status(replace(status, state="failed", reason=one_line(error)))
+        if run.spec.parallel.ranks == 1:  # ranks have logs of their own
+            with open(run.path / "log.txt", "a", encoding="utf-8") as log:
+                traceback.print_exception(error, file=log)
+    except OSError:  # such as a store that is read-only
+        print(f"run {run.spec.id}: {one_line(error)}", file=sys.stderr)
 
 
 def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll_s: float = 0.5) -> None:
@@ -78,7 +87,11 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
                 if not going or ranks <= workers - taken:
                     waiting.remove(run)
                     session = _Session.of(run)
-                    going[start(run)] = session
+                    try:
+                        going[start(run)] = session
+                    except OSError as error:  # a folder of another user, say; the others go on
+                        _failed(run, error, session.status)
+                        continue
                     taken += ranks
             tick()
             time.sleep(poll_s)

@@ -34,6 +34,8 @@ from moelab.runs.store import Run
 FORMAT = 1
 _NEEDED = ("function", "arguments", "measured", "seconds", "code", "machine", "provenance", "value")
 """What a record of the store has besides its format."""
+EVALUATIONS = "measured"
+"""Folder of a run, see `moelab.runs.evaluations`."""
 _KINDS = (".py", ".cpp", ".h", ".json", ".yaml", ".csv")
 
 
@@ -86,8 +88,8 @@ class MeasurementStore:
     ) -> Measurement:
         """Return what `function(*arguments)` returns, from the store if it is there.
 
-        A value is not kept, and one line on standard error says so, where files of moelab have changed since this
-        process began: it may be of code that no file has, or of several versions.
+        A value is not kept, and one line on standard error says so, where it cannot be written, or where files of
+        moelab have changed since this process began: it may be of code that no file has, or of several versions.
 
         Args:
             function: of a module of moelab; returns what JSON can hold (tuples come back as lists).
@@ -120,14 +122,15 @@ class MeasurementStore:
                 "provenance": provenance(),
                 "value": value,
             }
+            why = ", because files of moelab have changed since this process began; restart the kernel"
             if source() == record["code"]:
-                write_json(file, record)
-            else:
-                print(
-                    f"{function.__name__}: not kept, because files of moelab have changed since this process began; "
-                    "restart the kernel",
-                    file=sys.stderr,
-                )
+                try:
+                    write_json(file, record)
+                    why = ""
+                except OSError as error:  # the disk is full, say; the value is good
+                    why = f": {error.strerror}: {self.root}"
+            if why:
+                print(f"{function.__name__}: not kept{why}", file=sys.stderr)
         return _of(key, record, read_back=False)
 
     def _read(self, key: str) -> Measurement | None:
@@ -173,7 +176,10 @@ def as_json(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Run):  # trained again it has other weights; values name it by its arm
-        return {"run": value.spec.id, "arm": value.spec.title, "result": file_digest(value.path / "result.json")}
+        about = {"run": value.spec.id, "arm": value.spec.title, "result": file_digest(value.path / "result.json")}
+        # What was measured with weights that are gone is all there is of them, and a later record may bring more.
+        kept = [] if value.has_checkpoint() else sorted((value.path / EVALUATIONS).glob("*.json"))
+        return about | ({"measured": [[file.name, file_digest(file)] for file in kept]} if kept else {})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {"type": type(value).__qualname__} | {
             f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)

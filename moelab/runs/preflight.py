@@ -6,12 +6,12 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from moelab import environment, machine, paths
-from moelab.runs.spec import RunSpec, closure
+from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 
 MOMENTS_AND_WEIGHT = 12
@@ -49,20 +49,23 @@ def check(
     executor = executor or environment.EXECUTOR.get() or "processes"
     waiting = unfinished(specs, store)
     todo = waiting if executor != "read" else []
-    _check_writable("home", environment.HOME.name, paths.home())
+    # Of runs, too: one may be another user's.
+    for folder in dict.fromkeys((paths.home(), *(existing(store.root / spec.id) for spec in todo))):
+        _check_writable("home", environment.HOME.name, folder)
     if publish:
         _check_writable("results", environment.RESULTS.name, paths.results())
     check_devices(todo if executor in ("processes", "inline") else [], device)
-    for teacher in {s.teacher.id: s.teacher for s in todo if s.teacher}.values():
+    again = [s.start.run for s in todo if s.start and Run(s, store.root / s.id).trains_trunk_again]
+    for teacher in {s.teacher.id: s.teacher for s in (*todo, *again) if s.teacher}.values():
         if (run := Run(teacher, store.root / teacher.id)).finished:
             run.require_weights()
     check_texts(waiting, same_files=same_files, same_packages=same_packages and executor != "read")
-    _check_space(todo, store, publish)
+    _check_space(todo, again, store, publish)
 
 
-def unfinished(specs: Iterable[RunSpec], store: RunStore) -> list[RunSpec]:
-    """Return the specs of the runs without a result, and of those that they require."""
-    return [spec for spec in closure(list(specs)).values() if not Run(spec, store.root / spec.id).finished]
+def unfinished(specs: Sequence[RunSpec], store: RunStore) -> list[RunSpec]:
+    """Return the specs of the runs without a result, and of those that these require."""
+    return [spec for spec in store.needed(specs).values() if not Run(spec, store.root / spec.id).finished]
 
 
 def _check_writable(name: str, variable: str, folder: Path) -> None:
@@ -130,8 +133,9 @@ def check_texts(specs: Sequence[RunSpec], *, same_files: bool = True, same_packa
             )
 
 
-def _check_space(specs: Sequence[RunSpec], store: RunStore, publish: bool) -> None:
+def _check_space(specs: Sequence[RunSpec], again: Sequence[RunSpec], store: RunStore, publish: bool) -> None:
     needed = ROOM + sum(max(0, _checkpoint_bytes(spec) - _present(store.root / spec.id)) for spec in specs)
+    needed += sum(map(_checkpoint_bytes, again))  # of trunks, in their branches' folders
     for name, folder, size in (("home", store.root, needed), *([("results", paths.results(), ROOM)] * publish)):
         if (free := shutil.disk_usage(existing(folder)).free) < size:
             raise ValueError(

@@ -12,9 +12,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from moelab.terminal import one_line
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""
 
-MEASURED = re.compile(rf"{evaluations.FOLDER}/[a-z0-9-]+\.json")
+MEASURED = re.compile(rf"{evaluations.FOLDER}/\w[\w.-]*\.json")
 """Further files that a record may hold, see `moelab.runs.evaluations`."""
 
 Archive = Path | zipfile.Path
@@ -49,16 +50,24 @@ def folder(*, publish: bool = True) -> Path:
     return paths.results_for(publish) / "runs"
 
 
-def write(runs: Sequence[Run], directory: Path) -> list[Path]:
+def write(runs: Sequence[Run], directory: Path, left_out: list[str] | None = None) -> list[Path]:
     """Pack the records of finished runs, a zip for each model in a directory; the other records in it stay.
 
+    Args:
+        left_out: gets a line for each run whose record nobody could take over, and why; without it that is raised.
+
     Raises:
-        ValueError: one line: a run is not finished, or a zip that is there is damaged.
+        ValueError: one line: a run is not finished or a file of it is damaged, or a zip that is there is damaged.
     """
     packs: dict[str, dict[str, bytes]] = {}
     for run in runs:
         model = run.spec.id.rpartition("-")[0].rpartition("-")[0]  # without seed and hash
-        packs.setdefault(model, {})[f"{run.spec.id}.zip"] = _packed(run)
+        try:
+            packs.setdefault(model, {})[f"{run.spec.id}.zip"] = _packed(run)
+        except ValueError as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
     written = []
     for model, records in packs.items():
         path, whole = directory / f"{model}.zip", io.BytesIO()
@@ -91,20 +100,28 @@ def archives_in(source: Path) -> list[Archive]:
 
 
 def _packed(run: Run) -> bytes:
-    """Return a finished run's record."""
+    """Return a finished run's record; ValueError, one line, where `read` would refuse it."""
     if not run.finished:
         raise ValueError(f"run {run.spec.id}: not finished ({run.status.state}); only finished runs are passed on")
+    content: dict[str, bytes] = {}
+    for name in (*(str(file.relative_to(run.path)) for file in evaluations.files(run)), *FILES):
+        if name == "status.json" and Status.read(run.path) is None:
+            continue  # missing, or torn by a crash, which nobody could take over
+        if (file := run.path / name).exists():
+            own = name == "provenance.json"  # as the run tells it: without names of hosts
+            content[name] = (json.dumps(run.provenance, indent=2) + "\n").encode() if own else file.read_bytes()
+    _checked(content, run.path.name, str(run.path))
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        measured = [str(file.relative_to(run.path)) for file in evaluations.files(run)]
-        for name in (*measured, *FILES):
-            if name == "status.json" and Status.read(run.path) is None:
-                continue  # missing, or torn by a crash, which nobody could take over
-            if (file := run.path / name).exists():
-                entry = zipfile.ZipInfo(name, _EPOCH)
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                own = name == "provenance.json"  # as the run tells it: without names of hosts
-                archive.writestr(entry, json.dumps(run.provenance, indent=2) + "\n" if own else file.read_bytes())
+        for name, data in content.items():
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, data)
+    if max(len(content) - MAX_FILES, sum(map(len, content.values())) - MAX_BYTES, packed.tell() - PACKED) > 0:
+        raise ValueError(
+            f"{run.path}: its record would have more than {MAX_FILES} files, or than {MAX_BYTES >> 20} MiB in all "
+            f"({PACKED >> 20} MiB packed), which no import takes; train.log_every makes fewer rows"
+        )
     return packed.getvalue()
 
 
@@ -112,31 +129,20 @@ def read(archive: Archive, store: RunStore) -> Run | None:
     """Take a record over into a store; None when the store has begun that run itself.
 
     The run has begun there when it is finished, has a checkpoint, or is being trained. What it has is never replaced.
-    If it has the record's result, it takes over what it lacks of what was measured with the weights.
+    If it has the record's result, it takes over what it lacks of what was measured with the weights, and without
+    weights of its own also what was measured later.
 
     Raises:
         ValueError: one line: not a record, damaged, or of a run that this version of moelab would call differently.
     """
     content = _content(archive)
-    for name, data in content.items():
-        try:
-            if name.endswith(".json") and not isinstance(json.loads(data), dict):
-                raise ValueError("no object")
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{archive}: unreadable ({name}: {str(error) or type(error).__name__})") from None
-    from moelab.training.metrics import TRAIN, VALIDATION, parse_rows  # imports numpy, which the help does without
-
-    check_result(json.loads(content["result.json"]), f"{archive}: result.json")
-    for name in (TRAIN, VALIDATION):
-        parse_rows(content.get(name, b""), f"{archive}: {name}")
-    spec = RunSpec.from_json(json.loads(content["spec.json"]), where=f"{archive}: spec.json")
-    if spec.id != archive.stem:
-        raise ValueError(f"{archive}: the run it describes is called {spec.id} here: renamed, or of another version")
+    spec = _checked(content, archive.stem, str(archive))
     run = Run(spec, store.root / spec.id)
     if _begun(run):  # asked first without the lock, which a read-only store cannot give
         if run.finished and (run.path / "result.json").read_bytes() == content["result.json"]:
-            for name in (name for name in content if name not in FILES and not (run.path / name).exists()):
-                write_bytes(run.path / name, content[name])
+            for name in (name for name in content if name not in FILES):
+                if evaluations.is_new(run, run.path / name, json.loads(content[name])):
+                    write_bytes(run.path / name, content[name])
         return None
     lock = run.lock()
     try:
@@ -148,6 +154,9 @@ def read(archive: Archive, store: RunStore) -> Run | None:
             return None
         for name, data in content.items():
             write_bytes(run.path / name, data, durable=name == "result.json")
+        # Who began it here did not train what it has now.
+        (run.path / "holder.json").unlink(missing_ok=True)
+        shutil.rmtree(run.path / "prefix", ignore_errors=True)
     finally:
         lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)  # who waited for it finds the run finished, with or without the file
@@ -159,6 +168,26 @@ def published() -> dict[str, Archive]:
     return {archive.stem: archive for archive in archives_in(folder())}
 
 
+def not_published(names: Sequence[str], store: RunStore) -> list[str]:
+    """Return those of some finished runs whose published record is missing or lacks numbers that they have now.
+
+    A record has what was measured with the weights before it was packed.
+    """
+    there, late = published(), list[str]()
+    for name in names:
+        run = Run.at(store.root / name)
+        files = (*evaluations.files(run), run.path / "result.json")
+        content = {str(file.relative_to(run.path)): file.read_bytes() for file in files}
+        if name not in there or _values(_content(there[name], list(content))) != _values(content):
+            late.append(name)
+    return late
+
+
+def _values(content: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the numbers in files: a result, and what was measured without when and by which code."""
+    return {name: record.get("value", record) for name, record in ((n, json.loads(d)) for n, d in content.items())}
+
+
 def glance(archive: Archive) -> tuple[RunSpec, dict[str, Any]]:
     """Return the spec and the result of a record; ValueError as for `read`."""
     content = _content(archive, ("spec.json", "result.json"))
@@ -168,6 +197,32 @@ def glance(archive: Archive) -> tuple[RunSpec, dict[str, Any]]:
         raise ValueError(f"{archive}: unreadable ({error})") from None
     check_result(result, f"{archive}: result.json")
     return RunSpec.from_json(spec, where=f"{archive}: spec.json"), result
+
+
+def _checked(content: Mapping[str, bytes], name: str, where: str) -> RunSpec:
+    """Check the files of a record and return their spec; ValueError, one line, for a damaged one.
+
+    Args:
+        name: by which the run is known; a copy under another name would pass for the run itself.
+        where: what messages begin with.
+    """
+    for file, data in content.items():
+        try:
+            if file.endswith(".json") and not isinstance(json.loads(data), dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: unreadable ({file}: {str(error) or type(error).__name__})") from None
+    from moelab.training.metrics import TRAIN, VALIDATION, parse_rows  # imports numpy, which the help does without
+
+    check_result(json.loads(content["result.json"]), f"{where}: result.json")
+    for file in (TRAIN, VALIDATION):
+        parse_rows(content.get(file, b""), f"{where}: {file}")
+    spec = RunSpec.from_json(json.loads(content["spec.json"]), where=f"{where}: spec.json")
+    if spec.id != name:
+        raise ValueError(
+            f"{where}: the run it describes is called {spec.id} here: a copy, renamed, or of another version"
+        )
+    return spec
 
 
 def _begun(run: Run) -> bool:

@@ -5,7 +5,9 @@
                       train.jsonl, validation.jsonl, checkpoints/, log.txt
                       holder.json        host and process that train it, or did last
                       sessions.jsonl     commit and machine of each session, see `moelab.runs.sessions`
-                      logs/                what ranks after the first wrote, for a run on several
+                      logs/              what ranks after the first wrote, for a run on several
+                      measured/          what was measured with its weights, see `moelab.runs.evaluations`
+                      prefix/            of a branch: its trunk, while that is trained again for it
                       result.json        written last: the run is finished
                       provenance.json    commit, versions, hardware, when it started and finished
 
@@ -17,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +30,9 @@ from filelock import FileLock
 from moelab import paths
 from moelab.config import from_json
 from moelab.config.parallel import ParallelConfig
-from moelab.files import read_json, read_object, write_json
+from moelab.files import REFUSED, read_json, read_object, write_json
 from moelab.lazy import pd
-from moelab.runs.spec import RunSpec
+from moelab.runs.spec import RunSpec, closure
 from moelab.terminal import plain
 
 
@@ -113,7 +114,9 @@ class Run:
     def at(cls, path: Path) -> Self:
         """Return the run in a directory; ValueError, one line, where its spec is missing or cannot be read."""
         file = path / "spec.json"
-        return cls(RunSpec.from_json(read_json(file), where=str(file)), path)
+        if (record := read_json(file)) is None:
+            raise ValueError(f"{path}: no spec.json there; was the run removed, or copied in part?")
+        return cls(RunSpec.from_json(record, where=str(file)), path)
 
     @property
     def finished(self) -> bool:
@@ -159,7 +162,7 @@ class Run:
         """Its state; a run whose process died without a word counts as stopped."""
         status = Status.read(self.path) or Status("new")
         if self.finished:
-            return replace(status, state="finished")
+            return replace(status, state="finished", reason="")
         if status.state == "running" and not self.locked:
             return replace(status, state="stopped", reason=ended(self.path))
         return status
@@ -220,6 +223,14 @@ class Run:
     def has_checkpoint(self, steps: int | None = None) -> bool:
         """Return whether the run has a checkpoint, of so many steps where that is given."""
         return any((self.path / "checkpoints").glob("step-*" if steps is None else f"step-{steps:08d}"))
+
+    @property
+    def trains_trunk_again(self) -> bool:
+        """Whether it is a branch, not begun, whose finished trunk has no checkpoint of the branch point (any more)."""
+        if self.spec.start is None or self.finished or self.has_checkpoint():
+            return False
+        trunk = Run(self.spec.start.run, self.path.with_name(self.spec.start.run.id))
+        return trunk.finished and not trunk.has_checkpoint(self.spec.first_step)
 
     def require_weights(self) -> None:
         """Check that the run has weights, see `has_weights`; ValueError, one line, where it has none."""
@@ -283,7 +294,7 @@ class RunStore:
             try:
                 write_json(path / "spec.json", spec.to_json())
             except OSError as error:
-                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                if error.errno not in REFUSED:
                     raise
                 # a read-only store is read; who trains in it is told then
         return Run(spec, path)
@@ -299,6 +310,16 @@ class RunStore:
         if own.train.keep_at != run.spec.train.keep_at and not run.finished:
             write_json(run.path / "spec.json", own.to_json())
 
+    def needed(self, specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
+        """Return `closure(specs)` without the unfinished runs that only finished ones require.
+
+        A teacher or trunk that was removed, or not taken over, is not trained again for runs that are done.
+        """
+        every = closure(specs)
+        done = {id for id in every if (self.root / id / "result.json").exists()}
+        wanted = done | {spec.id for spec in specs} | closure([spec for spec in specs if spec.id not in done]).keys()
+        return {id: spec for id, spec in every.items() if id in wanted}
+
     def ids(self, *, file: str = "spec.json") -> list[str]:
         """Return the sorted ids of the runs that have `file`: "spec.json" for all, "result.json" for finished ones."""
         return sorted(path.parent.name for path in self.root.glob(f"*/{file}"))
@@ -311,7 +332,7 @@ class RunStore:
         """
         known = self.ids(file=file)
         for name in names:
-            if not any(run.startswith(name) for run in known):
+            if not name or not any(run.startswith(name) for run in known):
                 kind = "finished run" if file == "result.json" else "run"
                 raise ValueError(f"run {name!r}: no {kind} begins so; {len(known)} are in {self.root}")
         return [run for run in known if not names or run.startswith(tuple(names))]
@@ -327,7 +348,7 @@ class RunStore:
             ValueError: there is none, or several begin so; names those that are close.
         """
         with contextlib.suppress(RuntimeError):  # ~ and the name of no user
-            if (path := Path(name).expanduser()).is_dir():
+            if name and (path := Path(name).expanduser()).is_dir():
                 return path
         known = {path.name: path for path in published_weights()} | {run: self.root / run for run in self.ids()}
         matches = [name] if name in known else [run for run in known if name and run.startswith(name)]
@@ -336,7 +357,7 @@ class RunStore:
         if matches:
             raise ValueError(f"run {name!r}: {len(matches)} runs begin so: {', '.join(matches[:5])}")
         starts = {run[: len(name)]: run for run in known}
-        close = [starts[start] for start in difflib.get_close_matches(name, starts, n=3)]
+        close = [starts[start] for start in difflib.get_close_matches(name, starts, n=3) if name]
         raise ValueError(
             f"run {name!r}: no such run or directory; "
             + (f"did you mean {', '.join(close)}?" if close else f"runs are in {self.root}, {len(self.ids())} there")

@@ -47,15 +47,27 @@ class Events:
         self._runs = list(runs)
         self._writers: dict[Path, Any] = {}
         self._seen: dict[tuple[Path, str], int] = {}
+        self._states: dict[Path, tuple[int, int]] = {}
 
     def update(self) -> int:
         """Write the new rows; return their number."""
-        return sum(self._rows(run, file) for run in self._runs for file in (TRAIN, VALIDATION))
+        new = 0
+        for run in self._runs:
+            new += sum(self._rows(run, file) for file in (TRAIN, VALIDATION) if self._has_changed(run / file))
+            if run in self._writers and (run / "result.json").exists():  # a store has more runs than files may be open
+                self._writers.pop(run).close()
+        return new
 
     def close(self) -> None:
         """Close the event files."""
         for writer in self._writers.values():
             writer.close()
+
+    def _has_changed(self, file: Path) -> bool:
+        """Return whether a file has changed since the last call: reading all rows of a store takes long."""
+        before, state = self._states.get(file), file.stat() if file.exists() else None
+        self._states[file] = (state.st_size, state.st_mtime_ns) if state else (0, 0)
+        return self._states[file] != before
 
     def _rows(self, run: Path, file: str) -> int:
         # A run that resumes drops rows and writes the same ones again, so rows of steps already shown are skipped.

@@ -1,8 +1,8 @@
 """Execute a notebook of a submission: `python -m moelab.slurm.notebook_job SUBMISSION_FOLDER PART`, a step of its job.
 
-The outcome is `PART.json` in the submission's folder, which is written last. The executed notebook cannot tell the
-outcome: papermill marks cells as completed even when the kernel has died. The last notebook of a sweep to end also
-publishes the comparison of all points.
+The outcome is `PART.json` in the submission's folder, written once the result is in its place; the pages are built
+after it. The executed notebook cannot tell the outcome: papermill marks cells as completed even when the kernel has
+died. The last notebook of a sweep to end also publishes the comparison of all points.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from moelab.experiments import experiment
 from moelab.files import read_json
 from moelab.notebook import execute as notebooks
+from moelab.notebook.watch import not_packed
 from moelab.report import site, sweep
 from moelab.report.publication import SUMMARY
 from moelab.runs.store import RunStore
@@ -26,12 +27,14 @@ def main(folder: Path, name: str) -> int:
     submission = Submission.read(folder / "submission.json")
     code = _execute(submission, name)
     try:
+        if code == 0:
+            site.update(publish=submission.publish)
         ended = [part.values is None or outcome(folder, part.name) for part in submission.parts]
         if submission.sweep and all(ended) and (comparison := _compare(submission, submission.sweep)):
             site.update(publish=submission.publish)
             print(f"comparison of the sweep: {comparison}")
     except (ValueError, OSError) as error:  # the notebook's own outcome stands
-        print(f"the sweep's comparison: {error}", file=sys.stderr)
+        print(f"the pages and the sweep's comparison: {error}", file=sys.stderr)
     return code
 
 
@@ -49,16 +52,18 @@ def _execute(submission: Submission, name: str) -> int:
             progress=folder / f"{name}.progress.json",
             publish=submission.publish,
         )
-    except (notebooks.NotebookFailed, ValueError, KeyboardInterrupt) as error:
+    except (notebooks.NotebookFailed, ValueError, OSError, KeyboardInterrupt) as error:
         cancelled = outcome(folder, name)  # written while it was executed
         reason = cancelled.error if cancelled else str(error) or "out of time; raise the profile's notebook_time"
         set_outcome(folder, name, replace(ended, error=reason))
         print(reason, file=sys.stderr)
         return 1
-    site.update(publish=submission.publish)
-    missing = read_json(result / SUMMARY)["missing"]
+    summary = read_json(result / SUMMARY)
+    missing = summary["missing"]
     set_outcome(folder, name, replace(ended, result=str(result), missing=tuple(missing)))
     print(f"result: {result}" + (f"; without {', '.join(missing)}" if missing else ""))
+    if submission.publish and (line := not_packed(summary)):
+        print(line)
     return 0
 
 

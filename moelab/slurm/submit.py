@@ -145,7 +145,7 @@ def _plan(
     store: RunStore,
     jobs: Jobs,
 ) -> Plan:
-    wanted = closure([spec for _, specs in notebooks for spec in specs])
+    wanted = store.needed([spec for _, specs in notebooks for spec in specs])
     earlier = submissions()
     shown_by = [record for record in earlier if record.publish or not publish]
     # A cancelled job keeps its node while its run writes a checkpoint; the new job waits for the run's lock.

@@ -286,6 +286,17 @@ def test_doctor_goes_on_where_an_instruction_set_is_none_of_this_processor(monke
     assert kernels[0] is False and "MOELAB_INSTRUCTIONS must be one of" in kernels[1] and found[-1] != kernels
 
 
+def test_doctor_says_that_a_workspace_is_not_writable_and_that_git_names_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "mine"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "theirs"))
+    monkeypatch.setattr(doctor.os, "access", lambda folder, mode: folder != tmp_path)
+    monkeypatch.setattr(doctor, "commit", lambda: {"commit": None})  # of a checkout of another user, to git
+    found = list(doctor.checks())
+    places = [(ok, text.endswith("GiB free, not writable")) for ok, text in found if str(tmp_path) in text]
+    assert places == [(False, True), (None, True)]
+    assert [ok for ok, text in found if text.startswith("git names no commit")] == [None]
+
+
 def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "checks", lambda rates: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
     assert doctor.report() and "pip install -e '.[hf]'" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -321,6 +322,19 @@ def test_a_right_answer_may_be_given_by_its_text_or_before_the_context(lm_eval, 
         assert score.majority == by_place.majority == 0.8 and score.bits_per_byte > 0
         if "doc_to_text" not in other:
             assert (score.accuracy, score.bits_per_byte) == (by_place.accuracy, by_place.bits_per_byte)
+
+
+def test_another_users_model_is_scored(lm_eval, exported, cache, capsys, monkeypatch):
+    folder, real = exported(), Path.mkdir
+
+    def mkdir(path, *arguments, **options):
+        if path.is_relative_to(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    (score,) = evaluate(folder, ["packaged_piqa"], cache=cache, limit=2)
+    assert score.n == 2 and capsys.readouterr().err.startswith("scores are not kept: Permission denied: ")
 
 
 def test_a_full_disk_is_no_missing_data(lm_eval, exported, cache, monkeypatch):

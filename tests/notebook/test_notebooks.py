@@ -15,8 +15,13 @@ import pytest
 from moelab import paths
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.parameters import resolve
+from moelab.experiments import pr_moe
+from moelab.files import write_json
 from moelab.notebook import execute as notebooks
 from moelab.notebook.watch import execute_watched
+from moelab.runs import records
+from moelab.runs.measurements import file_digest
+from moelab.runs.store import RunStore
 
 pytestmark = [pytest.mark.notebook, pytest.mark.slow]
 
@@ -229,6 +234,35 @@ def test_an_interrupt_ends_with_one_line(monkeypatch, capsys):
     assert not execute_watched(EXPERIMENT, {})
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "stopped; the same command goes on, with unfinished runs from their last checkpoints"
+
+
+def test_who_publishes_hears_of_runs_whose_records_lack_numbers(tmp_path, monkeypatch, capsys, result):
+    """Scores, say, that the notebook measured after the runs were exported."""
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    old, new = (RunStore().run(spec) for spec in pr_moe.EXPERIMENT.specs("smoke", 2, arms=["Dense"]))
+    for run in (old, new):
+        write_json(run.path / "result.json", result())
+    runs = [{"id": run.spec.id} for run in (old, new, new)]
+    write_json(tmp_path / "summary.json", {"title": "Found", "figures": [], "missing": [], "runs": runs})
+    monkeypatch.setattr(notebooks, "execute", lambda *_, **__: tmp_path)
+
+    def said():
+        assert execute_watched(EXPERIMENT, {}, publish=True, page=False)
+        return [line for line in capsys.readouterr().out.splitlines() if "runs export --publish" in line]
+
+    records.write([old], records.folder())
+    (line,) = said()
+    assert line.startswith("1 of its 2 runs are not in") and line.endswith(f"--publish {new.spec.id}` packs them")
+    records.write([new], records.folder())
+    assert not said()
+    there = {"format": 1, "result": file_digest(old.path / "result.json"), "code": "", "value": 1}
+    write_json(old.path / "measured" / "score-0.json", there)
+    (line,) = said()
+    assert f"--publish {old.spec.id}`" in line
+    records.write([old], records.folder())
+    write_json(old.path / "measured" / "score-0.json", there | {"code": "later"})
+    assert not said(), "the same value, measured again"
 
 
 def test_an_interrupt_while_commands_are_imported_leaves_no_traceback():

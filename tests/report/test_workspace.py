@@ -71,6 +71,23 @@ def test_what_changes_or_goes_in_the_results_does_so_on_the_pages(both):
     assert "350m-twin-s7" not in (paths.pages() / "runs.html").read_text()
 
 
+def test_runs_of_a_model_that_has_published_ones_are_shown_beside_them(both, result):
+    (own,) = (paths.own_results() / "runs").glob("350m*")
+    mine = RunStore().at(RunStore().ids()[0])
+    other = RunStore().run(settings.spec("350M", "smoke", 8))
+    write_json(other.path / "result.json", result(3.33))
+    (pack,) = records.write([mine, other], paths.results() / "runs")
+    assert pack.name == own.name
+    for newer in (own, pack):  # whichever was packed later
+        os.utime(newer, ns=(pack.stat().st_mtime_ns + 10**9,) * 2)
+        site.update()
+        rows = (paths.pages() / "runs.html").read_text()
+        assert (rows.count(f"<code>{mine.spec.id}"), rows.count(f"<code>{other.spec.id}")) == (1, 1)
+    own.unlink()
+    site.update()
+    assert not list((paths.pages() / "runs").glob("own-350m*")) and (paths.pages() / "runs" / pack.name).exists()
+
+
 def test_files_are_copied_where_there_are_no_links(both, monkeypatch):
     def refused(source, target):
         raise OSError(18, "Invalid cross-device link")

@@ -12,6 +12,7 @@ from moelab.config import DecoderConfig, ExpertConfig, RoutingConfig, UpcycleCon
 from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint
+from moelab.files import write_json
 from moelab.lab import Lab
 from moelab.models import build
 from moelab.runs import dry_run, executors, records
@@ -395,6 +396,19 @@ def test_what_a_branch_requires_and_costs(trunk, branch):
     run = store.run(branch)
     run.set_status(Status("stopped", step=12, steps=14))
     assert Snapshot.of([run]).done == 0.5
+
+
+def test_a_dry_run_tells_of_a_trunk_that_is_trained_again(trunk, branch, result):
+    run = RunStore().run(trunk)
+    write_json(run.path / "result.json", result(seconds=24 * 60.0))
+    write_json(run.path / "holder.json", {})
+    rows = dry_run.planned_runs([branch])
+    assert rows[-1].again == pytest.approx(10 / 4 * branch.cost)
+    took, again = dry_run.on_this_machine(rows)
+    assert took.startswith("about 14 minutes") and again.startswith("1 of these train their trunk again first")
+    (run.path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (took,) = dry_run.on_this_machine(dry_run.planned_runs([branch]))
+    assert took.startswith("about 4 minutes")
 
 
 @pytest.mark.parametrize(

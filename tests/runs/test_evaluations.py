@@ -4,7 +4,7 @@ import pytest
 
 from moelab.experiments import pr_moe
 from moelab.files import read_json, write_json
-from moelab.runs import evaluations, records
+from moelab.runs import evaluations, measurements, records
 from moelab.runs.store import RunStore
 from tests.runs.conftest import record
 
@@ -16,6 +16,12 @@ def words(run, count, suffix="", show=None):
     if show:
         show(count)
     return {"words": [f"{run.spec.label}{suffix}"] * count, "pair": (1, 2)}
+
+
+class Scores:
+    @staticmethod
+    def wordsOf(run, count):
+        return count
 
 
 @pytest.fixture
@@ -101,6 +107,12 @@ def test_a_record_holds_it(run, tmp_path, theirs):
     assert not taken.has_weights and evaluations.measure(taken, words, 2) == found and CALLS == [2]
 
 
+def test_a_function_may_have_any_name(run, tmp_path, theirs):
+    evaluations.measure(run, Scores.wordsOf, 2)
+    taken = records.read(record(run, tmp_path), theirs)
+    assert evaluations.measure(taken, Scores.wordsOf, 2) == 2
+
+
 def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result, theirs):
     taken = records.read(record(run, tmp_path), theirs)
     found = evaluations.measure(run, words, 2)
@@ -110,6 +122,46 @@ def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result
     write_json(taken.path / "result.json", result(4.4))  # a run of their own
     assert records.read(record(run, tmp_path), theirs) is None
     assert len(list((taken.path / evaluations.FOLDER).iterdir())) == 1
+
+
+def test_a_later_record_replaces_what_was_measured_before_where_there_are_no_weights(run, tmp_path, theirs):
+    """The code that measures was mended, and the run published again."""
+    evaluations.measure(run, words, 2)
+    taken = records.read(record(run, tmp_path), theirs)
+    ours, other = evaluations.files(run)[0], taken.path / evaluations.FOLDER / evaluations.files(run)[0].name
+    write_json(ours, {**read_json(ours), "measured": "2999-01-01 00:00:00 UTC", "value": "mended"})
+    later = record(run, tmp_path)
+    (taken.path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    records.read(later, theirs)
+    assert read_json(other)["value"] != "mended", "its own weights measure anew"
+    without_weights(taken)
+    records.read(later, theirs)
+    assert evaluations.measure(taken, words, 2) == "mended"
+    write_json(ours, {**read_json(ours), "measured": "2000-01-01 00:00:00 UTC", "value": "old"})
+    records.read(record(run, tmp_path), theirs)
+    assert evaluations.measure(taken, words, 2) == "mended"
+
+
+def test_what_a_later_record_brings_is_not_hidden_by_what_was_read_before(run, tmp_path, theirs):
+    """`Lab.measure` reads back what it found before: of fewer runs, or with earlier code."""
+    taken = records.read(record(run, tmp_path), theirs)
+    own, before = measurements.as_json(run), measurements.as_json(taken)
+    evaluations.measure(run, words, 2)
+    assert measurements.as_json(run) == own, "weights give the same again"
+    records.read(record(run, tmp_path), theirs)
+    assert measurements.as_json(taken) != before == own
+
+
+def test_a_value_that_cannot_be_kept_is_returned_all_the_same(run, monkeypatch, capsys):
+    """The run is another user's."""
+
+    def refused(file, value):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(evaluations, "write_json", refused)
+    ((_, value),) = evaluations.measure_all([run], words, 2)
+    assert value["words"] == ["Dense", "Dense"] and CALLS == [2]
+    assert capsys.readouterr().err == f"words: not kept: Permission denied: {run.path / 'measured'}\n"
 
 
 def test_of_many_runs_each_new_one_is_named_before_it_is_measured(run, tmp_path, result, capsys):

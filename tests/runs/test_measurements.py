@@ -150,6 +150,15 @@ def test_a_torn_file_costs_another_measurement(store, torn):
     assert store.measure(timing, 8).read_back
 
 
+def test_a_value_that_the_disk_has_no_room_for_is_returned_all_the_same(store, monkeypatch, capsys):
+    def full(file, record):
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(measurements, "write_json", full)
+    assert not store.measure(timing, 3).read_back
+    assert capsys.readouterr().err == f"timing: not kept: No space left on device: {store.root}\n"
+
+
 def test_what_fails_leaves_nothing(store):
     with pytest.raises(TypeError):
         store.measure(timing_of_nothing)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from moelab import machine
+from moelab.config.distill import DistillConfig
 from moelab.data import is_prepared, prepare
 from moelab.experiments import EXPERIMENTS
+from moelab.files import write_json
 from moelab.lab import Lab
 from moelab.runs import preflight
 from moelab.runs.spec import Start
@@ -33,6 +35,18 @@ def test_what_can_be_trained_passes_at_once_and_writes_nothing(tiny_spec, tmp_pa
     before = time.thread_time()
     preflight.check([tiny_spec])
     assert time.thread_time() - before < 1 and not list(tmp_path.iterdir())
+
+
+def test_a_trunk_that_is_trained_again_needs_its_teachers_weights(tiny_spec, result):
+    """Staged distillation from runs that were taken over without weights."""
+    taught = replace(tiny_spec, teacher=tiny_spec, distill=DistillConfig())
+    staged = replace(taught, teacher=None, distill=None, start=Start(taught, 8 * 4 * 32))
+    for spec in (tiny_spec, taught):
+        write_json(RunStore().run(spec).path / "result.json", result())
+    with pytest.raises(ValueError, match=rf"{tiny_spec.id}: numbers only, no weights"):
+        preflight.check([staged])
+    (RunStore().root / taught.id / "checkpoints" / f"step-{staged.first_step:08d}").mkdir(parents=True)
+    preflight.check([staged])
 
 
 def test_a_missing_device_is_refused(tiny_spec, monkeypatch):
@@ -122,7 +136,16 @@ def test_folders_that_cannot_be_written_are_refused(variable, publish, tiny_spec
         preflight.check([tiny_spec], publish=publish)
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypatch):
+def test_an_unfinished_run_of_another_user_is_refused(tiny_spec, monkeypatch, result):
+    run, real = RunStore().run(tiny_spec), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run.path and real(path, mode))
+    with pytest.raises(ValueError, match=rf"{tiny_spec.id} is not writable; MOELAB_HOME names another"):
+        preflight.check([tiny_spec])
+    write_json(run.path / "result.json", result())
+    preflight.check([tiny_spec])
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypatch, result):
     """Three of a run, one more of a trunk, which a branch starts from."""
     train = replace(tiny_spec.train, cooldown_tokens=6 * 128)
     trunk = replace(tiny_spec, train=train)
@@ -135,6 +158,13 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypat
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed: SimpleNamespace(free=free - 1))
         with pytest.raises(ValueError, match=rf"GiB free, .* needed for the checkpoints of {len(specs)} runs"):
             preflight.check(specs)
+    write_json(RunStore().run(trunk).path / "result.json", result())
+    needed = preflight.ROOM + 6 * 12 * tiny_spec.model.parameters()  # the trunk has no checkpoint of the branch point
+    monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed: SimpleNamespace(free=free - 1))
+    with pytest.raises(ValueError, match="needed for the checkpoints of 1 runs"):
+        preflight.check([branch])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _, free=needed: SimpleNamespace(free=free))
+    preflight.check([branch])
     (written := RunStore().run(tiny_spec).path / "checkpoints" / "step-00000005").mkdir(parents=True)
     (written / "model.safetensors").write_bytes(bytes(100))
     preflight.check([tiny_spec])  # the checkpoints of a run that was stopped are there

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import os
 import re
 import shutil
 import struct
@@ -126,6 +127,16 @@ def test_a_run_that_is_being_trained_stays(finished, tmp_path, theirs):
     assert not (trained.path / "run.lock").exists(), "what was not trained here has no lock"
 
 
+def test_a_run_that_was_only_begun_here_is_not_taken_for_one_of_this_machine(finished, tmp_path, theirs):
+    begun = theirs.run(finished.spec)
+    write_json(begun.path / "holder.json", {"host": "here"})
+    (begun.path / "prefix" / "checkpoints").mkdir(parents=True)
+    begun.set_status(Status("failed", reason="no space"))
+    records.read(record(finished, tmp_path), theirs)
+    assert not (begun.path / "holder.json").exists() and not (begun.path / "prefix").exists()
+    assert begun.status == Status("finished")
+
+
 def on_this_machine(specs):
     return dry_run.on_this_machine(dry_run.planned_runs(specs))
 
@@ -169,6 +180,40 @@ def test_a_torn_status_is_passed_over(finished, tmp_path, theirs):
     assert record(finished, tmp_path / "torn").read_bytes() == archive.read_bytes()
     finished.set_status(Status("finished", 1, 1))
     assert records.read(record(finished, tmp_path), theirs).status.step == 1
+
+
+def test_what_no_import_would_take_is_not_packed(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_BYTES", 1000)
+    (finished.path / "train.jsonl").write_text('{"step": 1, "loss": 4.6}\n' * 80)
+    with pytest.raises(ValueError, match=r"which no import takes; train\.log_every makes fewer rows$") as error:
+        records.write([finished], tmp_path)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.zip"))
+
+
+def test_a_copy_of_a_run_and_a_damaged_one_keep_no_other_from_being_packed(finished, tmp_path, capsys, home, result):
+    """The copy's numbers would be packed in place of the run's."""
+    here = shutil.copytree(finished.path, home / "runs" / finished.path.name)
+    copy = shutil.copytree(finished.path, here.with_name(f"{here.name}.before"))
+    write_json(copy / "result.json", result(9.9))
+    damaged = RunStore().run(replace(finished.spec, train=replace(finished.spec.train, seed=9)))
+    (damaged.path / "result.json").write_text("{")
+    with pytest.raises(ValueError, match="2 of 3 runs cannot be read and were not packed"):
+        export_(to=tmp_path / "zips")
+    said = capsys.readouterr()
+    assert f"{copy}: the run it describes is called {here.name} here: a copy" in said.err
+    assert f"{damaged.path}: unreadable (result.json" in said.err
+    ((_, numbers),) = map(records.glance, records.archives_in(tmp_path / "zips"))
+    assert numbers["validation_loss"] == 4.5
+    with pytest.raises(ValueError, match="run '': no finished run begins so"):
+        export_([""], to=tmp_path / "zips")
+
+
+def test_a_run_that_was_copied_in_part_is_named(finished, tmp_path, capsys, home):
+    here = shutil.copytree(finished.path, home / "runs" / finished.path.name)
+    (here / "spec.json").unlink()
+    with pytest.raises(ValueError, match="1 of 1 runs cannot be read"):
+        export_(to=tmp_path / "zips")
+    assert f"{here}: no spec.json there; was the run removed, or copied in part?" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_not_passed_on(store, tmp_path):
@@ -295,11 +340,15 @@ def test_what_needs_weights_says_at_once_that_there_are_none(finished, tmp_path,
         lambda: open_text(taken.path, cache=tmp_path),
         lambda: specialisation.measure(Runs([finished, taken])),
         lambda: zero_shot.measure(Runs([finished, taken]), 1),
+        lambda: zero_shot.require([finished.spec], theirs, 1),  # before others are trained
+        lambda: specialisation.require([finished.spec], theirs, 20_000),
     ):
         with pytest.raises(ValueError, match=r"numbers only, .* to train it here") as error:
             need()
         assert "\n" not in str(error.value) and str(taken.path) in str(error.value)
     assert not home.exists(), "no text was prepared, no other run routed"
+    new = replace(finished.spec, train=replace(finished.spec.train, seed=9))
+    zero_shot.require([new], theirs, 1)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +371,40 @@ def test_a_bad_archive_keeps_no_other_from_being_taken(finished, tmp_path, capsy
         import_(tmp_path / "zips")
     shown = capsys.readouterr()
     assert "1 runs taken over, 0 were here already" in shown.out and "a.zip: unreadable" in shown.err
+
+
+def test_a_run_that_has_another_result_here_is_named(finished, tmp_path, capsys, home, result):
+    """It was trained here, or published again since it was taken over."""
+    records.write([finished], tmp_path / "zips")
+    import_(tmp_path / "zips")
+    import_(tmp_path / "zips")
+    assert "another result" not in capsys.readouterr().out
+    write_json(finished.path / "result.json", result(4.4))
+    records.write([finished], tmp_path / "zips")
+    import_(tmp_path / "zips")
+    assert "1 of these have another result here, of another training; remove" in (shown := capsys.readouterr().out)
+    assert shown.rstrip().endswith(finished.spec.id)
+
+
+def test_a_folder_of_another_user_keeps_no_other_run_from_being_taken(finished, store, tmp_path, capsys, monkeypatch):
+    other = store.run(replace(finished.spec, train=replace(finished.spec.train, seed=9)))
+    write_json(other.path / "result.json", finished.result)
+    records.write([finished, other], tmp_path / "zips")
+    write = records.write_bytes
+
+    def refused(path, *arguments, **options):
+        if path.parent.name == finished.spec.id:
+            raise PermissionError(13, "Permission denied", str(path))
+        write(path, *arguments, **options)
+
+    monkeypatch.setattr(records, "write_bytes", refused)
+    with pytest.raises(ValueError, match="1 of 2 records were not taken over"):
+        import_(tmp_path / "zips")
+    shown = capsys.readouterr()
+    assert "1 runs taken over" in shown.out and "Permission denied" in shown.err and finished.spec.id in shown.err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError):
+        import_(tmp_path / "zips")
 
 
 def test_a_run_that_has_begun_here_is_named_as_unfinished(finished, tmp_path, capsys, home):

@@ -1,12 +1,15 @@
 """Which machines and commits trained a run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from moelab import paths
 from moelab.data import prepare
+from moelab.files import write_json
 from moelab.runs import records, sessions
+from moelab.runs.card import model_card
 from moelab.runs.execute import execute
 from moelab.runs.store import RunStore
 from moelab.training.loop import TrainingStopped
@@ -79,6 +82,28 @@ def test_a_run_that_is_resumed_elsewhere_names_both_machines(tiny_spec, tmp_path
     assert [(s["hardware"]["cpu"], s["step"]) for s in run.provenance["sessions"]] == [("x", 0), ("y", 10)]
     taken = records.read(record(run, tmp_path), theirs)
     assert taken.provenance == run.provenance and not (taken.path / sessions.FILE).exists()
+
+
+def test_a_run_on_a_cpu_does_not_name_the_gpus_beside_it(tiny_spec, result, monkeypatch):
+    hardware = {"cpu": "Test", "cores": 2, "gpus": ["GPU"]}
+    monkeypatch.setattr(
+        "moelab.runs.execute.provenance", lambda: {"commit": "a", "modified": False, "hardware": {**hardware}}
+    )
+    monkeypatch.setattr("moelab.runs.execute._call_train", lambda *_: result())
+    execute(run := RunStore().run(tiny_spec))
+    assert run.provenance["hardware"] == {"cpu": "Test", "cores": 2}
+    assert [one["hardware"] for one in sessions.contributing(run.path)] == [run.provenance["hardware"]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_card_names_all_machines_and_commits_that_trained(tiny_spec, result, device):
+    run = RunStore().run(replace(tiny_spec, train=replace(tiny_spec.train, device=device)))
+    write_json(run.path / "result.json", result(3.0))
+    about = [{"commit": c * 40, "hardware": {"cpu": c, "cores": 2, "gpus": [f"GPU {c}"]}} for c in "ab"]
+    write_json(run.path / "provenance.json", {**about[1], "sessions": about})
+    card = model_card(run.path, "x", "fp32")
+    machines = "a; b" if device == "cpu" else "1 x GPU a; 1 x GPU b"
+    assert f"| trained on | {machines}, 0.0 hours |\n| run | `{run.spec.id}`, commit `aaaaaaaa`, `bbbbbbbb` |" in card
 
 
 def test_a_run_of_one_machine_names_it_once(trained):

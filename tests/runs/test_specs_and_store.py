@@ -14,7 +14,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.data import preparation
 from moelab.files import new_directory, read_json, write_json, write_text
 from moelab.lab import Lab
-from moelab.runs import executors
+from moelab.runs import dry_run, executors, preflight
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.executors import start
@@ -112,6 +112,23 @@ def test_what_keeps_a_run_from_starting_is_told(tiny_spec, monkeypatch, capsys, 
     with pytest.raises(NoResult, match=r"^1 of 1 runs: \[Errno 13\] Permission denied" if writable else "new"):
         Lab().run([tiny_spec], executor="inline")
     assert ("Permission denied" in capsys.readouterr().err) != writable
+
+
+def test_a_run_whose_process_cannot_be_started_takes_no_other_with_it(tiny_spec, monkeypatch):
+    """Its folder is another user's."""
+    runs = [RunStore().run(replace(tiny_spec, train=replace(tiny_spec.train, seed=seed))) for seed in range(2)]
+    begun = []
+
+    def started(run):
+        begun.append(run.spec.train.seed)
+        if begun == [0]:
+            raise PermissionError(13, "Permission denied", str(run.path / "log.txt"))
+        return subprocess.Popen([sys.executable, "-S", "-c", ""])
+
+    monkeypatch.setattr(executors, "start", started)
+    executors.processes(runs, 1, poll_s=0.02)
+    assert begun == [0, 1] and runs[0].status.state == "failed"
+    assert runs[0].status.reason == f"[Errno 13] Permission denied: '{runs[0].path / 'log.txt'}'"
 
 
 def test_a_plan_names_the_runs_that_there_are(tiny_spec, tmp_path, monkeypatch):
@@ -405,6 +422,16 @@ def test_teachers_are_trained_first(tiny_spec):
     assert "distill_loss" in runs.curves("train.jsonl")
 
 
+def test_a_teacher_that_is_gone_is_not_trained_again_for_a_finished_student(tiny_spec, result):
+    student = student_of(tiny_spec)
+    write_json(RunStore().run(student).path / "result.json", result())
+    assert Lab().run([student], executor="inline")[0].finished
+    assert RunStore().ids() == [student.id] and not preflight.unfinished([student], RunStore())
+    assert [row.spec.id for row in dry_run.planned_runs([student])] == [student.id]
+    other = replace(student, train=replace(student.train, seed=1))
+    assert list(RunStore().needed([student, other])) == [tiny_spec.id, student.id, other.id]
+
+
 def test_a_student_without_its_teacher_says_so(tiny_spec):
     run = RunStore().run(student_of(tiny_spec))
     with pytest.raises(ValueError, match=f"its teacher {tiny_spec.id} has no result: new"):
@@ -444,3 +471,9 @@ def test_a_missing_result_is_explained_by_the_status_first(run):
 def test_the_home_of_nobody_is_no_run():
     with pytest.raises(ValueError, match="no such run"):
         RunStore().find("~nouser-of-this-name")
+
+
+def test_no_name_is_no_run(run):
+    """Of a shell's variable that is not set, say; neither the current folder nor any run is meant."""
+    with pytest.raises(ValueError, match=r"^run '': no such run or directory; runs are in "):
+        RunStore().find("")

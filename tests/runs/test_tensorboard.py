@@ -50,6 +50,18 @@ def test_events_follow_a_run(run, tmp_path):
     assert not any("time_s" in tag for tag in found)
 
 
+def test_what_has_not_changed_is_not_read_again_and_a_finished_run_holds_no_file_open(run, tmp_path, monkeypatch):
+    events, reads = tensorboard.Events([run], tmp_path / "board"), []
+    read_rows = tensorboard.read_rows
+    monkeypatch.setattr(tensorboard, "read_rows", lambda path: reads.append(path.name) or read_rows(path))
+    assert events.update() == 3 and events.update() == 0 and reads == [TRAIN, VALIDATION] and events._writers
+    with open(run / TRAIN, "a") as f:
+        f.write(json.dumps({"step": 3, "loss": 4.0}) + "\n")
+    write_json(run / "result.json", {})
+    assert events.update() == 1 and reads[2:] == [TRAIN] and not events._writers
+    assert read(tmp_path / "board" / run.name)["train/loss"] == [(1, 6.0), (2, 5.0), (3, 4.0)]
+
+
 def test_a_run_that_does_not_exist_is_one_line(run):
     assert tensorboard.select(["350m-moe"]) == tensorboard.select([]) == [run]
     with pytest.raises(ValueError, match=r"run '6.7b': no run begins so; 1 are in"):

@@ -254,6 +254,24 @@ def test_a_notebook_that_is_cancelled_while_it_is_executed_says_so(submitted, mo
         assert outcome(record.folder, "notebook-0").error == said
 
 
+def test_a_notebooks_outcome_is_told_whatever_its_pages_and_disk_do(submitted, monkeypatch, tmp_path):
+    _, _, record, _ = submitted
+    record.experiment = "pr-moe"
+    record.write()
+
+    def refused(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    write_json(tmp_path / "summary.json", {"missing": []})
+    monkeypatch.setattr(notebook_job.site, "update", refused)
+    monkeypatch.setattr(notebook_job.notebooks, "execute", lambda *_, **__: tmp_path)
+    assert notebook_job.main(record.folder, "notebook-0") == 0
+    assert outcome(record.folder, "notebook-0").result == str(tmp_path)
+    monkeypatch.setattr(notebook_job.notebooks, "execute", refused)
+    assert notebook_job.main(record.folder, "notebook-0") == 1
+    assert outcome(record.folder, "notebook-0").error == "[Errno 28] No space left on device"
+
+
 def test_the_last_notebook_of_a_sweep_compares_its_points(submitted, monkeypatch, capsys):
     _, _, record, _ = submitted
     points = tuple({"scale": "smoke", "seeds": seeds} for seeds in (1, 2))

@@ -92,4 +92,5 @@ def packed_runs(root: Path, results: Sequence[Result]) -> list[PackedRun]:
         file = Path(archive.root.filename or "") if isinstance(archive, zipfile.Path) else archive
         pack = file.relative_to(root).as_posix()
         found.append(PackedRun(archive.stem, pack, label, seed, numbers, users.get(archive.stem, [])))
-    return sorted(found, key=lambda run: run.id)
+    once = {run.id: run for run in reversed(found)}  # one may be in a pack of the user's own, too
+    return sorted(once.values(), key=lambda run: run.id)
