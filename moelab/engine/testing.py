@@ -61,16 +61,17 @@ class Ranks:
         """Call `function(*args)` on every rank at once; return their results in rank order.
 
         Args:
-            function: defined at the top of a module or a test file. It asks `torch.distributed` which rank it is.
+            function: defined at the top of a module, a test file, or a script that calls this under
+                ``if __name__ == "__main__"``. It asks `torch.distributed` which rank it is.
             args: its arguments. They and the result must pickle; tensors arrive as CPU copies.
             timeout_s: all ranks are killed after this time.
 
         Raises:
             RankError: the first failure, or the ranks that had not answered in time.
-            ValueError: the function is a script's or a notebook's own, which ranks cannot import.
+            ValueError: the function is a notebook's own, which ranks cannot import.
         """
-        if function.__module__ == "__main__":
-            raise ValueError(f"ranks: {function.__qualname__} is of this script or notebook; put it into a module")
+        if getattr(sys.modules[function.__module__], "__file__", None) is None:
+            raise ValueError(f"ranks: {function.__qualname__} is of this notebook; put it into a module")
         deadline = time.monotonic() + timeout_s
         if not self._processes:
             self._start()

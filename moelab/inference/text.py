@@ -23,6 +23,7 @@ from moelab.engine import parallel as engine
 from moelab.engine.checkpoint import hf
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
+from moelab.engine.sharded import is_sharded
 from moelab.files import read_object
 from moelab.inference.generate import Finish, Generator, Piece
 from moelab.inference.modes import set_mode
@@ -229,6 +230,7 @@ def load_run(
         checkpoint.load_model(last, model)
     if model.position_embedding is not None and text.context < config.context:
         model.config = replace(config, context=text.context)
-        trained = model.position_embedding.weight.detach()[: text.context].clone()
-        model.position_embedding = nn.Embedding.from_pretrained(trained, freeze=False)
+        if not is_sharded(model.position_embedding.weight):  # FSDP2 gathers the module that it has sharded
+            trained = model.position_embedding.weight.detach()[: text.context].clone()
+            model.position_embedding = nn.Embedding.from_pretrained(trained, freeze=False)
     return model

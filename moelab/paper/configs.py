@@ -21,14 +21,15 @@ def settings_for(name: str, run: str | None = None) -> TrainingSettings:
     """Return the training settings that apply to a model.
 
     Args:
-        name: of the model, such as ``350M+MoE-128``; case and spaces do not matter.
+        name: of the model, such as ``350M+MoE-128``, whose case and spaces do not matter, or of a run.
         run: whose settings apply; by default the model's own, or those of 350M+MoE-128 on its base if it has none.
 
     Raises:
         ValueError: one line: there are no settings of the run, or none on the model's base.
     """
-    name = str(ModelConfig.parse(name))
-    known, base = [row.run for row in all_training_settings()], name.split("+")[0]
+    known = [row.run for row in all_training_settings()]
+    name = name if name in known else str(ModelConfig.parse(name))  # +KD and +MoS are runs, not models
+    base = name.split("+")[0]
     used = name if name in known else f"{base}+MoE-128" if "MoE" in name else base
     if not run and used not in known:
         raise unknown("training settings of", name, known)

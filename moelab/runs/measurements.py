@@ -178,8 +178,10 @@ def as_json(value: Any) -> Any:
     if isinstance(value, Run):  # trained again it has other weights; values name it by its arm
         about = {"run": value.spec.id, "arm": value.spec.title, "result": file_digest(value.path / "result.json")}
         # What was measured with weights that are gone is all there is of them, and a later record may bring more.
-        kept = [] if value.has_checkpoint() else sorted((value.path / EVALUATIONS).glob("*.json"))
-        return about | ({"measured": [[file.name, file_digest(file)] for file in kept]} if kept else {})
+        kept = sorted((value.path / EVALUATIONS).glob("*.json"))
+        if not kept or value.has_weights:
+            return about
+        return about | {"measured": [[file.name, file_digest(file)] for file in kept]}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {"type": type(value).__qualname__} | {
             f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)

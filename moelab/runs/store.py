@@ -316,8 +316,16 @@ class RunStore:
         A teacher or trunk that was removed, or not taken over, is not trained again for runs that are done.
         """
         every = closure(specs)
-        done = {id for id in every if (self.root / id / "result.json").exists()}
-        wanted = done | {spec.id for spec in specs} | closure([spec for spec in specs if spec.id not in done]).keys()
+        finished = {id for id in every if (self.root / id / "result.json").exists()}
+        wanted, asked = set(finished), [spec.id for spec in specs]
+        while asked:
+            wanted.add(id := asked.pop())
+            if id in finished:
+                continue
+            run = Run(every[id], self.root / id)
+            direct = [run.spec.teacher, run.spec.start.run if run.spec.start else None]
+            # A trunk that is trained again needs its own teacher, too.
+            asked += [spec.id for spec in (run.spec.requires() if run.trains_trunk_again else direct) if spec]
         return {id: spec for id, spec in every.items() if id in wanted}
 
     def ids(self, *, file: str = "spec.json") -> list[str]:

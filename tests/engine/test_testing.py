@@ -1,6 +1,8 @@
 """The helper that runs functions on ranks: results in order, failures named, time bounded, nothing left behind."""
 
 import os
+import subprocess
+import sys
 import time
 
 import psutil
@@ -51,10 +53,26 @@ def test_ranks_are_reused_and_replaced_after_a_failure():
     assert not {r[0] for r in again} & set(psutil.pids())
 
 
-def test_a_function_of_a_script_is_refused_before_a_rank_starts(monkeypatch):
+def test_a_function_of_a_notebook_is_refused_before_a_rank_starts(monkeypatch):
     def function():
         """Do nothing."""
 
     monkeypatch.setattr(function, "__module__", "__main__")
-    with pytest.raises(ValueError, match=r"function is of this script or notebook; put it into a module$"):
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    with pytest.raises(ValueError, match=r"function is of this notebook; put it into a module$"):
         Ranks(2).run(function)
+
+
+def test_a_script_runs_its_own_functions(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch.distributed as dist\n"
+        "from moelab.engine.testing import Ranks\n"
+        "def plus_rank(number):\n"
+        "    return number + dist.get_rank()\n"
+        "if __name__ == '__main__':\n"
+        "    with Ranks(2) as ranks:\n"
+        "        print(ranks.run(plus_rank, 3))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.stdout == "[3, 4]\n", done.stderr

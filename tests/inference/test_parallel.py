@@ -12,7 +12,7 @@ from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
 from moelab.inference import Generator, Sampling, set_mode
-from moelab.inference.text import open_text
+from moelab.inference.text import load_run, open_text
 from moelab.models import build
 from moelab.runs.execute import execute
 from moelab.runs.store import RunStore
@@ -131,3 +131,26 @@ def test_a_checkpoint_of_one_process_is_written_with_by_many(on_ranks, tiny_spec
     for parallel in (ParallelConfig(data=2), ParallelConfig(tensor=2, exchange="coordinated")):
         args = (run.path, tmp_path / "data", parallel, tiny_spec.model.experts)
         assert on_ranks(2, open_and_write, *args) == [expected, expected]
+
+
+def loss_on_ranks(directory, parallel, expert_counts):
+    torch.set_num_threads(1)
+    mesh = Mesh(parallel, expert_counts)
+    model = load_run(directory, mesh=mesh).eval()
+    tokens_BT = torch.arange(model.config.context)[None]
+    with torch.no_grad():
+        loss = float(model(tokens_BT, targets_BT=tokens_BT).loss)
+    mesh.close()
+    return len(tokens_BT[0]), round(loss, 5)
+
+
+def test_positions_that_were_not_trained_are_not_used_on_ranks_either(on_ranks, tiny_spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    run = RunStore().run(replace(tiny_spec, data=replace(tiny_spec.data, context=16)))
+    execute(run)
+    model = load_run(run.path).eval()
+    tokens_BT = torch.arange(16)[None]
+    with torch.no_grad():
+        expected = 16, round(float(model(tokens_BT, targets_BT=tokens_BT).loss), 5)
+    for parallel in (ParallelConfig(data=2), ParallelConfig(tensor=2), ParallelConfig(data=2, expert=1, shard=True)):
+        assert on_ranks(2, loss_on_ranks, run.path, parallel, tiny_spec.model.experts) == [expected, expected]

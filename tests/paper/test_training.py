@@ -79,6 +79,7 @@ def test_throughput():
 def test_settings_are_found_by_every_spelling_of_a_name():
     assert paper.settings_for("350M + moe-128") == paper.settings_for("350M+MoE-128")
     assert paper.settings_for("350M+Top2-MoE-128").run == "350M+MoE-128", "the recipe on its base"
+    assert paper.settings_for("350M+PR-MoE-32/64+L21+MoS").run == "350M+PR-MoE-32/64+L21+MoS", "a run, not a model"
     assert paper.published_configs("350m+top2-moe-32") == paper.published_configs("350M+Top2-MoE-32")
     with pytest.raises(ValueError, match=r"unknown run '350M\+PR-MoE-32/64\+L21\+MOS'; did you mean .*L21\+MoS"):
         paper.settings_for("350M+PR-MoE-32/64+L21", "350M+PR-MoE-32/64+L21+MOS")

@@ -150,6 +150,9 @@ def test_what_a_later_record_brings_is_not_hidden_by_what_was_read_before(run, t
     assert measurements.as_json(run) == own, "weights give the same again"
     records.read(record(run, tmp_path), theirs)
     assert measurements.as_json(taken) != before == own
+    found = measurements.as_json(taken)
+    (taken.path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert not taken.has_weights and measurements.as_json(taken) == found, "of a branch point, it gives no scores"
 
 
 def test_a_value_that_cannot_be_kept_is_returned_all_the_same(run, monkeypatch, capsys):

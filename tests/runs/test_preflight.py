@@ -136,6 +136,16 @@ def test_folders_that_cannot_be_written_are_refused(variable, publish, tiny_spec
         preflight.check([tiny_spec], publish=publish)
 
 
+def test_a_teacher_that_is_gone_is_trained_again_only_for_a_trunk_that_is(tiny_spec, result):
+    taught = replace(tiny_spec, teacher=tiny_spec, distill=DistillConfig())
+    staged = replace(taught, teacher=None, distill=None, start=Start(taught, 8 * 4 * 32))
+    write_json(RunStore().run(taught).path / "result.json", result())
+    assert list(RunStore().needed([staged])) == [tiny_spec.id, taught.id, staged.id]
+    (RunStore().root / taught.id / "checkpoints" / f"step-{staged.first_step:08d}").mkdir(parents=True)
+    assert list(RunStore().needed([staged])) == [taught.id, staged.id]
+    assert list(RunStore().needed([staged, tiny_spec])) == [tiny_spec.id, taught.id, staged.id], "it is asked for"
+
+
 def test_an_unfinished_run_of_another_user_is_refused(tiny_spec, monkeypatch, result):
     run, real = RunStore().run(tiny_spec), os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != run.path and real(path, mode))
