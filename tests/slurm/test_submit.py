@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from moelab import paths
+from moelab.config import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.design.parameters import resolve
 from moelab.experiments import EXPERIMENTS
@@ -137,10 +138,9 @@ def test_equal_sizes_share_an_array_and_notebooks_wait_for_their_own_runs(tiny_s
     assert not (paths.home() / "submissions").exists(), "a dry run writes nothing"
 
 
-def test_runs_that_wait_for_a_teacher_are_jobs_of_their_own(tiny_spec, monkeypatch):
+def test_runs_that_wait_for_a_teacher_are_jobs_of_their_own(tiny_spec):
     teacher = replace(tiny_spec, train=replace(tiny_spec.train, seed=5))
-    monkeypatch.setattr(type(tiny_spec), "requires", lambda self: [teacher] if self.train.seed < 2 else [])
-    students = seeds(tiny_spec, 2)
+    students = seeds(replace(tiny_spec, teacher=teacher, distill=DistillConfig()), 2)
     here, plan = (
         submit.submit("x", [({}, students)], profiles.load(name), dry_run=True) for name in ("processes", "local")
     )
