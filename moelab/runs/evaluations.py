@@ -24,8 +24,6 @@ from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 from moelab.terminal import announced
 
-FOLDER = EVALUATIONS
-
 
 def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: Any) -> Any:
     """Return what `function(run, *arguments, **others)` returns, as JSON values.
@@ -61,7 +59,7 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
     try:
         write_json(_file(run, function, arguments), record)
     except OSError as error:  # a run of another user, say: the value is good, though nobody else will have it
-        print(f"{function.__name__}: not kept: {error.strerror}: {run.path / FOLDER}", file=sys.stderr)
+        print(f"{function.__name__}: not kept: {error.strerror}: {run.path / EVALUATIONS}", file=sys.stderr)
     return value
 
 
@@ -92,14 +90,14 @@ def require_of_finished(
 def files(run: Run) -> list[Path]:
     """Return the files that hold what was measured with the run's present weights, sorted."""
     digest = file_digest(run.path / "result.json")
-    records = [(file, _read(file)) for file in sorted((run.path / FOLDER).glob("*.json"))]
+    records = [(file, _read(file)) for file in sorted((run.path / EVALUATIONS).glob("*.json"))]
     return [file for file, record in records if record and record["result"] == digest]
 
 
 def is_new(run: Run, file: Path, record: dict[str, Any]) -> bool:
-    """Return whether a record is news for a file of the run: there is none, or an older one and no weights.
+    """Return whether an imported record adds a file to the run, or replaces one that was measured earlier.
 
-    With weights, what they give with today's code counts, see `measure`.
+    It replaces none where the weights are there: what they give with today's code counts, see `measure`.
     """
     if not file.exists():
         return True
@@ -124,7 +122,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _file(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Path:
     digest = hashlib.sha256(json.dumps([_name(function), as_json(arguments)]).encode()).hexdigest()[:12]
-    return run.path / FOLDER / f"{prefix(function)}-{digest}.json"
+    return run.path / EVALUATIONS / f"{prefix(function)}-{digest}.json"
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -22,6 +22,7 @@ from typing import Any, cast
 from moelab import paths
 from moelab.files import write_bytes
 from moelab.runs import evaluations
+from moelab.runs.measurements import EVALUATIONS
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status, check_result
 from moelab.terminal import one_line
@@ -29,7 +30,7 @@ from moelab.terminal import one_line
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""
 
-MEASURED = re.compile(rf"{evaluations.FOLDER}/\w[\w.-]*\.json")
+MEASURED = re.compile(rf"{EVALUATIONS}/\w[\w.-]*\.json")
 """Further files that a record may hold, see `moelab.runs.evaluations`."""
 
 Archive = Path | zipfile.Path
@@ -252,7 +253,7 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
                 raise ValueError(f"{archive}: more than {MAX_FILES} files, or than {MAX_BYTES >> 20} MiB in all")
             measured = [name for name in entries if MEASURED.fullmatch(name)]
             if not {"spec.json", "result.json"} <= set(entries) <= {*FILES, *measured}:
-                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {evaluations.FOLDER}/")
+                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {EVALUATIONS}/")
             for name in (n for n in (*measured, *FILES) if n in entries and (wanted is None or n in wanted)):
                 if entries[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError(f"{archive}: {name} is packed by another method than deflate")

@@ -5,6 +5,7 @@ import pytest
 from moelab.experiments import pr_moe
 from moelab.files import read_json, write_json
 from moelab.runs import evaluations, measurements, records
+from moelab.runs.measurements import EVALUATIONS
 from moelab.runs.store import RunStore
 from tests.runs.conftest import record
 
@@ -121,14 +122,14 @@ def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result
     evaluations.measure(run, words, 1)
     write_json(taken.path / "result.json", result(4.4))  # a run of their own
     assert records.read(record(run, tmp_path), theirs) is None
-    assert len(list((taken.path / evaluations.FOLDER).iterdir())) == 1
+    assert len(list((taken.path / EVALUATIONS).iterdir())) == 1
 
 
 def test_a_later_record_replaces_what_was_measured_before_where_there_are_no_weights(run, tmp_path, theirs):
     """The code that measures was mended, and the run published again."""
     evaluations.measure(run, words, 2)
     taken = records.read(record(run, tmp_path), theirs)
-    ours, other = evaluations.files(run)[0], taken.path / evaluations.FOLDER / evaluations.files(run)[0].name
+    ours, other = evaluations.files(run)[0], taken.path / EVALUATIONS / evaluations.files(run)[0].name
     write_json(ours, {**read_json(ours), "measured": "2999-01-01 00:00:00 UTC", "value": "mended"})
     later = record(run, tmp_path)
     (taken.path / "checkpoints" / "step-00000001").mkdir(parents=True)

@@ -37,19 +37,14 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
         shutil.rmtree(pages / old, ignore_errors=True)
     for path, folder in folders.items():
         _link_files(folder, pages / path)
-    packs: dict[str, Path] = {}
+    packs: set[str] = set()
     for root in roots:
         for folder in (root / "benchmarks", *(root / "benchmarks").glob("[!.]*/")):
             if folder.is_dir():
                 _link_files(folder, pages / folder.relative_to(root))
-        for pack in (root / "runs").glob("[!.]*"):  # a model's packs have one name in both
-            packs[pack.name if root == roots[0] else f"own-{pack.name}"] = pack
-    (pages / "runs").mkdir(parents=True, exist_ok=True)
-    sweep(pages / "runs")
-    for name, pack in packs.items():
-        target = pages / "runs" / name
-        if not target.exists() or target.stat().st_mtime_ns < pack.stat().st_mtime_ns:
-            _link(pack, target)
+        if (folder := root / "runs").is_dir():
+            prefix = "" if root == roots[0] else "own-"  # a model's packs have one name in all roots
+            packs |= _link_files(folder, pages / "runs", prefix)
     # Not hidden files: another process may be about to move one into its place.
     for file in (pages / "benchmarks").rglob("[!.]*"):
         if file.is_file() and not any((root / file.relative_to(pages)).exists() for root in roots):
@@ -59,15 +54,17 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _link_files(source: Path, target: Path) -> None:
-    """Link the files of a folder into another, those that are missing there or older."""
+def _link_files(source: Path, target: Path, prefix: str = "") -> set[str]:
+    """Link the files of a folder into another, those that are missing there or older; return their names there."""
     target.mkdir(parents=True, exist_ok=True)
     sweep(target)
     shown = (entry for entry in os.scandir(target) if not entry.name.startswith("."))  # others may vanish meanwhile
     there = {entry.name: entry.stat().st_mtime_ns for entry in shown}
-    for entry in os.scandir(source):
-        if entry.is_file() and not entry.name.startswith(".") and there.get(entry.name, -1) < entry.stat().st_mtime_ns:
-            _link(Path(entry.path), target / entry.name)
+    files = [entry for entry in os.scandir(source) if entry.is_file() and not entry.name.startswith(".")]
+    for entry in files:
+        if there.get(name := prefix + entry.name, -1) < entry.stat().st_mtime_ns:
+            _link(Path(entry.path), target / name)
+    return {prefix + entry.name for entry in files}
 
 
 def _link(source: Path, target: Path) -> None:
