@@ -58,7 +58,7 @@ def test_a_function_of_a_notebook_is_refused_before_a_rank_starts(monkeypatch):
         """Do nothing."""
 
     monkeypatch.setattr(function, "__module__", "__main__")
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     with pytest.raises(ValueError, match=r"function is of this notebook; put it into a module$"):
         Ranks(2).run(function)
 
