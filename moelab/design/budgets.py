@@ -199,7 +199,8 @@ def effective_size(final: pd.DataFrame, moe: str, base: str, larger: str, scale:
     """Return the size of the dense model that an MoE equals at equal tokens, in units of its base's.
 
     Between the two dense models the loss is interpolated over the logarithm of the parameters outside the embeddings;
-    outside of them it is extrapolated.
+    outside of them it is extrapolated. A seed in which the larger dense model does not end below the base is left out:
+    no size equals then.
 
     Args:
         final: `Runs.final()` of runs of equal tokens.
@@ -211,6 +212,7 @@ def effective_size(final: pd.DataFrame, moe: str, base: str, larger: str, scale:
     table = final.pivot(index="seed", columns="arm", values="validation_loss")
     if not {moe, base, larger} <= set(table):
         return pd.DataFrame(columns=["seed", "times"])
+    table = table[table[larger] < table[base]]
     small, large = (settings.spec(name, scale).model.non_embedding_parameters() for name in (base, larger))
     share = (table[base] - table[moe]) / (table[base] - table[larger])
     times = share.mul(math.log(large / small)).clip(-700, 700).map(math.exp)  # two dense models may end alike

@@ -169,8 +169,7 @@ def equal_sizes(final: pd.DataFrame, scale: str) -> dict[str, Any]:
     for moe, base, larger in PAIRS:
         reverse = table.index[table[larger] >= table[base]]
         lost += [f"seed {seed}: {larger} does not end below {base}" for seed in reverse]
-        kept = final[~final["seed"].isin(reverse)]
-        sizes[moe] = budgets.effective_size(kept, moe, base, larger, scale).set_index("seed")["times"]
+        sizes[moe] = budgets.effective_size(final, moe, base, larger, scale).set_index("seed")["times"]
     whole = pd.DataFrame(sizes).dropna()
     return {"values": list(whole.prod(axis=1) ** (1 / len(PAIRS))), "missing": lost}
 
