@@ -160,7 +160,9 @@ def judge_loss(
     An equality is judged by the gain that the claim names, where both of its arms are there.
     """
     if claim.quantity == "total parameters":
-        return judge(claim, [size_ratio(claim.left, claim.right)], exact=True, note="Arithmetic at the paper's size.")
+        models = [name.replace("+KD", "").replace("+MoS", "") for name in (claim.left, claim.right)]
+        left, right = (ModelConfig.parse(model).parameters() for model in models)
+        return judge(claim, [left / right], exact=True, note="Arithmetic at the paper's size.")
     share = share_of_training([claim.left, claim.right], final, arms, scale)
     if claim.quantity != "final validation loss" or not len(final):
         return judge(claim, [], scale=scale, share=share)
@@ -233,12 +235,6 @@ def tokens_a_parameter(name: str, scale: str = "paper", tokens: float | None = N
 def alpha(final: pd.DataFrame, looks: Sequence[int]) -> float:
     """Return the level of the look at these runs: the chance that one of the figure's intervals misses its mean."""
     return sequential.level(max(1, final["seed"].nunique()), tuple(looks))
-
-
-def size_ratio(left: str, right: str) -> float:
-    """Return the total parameters of one paper model over another's."""
-    sizes = [ModelConfig.parse(name.replace("+KD", "").replace("+MoS", "")).parameters() for name in (left, right)]
-    return sizes[0] / sizes[1]
 
 
 def interval_text(values: Sequence[float], looks: Sequence[int] = ()) -> str:
@@ -328,12 +324,13 @@ def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> 
     return moved[["arm", "against", "seed", "tokens", "loss"]]
 
 
-def gaps_headline(table: pd.DataFrame, reference: str) -> str:
-    """Return "Against REFERENCE: ARM −0.012, … nats", from `gaps`; seeds that an arm lacks are named."""
+def gaps_headline(final: pd.DataFrame, reference: str) -> str:
+    """Return "Against REFERENCE: ARM −0.012, … nats"; seeds that an arm or the reference lacks are named."""
+    table = gaps(final, reference)
     means = table[table["arm"] != reference].groupby("arm", sort=False)["gap"].mean()
     if not len(means):
         return f"{reference} and another arm have no finished pair"
-    lost = _missing(by_arm(table, "gap"), list(means.index))
+    lost = missing(final, reference, *means.index)
     without = f"; without {', '.join(lost)}" if lost else ""
     return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats{without}"
 

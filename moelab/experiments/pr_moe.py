@@ -163,7 +163,7 @@ def gain_headline(final: pd.DataFrame, scale: str = "") -> str:
 
     The second is the gain that PR-MoE is to keep: over the dense base MoE-32 has most of MoE-128's gain, too.
     """
-    text = comparison.gaps_headline(comparison.gaps(final[final["arm"].isin(BUDGETED)], "Dense"), "Dense")
+    text = comparison.gaps_headline(final[final["arm"].isin(BUDGETED)], "Dense")
     if not {"MoE-128", "MoE-32"} <= set(final["arm"]):
         return text
     return f"{text}; {comparison.difference(final, 'MoE-128', 'MoE-32', EXPERIMENT.looks_at(scale))}"

@@ -120,7 +120,7 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, upcycle_at: fl
 def over_tokens_headline(final: pd.DataFrame) -> str:
     """Return, in one line, the final gaps to the dense run of the upcycled, the grown and the MoE from scratch."""
     shown = final[final["arm"].isin(["Dense", "Upcycled", "Top-2", "Grown", "MoE-128"])]
-    return comparison.gaps_headline(comparison.gaps(shown, "Dense"), "Dense")
+    return comparison.gaps_headline(shown, "Dense")
 
 
 EXPERIMENT = Experiment(

@@ -278,8 +278,9 @@ def test_summary_and_gaps():
     assert comparison.difference(none, "a", "b") == "a and b have no finished pair"
     assert not len(comparison.gaps(none, "a"))
     lost = final({"a": [2.0, 3.0, 4.0], "b": [1.0, 2.0], "c": [1.0, 2.0, 3.0]})
-    said = comparison.gaps_headline(comparison.gaps(lost, "a"), "a")
+    said = comparison.gaps_headline(lost, "a")
     assert said == "Against a: b -1.000, c -1.000 nats; without seed 2 of b"
+    assert comparison.gaps_headline(lost, "b").endswith("c +0.000 nats; without seed 2 of b"), "of the reference"
     counted = final({"16": [2.0, 3.0], "32": [1.9, 2.9], "64": [2.0]})
     assert expert_count.headline(counted).startswith("Lowest mean loss at 32 experts"), "64 has the easier seed alone"
     assert 0 < comparison.alpha(none, (3,)) < 0.05
