@@ -40,3 +40,4 @@ def test_values_tell_their_mean_no_better_than_each_is_known():
 def test_holm_multiplies_the_least_by_their_number_and_never_falls():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
+    assert holm([0.01, math.nan, 0.02]) == pytest.approx([0.03, 1.0, 0.04]) and holm([math.nan]) == [1.0]
