@@ -94,8 +94,7 @@ def judge(
       reproduced when it is more. Both are intervals of difference -+ margin x gain, seed by seed, so the gain's own
       spread counts. The runs cannot tell unless the gain's interval lies above zero. Where the paper's text has a
       number, too, our mean must lie in its range and the interval be as narrow as for a difference; else equal within
-      the margin only. An equality without a gain is judged by the smallest effect of interest. Both are equivalence
-      tests (two one-sided tests, each at 2.5 %).
+      the margin only. It is an equivalence test (two one-sided tests, each at 2.5 %).
 
     With a plan, the values up to its last look decide; further ones wait for the next.
 
@@ -294,24 +293,17 @@ def _p(claim: Claim, estimate: Estimate, low: float, high: float, of: str) -> fl
 def _equality(claim: Claim, estimate: Estimate, stored: dict[str, Any], level: float) -> tuple[str, float | None, str]:
     """Return the verdict on two arms being equal, its p-value, and how it was found; see `judge`."""
     values, gain = stored["values"], stored["gain"]
-    differences = [value - stated.neutral(claim) for value in values]
-    if claim.gain_of:
-        what = f"{claim.gain_of} over {claim.gain_over}"
-        if not gain or len(gain) != len(values):
-            return CANNOT_TELL, None, f"It is about what {what} gains, which these runs do not have."
-        gained = Estimate.of(gain)
-        low, high = gained.interval(level)
-        measured = f"{what} gains {gained.mean:.3g} ({low:.3g} to {high:.3g})."
-        if low <= 0:
-            return CANNOT_TELL, None, f"It is about a gain that these runs do not show: {measured}"
-        margins, p_gain = _margins(claim, stored), gained.p()
-        margin = f"{MARGIN:.0%} of the gain ({MARGIN * gained.mean:.2g}{stated.unit(claim)}): {measured}"
-    elif claim.smallest and differences:
-        margins, p_gain = _margins(claim, stored), 0.0
-        margin = f"the smallest effect of interest, {claim.smallest:g}{stated.unit(claim)}."
-    else:
-        return CANNOT_TELL, None, "No gain is stored by which two arms could be called equal."
-    over, under = _beyond(differences, margins)
+    what = f"{claim.gain_of} over {claim.gain_over}"
+    if not gain or len(gain) != len(values):
+        return CANNOT_TELL, None, f"It is about what {what} gains, which these runs do not have."
+    gained = Estimate.of(gain)
+    low, high = gained.interval(level)
+    measured = f"{what} gains {gained.mean:.3g} ({low:.3g} to {high:.3g})."
+    if low <= 0:
+        return CANNOT_TELL, None, f"It is about a gain that these runs do not show: {measured}"
+    p_gain = gained.p()
+    margin = f"{MARGIN:.0%} of the gain ({MARGIN * gained.mean:.2g}{stated.unit(claim)}): {measured}"
+    over, under = _beyond(claim, stored)
     (over_low, over_high), (under_low, under_high) = over.interval(level), under.interval(level)
     if over_high < 0 < under_low:
         equal, p = f"Equal within {margin}", max(over.p(), under.p(), p_gain)
@@ -325,16 +317,10 @@ def _equality(claim: Claim, estimate: Estimate, stored: dict[str, Any], level: f
     return UNDECIDED, max(over.p(), under.p(), p_gain), f"Margin: {margin}"
 
 
-def _margins(claim: Claim, stored: dict[str, Any]) -> list[float]:
-    """Return, per seed, by how much two arms may differ and be equal; nothing where no gain or effect says it."""
-    if claim.gain_of:
-        return [MARGIN * gain for gain in stored["gain"]]
-    return [claim.smallest] * len(stored["values"]) if claim.smallest else []
-
-
-def _beyond(differences: Sequence[float], margins: Sequence[float]) -> tuple[Estimate, Estimate]:
+def _beyond(claim: Claim, stored: dict[str, Any]) -> tuple[Estimate, Estimate]:
     """Return how far differences lie above the upper margin, and the lower one: below and above 0 they are equal."""
-    over, under = (Estimate.of([d + side * m for d, m in zip(differences, margins, strict=True)]) for side in (-1, 1))
+    no_effect, pairs = stated.neutral(claim), list(zip(stored["values"], stored["gain"], strict=True))
+    over, under = (Estimate.of([v - no_effect + side * MARGIN * g for v, g in pairs]) for side in (-1, 1))
     return over, under
 
 
@@ -390,17 +376,19 @@ def _chance(claim: Claim, estimate: Estimate, stored: dict[str, Any], looks: tup
     """Return the chance that the last look decides an undecided claim; 1 where no effect is named.
 
     A difference is decided by the planned effect, or by the seen one where that is larger, or by none at all. An
-    equality is decided by arms that are equal and a gain as seen, or by a difference as seen beyond the margin.
+    equality is decided by arms that are equal and a gain as seen, or by a difference as seen beyond the margin; by
+    nothing where the arms that must differ do so the wrong way.
     """
     seen = estimate.mean - stated.neutral(claim)
     if planned := stated.effect(claim):
         likely = seen if abs(seen) > abs(planned) and seen * planned > 0 else planned
         return sequential.chance(estimate, likely, looks, within=claim.smallest or 0.0)
-    margins = _margins(claim, stored) if claim.direction == "equal" and claim.kind != "bound" else []
-    if len(margins) != estimate.samples or (margin := statistics.fmean(margins)) <= 0:
+    if len(stored["gain"]) != estimate.samples:
         return 1.0
-    over, under = _beyond([value - stated.neutral(claim) for value in stored["values"]], margins)
-    gained = Estimate.of(stored["gain"] or margins)
+    gained = Estimate.of(stored["gain"])
+    if (margin := MARGIN * gained.mean) <= 0:
+        return 0.0
+    over, under = _beyond(claim, stored)
     needed = ((over, -margin), (under, margin), (gained, gained.mean))
     equal = min(sequential.chance(part, effect, looks) for part, effect in needed)
     outer = over if seen > 0 else under

@@ -16,6 +16,7 @@ def test_claim(row):
     assert row.kind != "ordering" or (row.value is None and row.unit == "")
     assert row.kind not in {"difference", "bound"} or (row.value is not None and row.unit)
     assert row.kind != "ratio" or row.unit == "x"
+    assert row.direction != "equal" or row.kind == "bound" or row.testable_at == "simulated" or row.gain_of
     if row.value is not None:
         assert row.value_low is None or row.value_low <= row.value
         assert row.value_high is None or row.value <= row.value_high
