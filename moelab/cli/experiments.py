@@ -185,8 +185,10 @@ def power(
     rows = needs(name, scale, *paths.all_results(), against=against, effect=effect)
     view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
     for row in rows.to_dict("records"):
-        seeds = [f"> {MAX_SEEDS}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
-        seen = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
+        seen, missing = row["effect from"], "–"
+        if pd.notna(row["effect"]):
+            seen, missing = f"{row['effect']:.3g}, {seen}", f"> {MAX_SEEDS}"
+        seeds = [missing if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
         view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", seen, *seeds)
     console = terminal.console()
     console.print(view)

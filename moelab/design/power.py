@@ -85,12 +85,11 @@ def of_claim(claim: Claim, verdict: Verdict, looks: bool = True) -> tuple[Need |
     if effect is not None:
         why = f"half of {claim.value - stated.neutral(claim):+.3g}" if claim.value is not None else "the smallest"
         return of_difference(spread(verdict), effect, looks), abs(effect), why
-    if verdict.gain and len(verdict.gain) == len(verdict.values):
-        gained = sum(verdict.gain) / len(verdict.gain)
+    gained = sum(verdict.gain) / max(len(verdict.gain), 1)
+    if gained > 0 and len(verdict.gain) == len(verdict.values):
         apart = [value - stated.neutral(claim) for value in verdict.values]
-        why = f"{MARGIN:.0%} of the gain"
-        return of_equality(apart, verdict.gain, looks) if gained > 0 else Need(None, None, None), MARGIN * gained, why
-    return None, None, "no gain measured" if claim.direction == "equal" else "no effect named"
+        return of_equality(apart, verdict.gain, looks), MARGIN * gained, f"{MARGIN:.0%} of the gain"
+    return None, None, "no gain measured" if claim.gain_of else "no effect named"
 
 
 def outlook(claim: Claim, verdict: Verdict) -> str:
@@ -106,7 +105,7 @@ def outlook(claim: Claim, verdict: Verdict) -> str:
         if v is None or not v.values or v.low is None or v.high is None:
             continue
         need, effect, why = of_claim(claim, v, looks=False)
-        if need is None or effect is None or effect <= 0:
+        if need is None or effect is None:
             return ""
         plans.append((need.at_once or MAX_SEEDS + 1, (v.high - v.low) / 2, effect, why))
     if not plans:

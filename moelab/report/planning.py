@@ -38,7 +38,7 @@ def needs(
         Columns comparison; seeds and spread, those of the result (spread: standard deviation of the difference over
         seeds, or of a ratio over sessions); effect, and where it is from; at once, with one look; at most and on
         average, with a look at every third seed. A number of seeds that is missing is more than
-        `moelab.design.power.MAX_SEEDS`.
+        `moelab.design.power.MAX_SEEDS`, or unknown where no effect can be named.
 
     Raises:
         ValueError: one line: an unknown experiment, scale or arm, a bad effect, no result, or fewer than two seeds.
