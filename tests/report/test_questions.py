@@ -70,7 +70,7 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     assert questions.answers([scaling], [row])[0].line.startswith("Yes, if tested alone: −0.300 ")
     larger = replace(row, claim=paper.claim("moe128-1.3b-beats-own-base"), verdict="direction only", ours=-0.4)
     answer = questions.answers([scaling], [row, larger])[0]
-    assert answer.line == "Yes, 1.3B base: −0.400 [−0.500, −0.100] (paper −0.21)"
+    assert answer.line == "Yes, 1.3B base: −0.400 [−0.500, −0.100] (paper −0.215)"
     assert answer.claims == [larger, row] and "; 350M base, if tested alone: −0.300 nats" in answer.short
     (scaling.folder / "equal-cost.jsonl").write_text('{"at": "time", "seed": 0}\n')
     assert questions.answers([scaling], []) == [], "a column is missing"
