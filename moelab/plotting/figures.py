@@ -20,31 +20,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from moelab.plotting.layout import HEIGHT, TEXT, WIDTH, legend_below, name_rows, panels, save, title
+from moelab.plotting.layout import HEIGHT, TEXT, WIDTH, legend_below, name_rows, panels
+from moelab.plotting.layout import save as save  # for those who import this module, as `panels`
+from moelab.plotting.layout import title as title
 from moelab.plotting.palette import COLORS as _COLORS
 from moelab.plotting.palette import DASHES, colors
 from moelab.statistics import ALPHA, interval, ratio_interval
-
-__all__ = [
-    "colors",
-    "differences",
-    "gaps",
-    "in_panels",
-    "legend_below",
-    "loss_curves",
-    "means",
-    "name_rows",
-    "our_points",
-    "panels",
-    "paper_bound",
-    "paper_points",
-    "save",
-    "seed_lines",
-    "student",
-    "task_scores",
-    "theme",
-    "title",
-]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

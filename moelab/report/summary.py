@@ -117,7 +117,9 @@ class RunRow:
         parts = {name: self.spec.get(name, {}) for name in ("model", "train", "data")}
         start = self.spec.get("start") or {}
         trunk = start.get("run", {}) if isinstance(start, dict) else {}
-        for name, part in {**parts, "start": start, "start.run": trunk, "result": self.result}.items():
+        model = trunk.get("model", {}) if isinstance(trunk, dict) else {}
+        parts |= {"start": start, "start.run": trunk, "start.run.model": model, "result": self.result}
+        for name, part in parts.items():
             if not isinstance(part, dict):
                 raise ValueError(f"run {self.id}: {name} must be an object, got {str(part)[:40]}")
             for number in _NUMBERS & part.keys():

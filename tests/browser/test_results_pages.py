@@ -265,6 +265,9 @@ def test_curves_can_be_read_switched_and_subtracted(results, visit):
     chart.get_by_role("button", name="Table").click()
     page.goto(page.url)
     assert chart.get_by_label("Show").input_value() == "350M" and chart.get_by_label("Over").input_value() == "share"
+    drawn = page.evaluate("document.querySelector('.chart canvas').toDataURL()")
+    page.get_by_role("button", name="Colours").dblclick()  # light, as it is, then dark
+    page.wait_for_function("light => document.querySelector('.chart canvas').toDataURL() !== light", arg=drawn)
     chart.get_by_label("Over").select_option("tokens")
     chart.get_by_label("Show").select_option("")
     chart.get_by_label("Seeds").select_option("2")

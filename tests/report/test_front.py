@@ -95,6 +95,7 @@ def test_the_command_has_the_parameters_that_are_not_defaults():
     assert shown == command + "seeds=8 -p train.tokens=7 -p data.corpus=mix5"
     few = result(experiment="half-moe", parameters={"arms": ["a", "b"]})
     assert front.command(few) == command + """'arms=["a", "b"]'"""
+    assert front.command(result(experiment="half-moe", parameters={"arms": [["a"]]})).endswith("""'arms=[["a"]]'""")
     assert front.command(result(experiment="mine")) == ""
 
 

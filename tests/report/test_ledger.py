@@ -205,6 +205,7 @@ WRONG = (
     ({"runs": [{**RUN, "result": {"validation_tokens": {}}}]}, "validation_tokens must be a number, got {}"),
     ({"runs": [{**RUN, "spec": {"model": {"layers": "8"}}}]}, "layers must be a number, got 8"),
     ({"runs": [{**RUN, "spec": {"start": {"run": "a"}}}]}, "start.run must be an object, got a"),
+    ({"runs": [{**RUN, "spec": {"start": {"run": {"model": "a"}}}}]}, "start.run.model must be an object, got a"),
     ({"runs": [{**RUN, "provenance": {"sessions": [7]}}]}, "summary.runs.0.provenance.sessions"),
 )
 NO_JSON = ("", '{"experiment": "pr-moe"', "\udcff", "[" * 100_000)

@@ -70,7 +70,7 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     assert questions.answers([scaling], [row])[0].line.startswith("Yes, if tested alone: −0.300 ")
     larger = replace(row, claim=paper.claim("moe128-1.3b-beats-own-base"), verdict="direction only", ours=-0.4)
     answer = questions.answers([scaling], [row, larger])[0]
-    assert answer.line == "Yes, 1.3B base: −0.400 [−0.500, −0.100] (paper −0.21)"
+    assert answer.line == "Yes, 1.3B base: −0.400 [−0.500, −0.100] (paper −0.215)"
     assert answer.claims == [larger, row] and "; 350M base, if tested alone: −0.300 nats" in answer.short
     (scaling.folder / "equal-cost.jsonl").write_text('{"at": "time", "seed": 0}\n')
     assert questions.answers([scaling], []) == [], "a column is missing"
@@ -145,6 +145,9 @@ def test_a_line_an_experiment_has_the_costs_of_both_sides(scaling):
     assert digest.hours([scaling, scaling]) == pytest.approx(trained), "a run counts once"
     waited = replace(scaling, summary=replace(scaling.summary, training_seconds=900.0, notebook_seconds=950.0))
     assert digest.hours([waited]) == pytest.approx(trained), "and not once more as the notebook's time"
+    earlier = {"id": "m", "measured": "2026-01-01 00:00", "seconds": 2700.0, "read_back": True}
+    timed = result(experiment="gating-kernels", notebook_seconds=900.0, measurements=[earlier])
+    assert digest.digest(chapters([timed]), [])[0].hours == 1, "what was measured earlier counts"
 
 
 def test_the_costs_of_a_student_are_those_of_how_it_is_distilled_at_its_own_rate():

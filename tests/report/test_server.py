@@ -42,6 +42,7 @@ def ask(server, path, host=None, method="GET"):
         connection.putheader("Host", host or f"127.0.0.1:{server.server_port}")
     connection.endheaders()
     answer = connection.getresponse()
+    assert answer.headers["Cache-Control"] == "no-cache", "a page of before a build is not shown after it"
     return answer.status, answer.read().decode(), answer.headers["Content-Security-Policy"]
 
 

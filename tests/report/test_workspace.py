@@ -36,13 +36,18 @@ def both(publish, result):
 
 
 def test_pages_show_both_and_change_neither(both):
+    page = paths.own_results() / OWN / "notebook.html"
+    assert site.convert(page.with_suffix(".ipynb"))
+    page.write_text(
+        page.read_text() + "<script src=x.js></script>"
+    )  # one of another's, with the digest of his notebook
     before = tree(paths.results()), tree(paths.own_results())
     built = site.update()
     assert built.results == 2 and not built.unreadable and built.index == paths.pages() / "index.html"
     start = built.index.with_name("figures.html").read_text()
     assert PUBLISHED in start and OWN in start and "gate.provenance.json" in start
     assert (paths.pages() / "benchmarks" / "another-cpu" / "gate.provenance.json").exists() and "(another-cpu)" in start
-    assert (paths.pages() / OWN / "notebook.html").exists()
+    assert "x.js" not in (paths.pages() / OWN / "notebook.html").read_text(), "pages are made here"
     (row,) = (line for line in (paths.pages() / "runs.html").read_text().splitlines() if "350m-twin-s7" in line)
     assert "Mine" in row and "3.2100" in row, "the numbers of a run that no result uses are its record's"
     assert "350m-twin-s7" not in (paths.results() / "runs.html").read_text()

@@ -73,7 +73,7 @@ def digest(chapters: Sequence[Chapter], rows: Sequence[ClaimRow]) -> list[Row]:
             effect = quantity(claim.ours, claim.claim)
             effect += f" ({claim.interval})" if claim.samples and claim.interval != "–" else ""
             effect += f", {claim.claim.left}" + (f" against {claim.claim.right}" if claim.claim.right else "")
-        seconds = result.summary.training_seconds or result.summary.notebook_seconds or 0
+        seconds = result.summary.training_seconds or result.computing_seconds
         found.append(
             Row(
                 about.name,

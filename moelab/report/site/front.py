@@ -106,7 +106,7 @@ def command(result: Result) -> str:
     for name, value in given.items():
         if name == "scale" or name not in defaults or value in (None, "", [], {}, defaults[name]):
             continue
-        if name == "arms" and isinstance(value, list) and set(value) == set(about.arms or ()):
+        if name == "arms" and isinstance(value, list) and set(map(str, value)) == set(about.arms or ()):
             continue
         if name == "overrides" and isinstance(value, dict):
             words += [word for key, v in value.items() for word in ("-p", f"{key}={_text(v)}")]

@@ -166,8 +166,13 @@ class Result:
         """Time of training, or of computing where nothing was trained."""
         if self.summary.training_seconds:
             return f"{duration(self.summary.training_seconds)} of training"
+        return f"{duration(self.computing_seconds)} of computing"
+
+    @property
+    def computing_seconds(self) -> float:
+        """Seconds of the notebook, with those of the measurements that it read back."""
         earlier = sum(one.seconds for one in self.summary.measurements if one.read_back)
-        return f"{duration((self.summary.notebook_seconds or 0) + earlier)} of computing"
+        return (self.summary.notebook_seconds or 0) + earlier
 
     @property
     def measurement_dates(self) -> list[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'"
+    "base-uri 'none'; form-action 'self'"
 )
 """Content-Security-Policy of the pages."""
 OF_FILES = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"

@@ -72,8 +72,5 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         page = getattr(self, "path", "").partition("?")[0].endswith((".html", "/"))
         self.send_header("Content-Security-Policy", POLICY if page else OF_FILES)
         self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-cache")  # ask whether a page has changed
         super().end_headers()
-
-    def list_directory(self, path: Any) -> None:
-        """List no folders: every page is linked from the start page."""
-        self.send_error(HTTPStatus.NOT_FOUND, "File not found")

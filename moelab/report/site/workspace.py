@@ -36,7 +36,9 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
     for old in set(find_results(pages)) - set(folders):
         shutil.rmtree(pages / old, ignore_errors=True)
     for path, folder in folders.items():
-        _link_files(folder, pages / path)
+        # A page that comes along with a result may run anything, so it is made here from the notebook. The published
+        # ones are as trusted as the code beside them.
+        _link_files(folder, pages / path, leave=() if folder.is_relative_to(roots[0]) else (".html", ".js"))
     packs: set[str] = set()
     for root in roots:
         for folder in (root / "benchmarks", *(root / "benchmarks").glob("[!.]*/")):
@@ -54,13 +56,13 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _link_files(source: Path, target: Path, prefix: str = "") -> set[str]:
-    """Link the files of a folder into another, those that are missing there or older; return their names there."""
+def _link_files(source: Path, target: Path, prefix: str = "", leave: tuple[str, ...] = ()) -> set[str]:
+    """Link files that are missing in another folder or older there, but for some suffixes; return their names there."""
     target.mkdir(parents=True, exist_ok=True)
     sweep(target)
     shown = (entry for entry in os.scandir(target) if not entry.name.startswith("."))  # others may vanish meanwhile
     there = {entry.name: entry.stat().st_mtime_ns for entry in shown}
-    files = [entry for entry in os.scandir(source) if entry.is_file() and not entry.name.startswith(".")]
+    files = [e for e in os.scandir(source) if e.is_file() and not (e.name.startswith(".") or e.name.endswith(leave))]
     for entry in files:
         if there.get(name := prefix + entry.name, -1) < entry.stat().st_mtime_ns:
             _link(Path(entry.path), target / name)
