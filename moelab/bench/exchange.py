@@ -14,7 +14,6 @@ is multiplied by the ranks that share a core. It knows nothing of waking up wait
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -92,10 +91,6 @@ def _stream(timing: Timing) -> tuple[float, float]:
     return alpha, beta
 
 
-def _exchange(exchange: Exchange, x: torch.Tensor, routing: Routing, _: None) -> None:
-    exchange(x, routing, identity_experts)
-
-
 def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0) -> dict[str, Any]:
     """On each rank: seconds of each candidate, round by round; what it sends; alpha and beta."""
     timing = Timing(rounds, device, warm_up=1, budget_s=math.inf)  # no rank may stop before another
@@ -114,20 +109,21 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0
     sent, meshes = {}, []
     for name, config in layouts(ranks, node).items():
         meshes.append(Mesh(config, [ranks], device))
-        groups = meshes[-1].experts(ranks)
+        exchange = Exchange(meshes[-1].experts(ranks), config)
         traffic = Traffic(config.ranks_per_node)
         with observe(traffic):
-            Exchange(groups, config)(x, routing, identity_experts)
+            exchange(x, routing, identity_experts)
         total = traffic.total()
         sent[name] = {
             "near_messages": total.intra_node_messages,
             "far_messages": total.inter_node_messages,
             "sent_bytes": total.bytes,
         }
-        calls[name] = functools.partial(_exchange, Exchange(groups, config), x, routing)
+        calls[name] = lambda _, exchange=exchange: exchange(x, routing, identity_experts)
     calls[BARE] = bare
-    messages = 2 * (ranks - 1)
-    sent[BARE] = {"near_messages": messages, "far_messages": 0, "sent_bytes": messages * x.nbytes // ranks}
+    G = config.ranks_per_node  # of every layout
+    sent[BARE] = {"near_messages": 2 * (G - 1), "far_messages": 2 * (ranks - G)}
+    sent[BARE]["sent_bytes"] = 2 * (ranks - 1) * x.nbytes // ranks
 
     def sample(call: Callable[[None], Any], given: None) -> float:
         dist.barrier()
