@@ -14,6 +14,7 @@ is multiplied by the ranks that share a core. It knows nothing of waking up wait
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,10 @@ def _stream(timing: Timing) -> tuple[float, float]:
     return alpha, beta
 
 
+def _exchange(exchange: Exchange, x: torch.Tensor, routing: Routing, _: None) -> None:
+    exchange(x, routing, identity_experts)
+
+
 def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0) -> dict[str, Any]:
     """On each rank: seconds of each candidate, round by round; what it sends; alpha and beta."""
     timing = Timing(rounds, device, warm_up=1, budget_s=math.inf)  # no rank may stop before another
@@ -119,7 +124,7 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0
             "far_messages": total.inter_node_messages,
             "sent_bytes": total.bytes,
         }
-        calls[name] = lambda _, exchange=exchange: exchange(x, routing, identity_experts)
+        calls[name] = functools.partial(_exchange, exchange, x, routing)
     calls[BARE] = bare
     G = config.ranks_per_node  # of every layout
     sent[BARE] = {"near_messages": 2 * (G - 1), "far_messages": 2 * (ranks - G)}

@@ -59,6 +59,10 @@ def _masks(logits_SE: Tensor, capacity: int) -> None:
     _backward(logits_SE, combine_SEC.sum() + routing.aux_loss)
 
 
+def _theirs(call: Callable[[Tensor], Tensor], logits_SE: Tensor) -> None:
+    _backward(logits_SE, call(logits_SE))
+
+
 def measure(tokens: int, experts: int, timing: Timing) -> list[Row]:
     """Return the rows of one case; a gate of DeepSpeed that does not run is left out."""
     states = inputs.HiddenStates(tokens, HIDDEN, experts, timing.device)
@@ -68,7 +72,7 @@ def measure(tokens: int, experts: int, timing: Timing) -> list[Row]:
         OURS: lambda logits: _ours(logits, capacity),
         MASKS: lambda logits: _masks(logits, capacity),
     }
-    candidates |= {name: lambda logits, call=call: _backward(logits, call(logits)) for name, call in theirs.items()}
+    candidates |= {name: functools.partial(_theirs, call) for name, call in theirs.items()}
     times = harness.in_turns(candidates, lambda i: states(i).logits_SE.requires_grad_(), timing, may_fail=theirs.keys())
     floor_s = 3 * tokens * experts * 4 / harness.copy_rate(timing)
     case = {"tokens": tokens, "experts": experts, "capacity": capacity, "threads": torch.get_num_threads()}

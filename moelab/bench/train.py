@@ -67,7 +67,11 @@ def training_loop(
     )
     trainer = Trainer(model_config, config, batches, context, distiller=distiller)
     window = Window()
-    return lambda number: trainer.step(number, window)
+
+    def step(number: int) -> None:
+        trainer.step(number, window)
+
+    return step
 
 
 def turns(steps: Mapping[str, Step], count: int, timing: Timing) -> dict[str, list[float]]:
