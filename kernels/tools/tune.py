@@ -30,7 +30,7 @@ from ..tuning import Tile
 GAIN = 0.97
 """Times the op's own time: a tile that takes longer than this is no gain, but within the spread."""
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
 # The persistent kernel holds one more stage in shared memory, so the number of stages is varied after it.
 LAUNCH = {"num_warps": (4, 8), "programs_per_sm": (0, 1, 2, 4), "num_stages": (2, 3, 4, 5)}
 PRODUCT = {"BN": (32, 64, 128, 256), "BK": (32, 64, 128), **LAUNCH}
@@ -46,13 +46,11 @@ class Target:
 
     Attributes:
         op: name for `tuning.tile`.
-        shape: what it is, in words.
         choices: setting -> allowed values.
         call: runs it and returns its results.
     """
 
     op: str
-    shape: str
     choices: Mapping[str, tuple[int, ...]]
     call: Callable[[], Sequence[torch.Tensor | None]]
 
@@ -71,17 +69,17 @@ def targets(device: str = "cuda", *, tiny: bool = False) -> Iterator[Target]:
         (64, 64, 2048, 8192),
     ]
     for R, E, M, F in [(24, 3, 16, 32)] if tiny else layers:
-        yield from _experts(R, E, M, F, BF16, device)
+        yield from _experts(R, E, M, F, device)
     for S, E, K, M in [(600, 4, 2, 16)] if tiny else [(8192, 128, 8, 2048), (8192, 128, 1, 1024)]:
         yield from _around(S, E, K, M, device)
 
 
-def _experts(R: int, E: int, M: int, F: int, dtype: torch.dtype, device: str) -> Iterator[Target]:
+def _experts(R: int, E: int, M: int, F: int, device: str) -> Iterator[Target]:
     torch.manual_seed(0)
     with torch.device(device):
-        x, dy = (torch.randn(R, M).to(dtype) for _ in range(2))
-        w1, b1 = (torch.randn(E, M, F) * M**-0.5).to(dtype), torch.zeros(E, F, dtype=dtype)
-        w2, b2 = (torch.randn(E, F, M) * F**-0.5).to(dtype), torch.zeros(E, M, dtype=dtype)
+        x, dy = (torch.randn(R, M).to(BF16) for _ in range(2))
+        w1, b1 = (torch.randn(E, M, F) * M**-0.5).to(BF16), torch.zeros(E, F, dtype=BF16)
+        w2, b2 = (torch.randn(E, F, M) * F**-0.5).to(BF16), torch.zeros(E, M, dtype=BF16)
         chosen = torch.randint(E, (R,))
         offsets = torch.nn.functional.pad(torch.bincount(chosen, minlength=E).cumsum(0), (1, 0)).int()
 
@@ -93,17 +91,14 @@ def _experts(R: int, E: int, M: int, F: int, dtype: torch.dtype, device: str) ->
 
     h, pre = _mm(plan(), x, w1, b1, act=1, save=True)
     d_pre, _ = _mm(plan(), dy, w2, None, transpose=True, act=2, pre=pre, save=True)
-    shape = f"R{R} E{E} M{M} F{F} {tuning.DTYPES[dtype]}"
     with torch.no_grad():
-        yield Target("rows", shape, ROWS, ffn)
-        yield Target("product1", shape, PRODUCT, lambda: _mm(plan(), x, w1, b1, act=1, save=True))
-        yield Target("product0", shape, PRODUCT, lambda: [_mm(plan(), h, w2, b2)])
-        yield Target("weight", f"{shape}, w1", WEIGHT, lambda: _weight_gradient(plan(), x, d_pre, w1, b1))
-        yield Target("weight", f"{shape}, w2", WEIGHT, lambda: _weight_gradient(plan(), h, dy, w2, b2))
-        yield Target(
-            "product2t", shape, PRODUCT, lambda: _mm(plan(), dy, w2, None, transpose=True, act=2, pre=pre, save=True)
-        )
-        yield Target("product0t", shape, PRODUCT, lambda: [_mm(plan(), d_pre, w1, None, transpose=True)])
+        yield Target("rows", ROWS, ffn)
+        yield Target("product1", PRODUCT, lambda: _mm(plan(), x, w1, b1, act=1, save=True))
+        yield Target("product0", PRODUCT, lambda: [_mm(plan(), h, w2, b2)])
+        yield Target("weight", WEIGHT, lambda: _weight_gradient(plan(), x, d_pre, w1, b1))
+        yield Target("weight", WEIGHT, lambda: _weight_gradient(plan(), h, dy, w2, b2))
+        yield Target("product2t", PRODUCT, lambda: _mm(plan(), dy, w2, None, transpose=True, act=2, pre=pre, save=True))
+        yield Target("product0t", PRODUCT, lambda: [_mm(plan(), d_pre, w1, None, transpose=True)])
 
 
 def _around(S: int, E: int, K: int, M: int, device: str) -> Iterator[Target]:
@@ -112,7 +107,6 @@ def _around(S: int, E: int, K: int, M: int, device: str) -> Iterator[Target]:
         logits = torch.randn(S, E)
         x, moe, mlp = (torch.randn(S, M).to(BF16) for _ in range(3))
         w, b = torch.randn(2, M).to(BF16), torch.zeros(2, dtype=BF16)
-    shape = f"S{S} E{E} K{K} M{M}"
 
     def gate(logits: torch.Tensor = logits) -> gating.Gate:
         return gating.gate(logits, K, normalize=K > 1, backend="triton")
@@ -134,13 +128,13 @@ def _around(S: int, E: int, K: int, M: int, device: str) -> Iterator[Target]:
         mix(*leaves).backward(x)
         return [t.grad for t in leaves]
 
-    yield Target("sum", shape, COPY, lambda: [permute.combine(rows, table, weights, backend="triton")])
-    yield Target("spread", shape, COPY, lambda: [permute.dispatch(x, table, backend="triton")])
-    yield Target("gate", shape, GATE, lambda: gate()[:5])
-    yield Target("gate_backward", shape, GATE, gate_backward)
+    yield Target("sum", COPY, lambda: [permute.combine(rows, table, weights, backend="triton")])
+    yield Target("spread", COPY, lambda: [permute.dispatch(x, table, backend="triton")])
+    yield Target("gate", GATE, lambda: gate()[:5])
+    yield Target("gate_backward", GATE, gate_backward)
     if K == 1:
-        yield Target("mix", shape, COPY, lambda: [mix(moe, mlp, x)])
-        yield Target("mix_backward", shape, COPY, mix_backward)
+        yield Target("mix", COPY, lambda: [mix(moe, mlp, x)])
+        yield Target("mix_backward", COPY, mix_backward)
 
 
 @dataclass(frozen=True)
@@ -149,15 +143,12 @@ class Tuned:
 
     Attributes:
         key: the shape class.
-        own, best: the op's own settings among the varied ones, and what differs in the best tile (empty: nothing).
-        own_ms, best_ms: their times, medians of the turns in which they were compared.
+        best: what differs from the op's own settings in the best tile (empty: nothing).
+        own_ms, best_ms: times of both, medians of the turns in which they were compared.
         tried, refused, wrong: candidates timed; those that did not compile or run; those with other results.
     """
 
-    op: str
-    shape: str
     key: str
-    own: Tile
     best: Tile
     own_ms: float
     best_ms: float
@@ -204,7 +195,7 @@ def tune(target: Target, deadline: float, timer: Callable[[Callable[[], Any]], f
     if best_ms > GAIN * own_ms:
         best, best_ms = {}, own_ms
     tried = len(times) - sum(counts.values())
-    return Tuned(target.op, target.shape, key, own, best, own_ms * 1e3, best_ms * 1e3, tried, **counts)
+    return Tuned(key, best, own_ms * 1e3, best_ms * 1e3, tried, **counts)
 
 
 def _asked(target: Target) -> tuple[str, Tile]:

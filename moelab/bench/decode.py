@@ -200,12 +200,14 @@ def slowest(
 ) -> list[Row]:
     """Return the rows of what the ranks measured: of each mode the slowest rank's times, with the floor."""
     turns, numbers, floors = {}, {}, {}
+    # A layer's experts on the ranks of a tensor group, which hold the same tokens.
+    held = parallel.tensor * statistics.mean([parallel.experts(e).experts_per_rank for e in config.experts if e] or [0])
     for mode in MODES:
         last = max(answers, key=lambda a: statistics.median(t for times in a["turns"][mode] for t in times[1:]))
         turns[mode], numbers[mode] = last["turns"][mode], last["numbers"][mode]
-        # Each rank reads the shared weights and, on average, its share of the experts that tokens chose.
+        # Each rank reads the shared weights and, on average, its share of the chosen experts, at most those it has.
         share = statistics.mean(a["numbers"][mode]["distinct_experts"] or 0 for a in answers)
-        needed = weight_bytes(config, share, settings.torch_dtype.itemsize)
+        needed = weight_bytes(config, min(share, held), settings.torch_dtype.itemsize)
         needed += cache_bytes(config, -(-batch // parallel.data), settings)
         needed /= parallel.tensor
         waiting_s = numbers[mode]["collectives"] * numbers[mode]["empty_collective_ms"] / 1e3

@@ -114,20 +114,21 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0
     sent, meshes = {}, []
     for name, config in layouts(ranks, node).items():
         meshes.append(Mesh(config, [ranks], device))
-        groups = meshes[-1].experts(ranks)
+        exchange = Exchange(meshes[-1].experts(ranks), config)
         traffic = Traffic(config.ranks_per_node)
         with observe(traffic):
-            Exchange(groups, config)(x, routing, identity_experts)
+            exchange(x, routing, identity_experts)
         total = traffic.total()
         sent[name] = {
             "near_messages": total.intra_node_messages,
             "far_messages": total.inter_node_messages,
             "sent_bytes": total.bytes,
         }
-        calls[name] = functools.partial(_exchange, Exchange(groups, config), x, routing)
+        calls[name] = functools.partial(_exchange, exchange, x, routing)
     calls[BARE] = bare
-    messages = 2 * (ranks - 1)
-    sent[BARE] = {"near_messages": messages, "far_messages": 0, "sent_bytes": messages * x.nbytes // ranks}
+    G = config.ranks_per_node  # of every layout
+    sent[BARE] = {"near_messages": 2 * (G - 1), "far_messages": 2 * (ranks - G)}
+    sent[BARE]["sent_bytes"] = 2 * (ranks - 1) * x.nbytes // ranks
 
     def sample(call: Callable[[None], Any], given: None) -> float:
         dist.barrier()

@@ -9,7 +9,7 @@ and their gradient written once, at the measured copy rate.
 5.4). Forward only, top-1, slots for `max(4, S / E)` tokens an expert, first come first served. The experts are left
 out: combine gets what dispatch made. Ours are the fused gate, the row table with the copies by it, and the weighted
 sums; the baseline's are one-hot masks and an einsum each way. "all three" is one after the other in one call, not the
-sum. Floor: the bytes of the part (logits; tokens there and back) at the measured copy rate.
+sum.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _masks(logits_SE: Tensor, capacity: int) -> None:
     _backward(logits_SE, combine_SEC.sum() + routing.aux_loss)
 
 
-def _theirs(call: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> None:
-    _backward(logits, call(logits))
+def _theirs(call: Callable[[Tensor], Tensor], logits_SE: Tensor) -> None:
+    _backward(logits_SE, call(logits_SE))
 
 
 def measure(tokens: int, experts: int, timing: Timing) -> list[Row]:
@@ -68,7 +68,7 @@ def measure(tokens: int, experts: int, timing: Timing) -> list[Row]:
     states = inputs.HiddenStates(tokens, HIDDEN, experts, timing.device)
     capacity = slots(tokens, experts)
     theirs = peers.gates()
-    candidates: dict[str, Callable[[torch.Tensor], Any]] = {
+    candidates: dict[str, Callable[[Tensor], Any]] = {
         OURS: lambda logits: _ours(logits, capacity),
         MASKS: lambda logits: _masks(logits, capacity),
     }
@@ -147,8 +147,8 @@ def mask_parts(x_SM: Tensor, logits_SE: Tensor, capacity: int) -> dict[str, Call
 
 
 @torch.no_grad()
-def measure_parts(tokens: int, hidden: int, experts: int, timing: Timing, *, calls: int = 20) -> list[Row]:
-    """Return a row for each part and candidate, times a call; the case's `part` names the part.
+def measure_parts(tokens: int, hidden: int, experts: int, timing: Timing, *, calls: int = 20) -> list[dict[str, Any]]:
+    """Return a row for each part, candidate and round, with the milliseconds of a call.
 
     All parts of both candidates take turns, so that a ratio within a round meets the same machine.
 
@@ -166,19 +166,10 @@ def measure_parts(tokens: int, hidden: int, experts: int, timing: Timing, *, cal
     names = [(part, name) for part in PARTS for name in (OURS, BASELINE)]
     candidates = {pair: lambda made, pair=pair: made[pair[1]][pair[0]]() for pair in names}
     times = harness.in_turns(candidates, new_round, timing, functools.partial(timing.seconds, calls=calls))
-    rate = harness.copy_rate(timing)
-    numbers = {"gate": tokens * experts, "dispatch": 2 * tokens * hidden, "combine": 2 * tokens * hidden}
-    numbers["all three"] = sum(numbers.values())
     case = {"tokens": tokens, "hidden": hidden, "experts": experts, "capacity": capacity, **states.measured()}
+    device = harness.device_name(timing.device)
     return [
-        row
-        for part in PARTS
-        for row in harness.rows(
-            {**case, "part": part},
-            {name: times[part, name] for name in (OURS, BASELINE)},
-            against=OURS,
-            floor_s=4 * numbers[part] / rate,
-            timing=timing,
-            inputs=inputs.described(inputs.HIDDEN),
-        )
+        {**case, "part": part, "device": device, "candidate": name, "round": i, "ms": seconds * 1e3}
+        for part, name in names
+        for i, seconds in enumerate(times[part, name])
     ]

@@ -163,7 +163,7 @@ def _rows(model: str, turns: dict[str, list[list[Step]]], case: dict[str, int], 
         against="alone",
         floor_s=statistics.median(times["alone"]),
         timing=timing,
-        inputs=inputs.described(f"batches of {inputs.TEXT}"),
+        inputs=inputs.described("batches of State of the Union text, new each step"),
         device=f"{machine.cpu()}, 1 thread a rank",
         numbers={"together": together},
     )

@@ -152,7 +152,7 @@ def apart(made: Mapping[str, Callable[[], Step]], count: int, threads: int, timi
 def twin(family: str, width: int) -> ModelConfig:
     """Return the twin of a family, `width` wide, with the paper's own numbers of experts, drop-free."""
     base = ModelConfig.parse(FAMILIES[family], routing=RoutingConfig(drop_tokens=False))
-    return base.shrink(hidden=base.hidden // width, experts=1, vocab=inputs.VOCAB, context=inputs.CONTEXT)
+    return base.shrink(hidden=base.hidden / width, experts=1, vocab=inputs.VOCAB, context=inputs.CONTEXT)
 
 
 def flops_per_token(family: str, width: int) -> float:

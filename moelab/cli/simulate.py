@@ -172,10 +172,7 @@ def _experience(model: str, got) -> list[str]:
     p = got.parallel
     expert = p.expert or (1 if code.sliced else p.ranks // p.expert_slicing)  # 0: as many as there can be
     near = public.nearest("decode", model, got.cluster, batch=got.batch, tensor=p.tensor, expert=expert)
-    if not near:
-        return [held]
-    unit = near.unit + " a node" * (near.metric == "node")
-    return [held, f"nearest measurement: {near.value:g} {unit}, {near.system} on {near.cluster}: {near.settings}"]
+    return [held, f"nearest measurement: {near.in_words} ({near.settings})"] if near else [held]
 
 
 @app.command()

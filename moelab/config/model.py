@@ -205,7 +205,7 @@ class ModelConfig:
     def shrink(
         self,
         *,
-        hidden: int = 16,
+        hidden: float = 16,
         depth: int = 3,
         experts: int = 8,
         vocab: int = 4096,

@@ -90,12 +90,7 @@ def _session(scale: str, rounds: int | None, threads: int) -> list[dict[str, Any
     cases = [(tokens, experts) for tokens in s.tokens for experts in s.experts]
     timing = Timing(rounds or s.rounds, s.device)
     with torch_threads(threads):
-        measured = [row for S, E in cases for row in measure_parts(S, s.hidden, E, timing, calls=s.calls)]
-    return [
-        {**row.case, "device": row.device, "candidate": row.candidate, "round": i, "ms": ms}
-        for row in measured
-        for i, ms in enumerate(row.rounds_ms)
-    ]
+        return [row for S, E in cases for row in measure_parts(S, s.hidden, E, timing, calls=s.calls)]
 
 
 def training_gate(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:

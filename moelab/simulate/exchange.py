@@ -16,7 +16,7 @@ With expert slicing, an all-gather of rows over the W slices comes before the ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -149,8 +149,7 @@ def collective_us(operation: str, ranks: int, in_node: int, size: int, cluster: 
         size: bytes of a rank's tensor.
     """
     if operation == "all-reduce":
-        stride = 1 if in_node > 1 else cluster.gpus_per_node
-        return float(all_reduce_us(ranks, size, cluster, constants, stride=stride))
+        return float(all_reduce_us(ranks, size, replace(cluster, gpus_per_node=in_node), constants))
     near, far = in_node - 1, ranks - in_node
     counts = (np.array(n) for n in (near, far, near / ranks, far / ranks))
     return float(Stage(*counts).microseconds(size, cluster, constants))

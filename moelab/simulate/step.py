@@ -5,8 +5,8 @@ micro-batch, a forward pass, a backward pass (twice the forward) and, with recom
 gradients are summed and the optimizer runs. A pass has these parts in each layer:
 
     products      FLOPs / (rate x matmul_share); experts multiply all their slots (capacity), full or empty
-    einsums       the one-hot dispatch and combine of the PyTorch system: 2 S E C M multiply-adds each (section 5.4),
-                  which grows with S^2
+    einsums       the one-hot dispatch and combine of the PyTorch system: 2 S E C M FLOPs each (section 5.4), which grow
+                  with S^2
     elementwise   the s b h (34 + 5 a s / h) bytes of activations that a layer keeps (Korthikanti et al. 2022, eq. 1),
                   written once and read once
     all_reduce    two of S M numbers over the tensor group; as many backward (Shoeybi et al. 2019, the conjugate

@@ -19,6 +19,7 @@ from moelab.bench.clock import PARTS, Clock
 from moelab.bench.decode import DecodeSettings
 from moelab.bench.decoders import decoders
 from moelab.config import ModelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.engine.launch import launch
 from moelab.inference import Generator, Sampling, set_mode
 from moelab.inference.modes import STATIC_TOKENS
@@ -90,6 +91,15 @@ def test_the_floor_is_the_larger_of_reading_and_computing():
     assert least(1.0, 1e30) == pytest.approx(needed)
     assert least(1e30, 1.0) == pytest.approx(2 * 3 * decode_steps.weight_bytes(MOE, 1) / 4)  # top-1: an expert a token
     assert least(1.0, 1.0, batch=1) < least(1.0, 1.0, batch=8)
+
+
+def test_on_ranks_the_floor_reads_no_more_experts_than_a_rank_has():
+    """Both ranks' tokens meet all four experts, of which a rank has two."""
+    numbers = {"distinct_experts": 4, "collectives": 0, "empty_collective_ms": 0.0, "read_GB_per_s": 1.0}
+    answer = {"turns": {mode: [[0.2, 0.1]] for mode in bench.MODES}, "numbers": {mode: numbers for mode in bench.MODES}}
+    row, _ = bench.slowest([answer, answer], MOE, ParallelConfig(data=2), 8, TINY, "a machine")
+    needed = decode_steps.weight_bytes(MOE, 2) + decode_steps.cache_bytes(MOE, 4, TINY)
+    assert row.floor_ms == pytest.approx(needed / 1e6)
 
 
 def test_bf16_rows_and_names_of_the_default_models(known_rate, monkeypatch):

@@ -30,6 +30,7 @@ def test_measures_every_way_side_by_side(tmp_path):
     # counts, dispatch, combine: 3 x 7; 3 x (3 + 1); 3 x 1 and the gather's 3; 3 x (1 + 1) and 1. Coordinated exchanges
     # also check that the ranks along `tensor` have routed alike: 3 and 1 messages.
     assert [r["near_messages"] + r["far_messages"] for r in rows[:5]] == [21, 12, 9, 8, 14]
+    assert (rows[0]["far_messages"], rows[4]["far_messages"]) == (3 * 4, 2 * 4), "a node has four ranks"
     assert (tmp_path / "exchange.svg").stat().st_size > 10_000
 
 

@@ -24,7 +24,7 @@ def known_machine(monkeypatch):
 def test_twins_have_the_papers_experts():
     assert set(train.twin("MoE-128", 64).experts) == {0, 128}
     assert set(train.twin("PR-MoE-32/64", 32).experts) == {0, 32, 64}
-    for width in (32, 64, 128):
+    for width in (32, 64, 128, 384):
         model = train.twin("dense", width)
         assert (model.hidden, model.vocab, model.context, model.is_moe) == (width, 2048, 128, False)
 

@@ -57,10 +57,10 @@ def test_a_program_of_today_has_a_range_and_a_nearest_measurement():
     done = moelab("simulate", "decode", "deepseek-v3", "--gpus", "16", "--batch", "64", *today)
     assert done.exit_code == 0, done.output
     assert "DeepSeek-V3 on 16 GPUs of h200" in done.output and "ranges like it held for 16 of 24" in done.output
-    assert "nearest measurement: 34.6 ms, SGLang on h200" in done.output
+    assert "nearest measurement: 34.6 ms a token, batch 64, SGLang on h200" in done.output
     done = moelab("simulate", "decode", "deepseek-v3", "--gpus", "64", "--system", "engine", "--cluster", "h100")
     assert "expert=72 batch=256" in done.output, "without --expert, all GPUs share the experts"
-    assert "nearest measurement: 22282 tokens/s a node, SGLang on h100" in done.output
+    assert "nearest measurement: 22,282 tokens/s a node, batch 256, SGLang on h100" in done.output
     done = moelab("plan", "qwen3-30b", "--gpus", "2", "--batch", "8", *today)
     assert "ms a token: ranges like it" in done.output and "nearest" not in done.output
     done = moelab("simulate", "decode", "1.3B+MoE-128")

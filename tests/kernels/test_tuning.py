@@ -95,7 +95,7 @@ def test_a_table_holds_what_was_measured_with_the_versions_that_it_names(folder)
     path = folder / "x.json"
 
     def measured(key, best):
-        return tune.Tuned("rows", "", key, {}, best, 2.0, 1.0, 1, 0, 0)
+        return tune.Tuned(key, best, 2.0, 1.0, 1, 0, 0)
 
     tune.write([measured("a", {"BM": 32}), measured("b", {"BM": 16})], path, "X")
     tune.write([measured("b", {}), measured("c", {"BM": 64})], path, "X")
@@ -118,7 +118,7 @@ def test_the_most_valuable_ops_are_tuned_first(interpreted):
         target = replace(target, choices=choices)
         one = tune.tune(target, math.inf, lambda call, op=target.op: 0.5 if tuning._trial.get(op) else 1.0)
         assert one.wrong == 0 and one.tried >= 2 and one.best
-        found[one.op] = one
+        found[target.op] = one
     assert list(found) == ["rows", "product1", "product0", "weight"]
     assert found["product1"].key == "product1 bf16 BM16 N32 K16"
     assert tune.tune(next(tune.targets("cpu", tiny=True)), time.monotonic() - 1) is None

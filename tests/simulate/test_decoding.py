@@ -11,7 +11,7 @@ from moelab.config import DecoderConfig, ExpertConfig, ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate import bars
 from moelab.simulate.decoding import busiest_distinct, decode_sweep, distinct_experts
-from moelab.simulate.exchange import all_reduce_us
+from moelab.simulate.exchange import all_reduce_us, collective_us
 from moelab.simulate.layouts import Layouts
 from moelab.simulate.search import layouts
 from moelab.simulate.systems import System, slots
@@ -55,6 +55,8 @@ def test_the_exchange_and_the_experts_by_hand():
     assert staged.parts_ms["all_to_all"] == pytest.approx(2 * (near + far) / 1e3)
     one, four = all_reduce_us(np.array([1, 4]), 1000, TOY, ROUND)  # a ring in the node with halves, a tree over 2 nodes
     assert one == 0 and four == pytest.approx(10 + 2 * (1 + 500 / 1e4) + 2 * 4 + 2 * 500 / 1e3)
+    half_used = replace(TOY, gpus_per_node=4)
+    assert collective_us("all-reduce", 4, 2, 1000, half_used, ROUND) == four, "two nodes, of whose GPUs two take part"
 
 
 def test_parts_add_up_and_latency_is_never_below_the_floor():
