@@ -149,7 +149,7 @@ def _plan(
     earlier = submissions()
     shown_by = [record for record in earlier if record.publish or not publish]
     # A cancelled job keeps its node while its run writes a checkpoint; the new job waits for the run's lock.
-    queued = {run: job for run, job in live_runs(earlier, jobs).items() if not job.ending}
+    queued = live_runs(earlier, {place: job for place, job in jobs.items() if not job.ending})
     done = {id for id in wanted if (store.root / id / "result.json").exists()}
     lacking = wanted.keys() - done - queued.keys()
     shown: list[tuple[Mapping[str, Any], list[str]]] = []

@@ -227,15 +227,15 @@ def test_what_was_cancelled_can_be_submitted_at_once(workshop, tiny_spec, slurm)
     ask = lambda: submit.submit("x", [({"a": 1}, [tiny_spec])], profiles.load("local"))  # noqa: E731
     first = ask().submission
     runs, notebook = (f"moelab {first.id} {part.name}" for part in first.parts)
-    slurm.says(f"3|COMPLETING|None|node1|59:58|1:00:00|{runs}", f"5|COMPLETING|None|node1|0:59|1:00|{notebook}")
+    slurm.says(*(ends := (f"3|COMPLETING|||59:58|1:00:00|{runs}", f"5|COMPLETING|||0:59|1:00|{notebook}")))
     assert [row.slurm for row in status.overview().rows] == ["COMPLETING"] * 2, "still shown"
     again = ask()
     assert (again.queued, list(again.scripts)) == (0, ["runs-0", "notebook-0"])
     assert "dependency" not in again.scripts["runs-0"]
     second = again.submission
     runs, notebook = (f"moelab {second.id} {part.name}" for part in second.parts)
-    slurm.says(f"8|COMPLETING|None|node1|1:00:00|1:00:00|{runs}", f"9|PENDING|Dependency||1:00|1:00|{notebook}")
-    assert not ask().scripts, "it is about to be requeued"
+    slurm.says(*ends, f"8|COMPLETING|||1:00:00|1:00:00|{runs}", f"9|PENDING|Dependency||1:00|1:00|{notebook}")
+    assert not ask().scripts, "it is about to be requeued, and the first has not ended yet"
 
 
 def test_a_job_keeps_the_layout_that_it_was_sized_for(tiny_spec, slurm, monkeypatch):
