@@ -167,6 +167,7 @@ def test_a_snapshot_is_the_code_with_its_commit_and_made_once_with_and_without_g
     snapshot.take(place)
     assert (place / "moelab" / "kernels" / "gating.py").exists() and (place / "notebooks").is_dir()
     assert read_json(place / "SNAPSHOT.json")["commit"] and not (place / "tests").exists()
+    assert (place / "constraints.txt").exists(), "which runs' provenance compares with what is installed"
     assert snapshot.place(tmp_path) == place
     # What a job's script exports (`test_a_job_is_sized_by_the_layout`) makes this the code that it runs.
     probe = "from importlib.util import find_spec as f; print(f('moelab.runs').origin, f('moelab.kernels').origin)"
