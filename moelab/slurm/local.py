@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import psutil
 import submitit
@@ -19,12 +20,12 @@ import submitit
 from moelab import environment
 from moelab.files import read_json, write_json
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import RunStore
+from moelab.runs.store import Run, RunStore
 from moelab.slurm import queue
-from moelab.slurm.attempt import Limits
+from moelab.slurm.attempt import Limits, history
 from moelab.slurm.callables import LocalBatch
 from moelab.slurm.profiles import Profile
-from moelab.slurm.submission import Submission
+from moelab.slurm.submission import Part, Submission
 
 _YEAR_MIN = 365 * 24 * 60  # a local job has no time limit
 
@@ -73,11 +74,9 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
             continue
         for part in submission.parts:
             for index, run in enumerate(part.runs) if part.values is None else [(0, "")]:
-                works = _trains(store, run) if run else (submission.folder / f"{part.name}.progress.json").exists()
-                over = run and (store.root / run / "result.json").exists()
-                state = "COMPLETED" if over else "RUNNING" if works else "PENDING"
+                state = _run_state(store.root / run, part.job) if run else _notebook_state(submission, part)
                 key = (submission.id, part.name, index)
-                states[key] = queue.Job(str(part.job), *key, state=state, reason="None", node="", left="")
+                states[key] = queue.Job(str(part.job), *key, state=state, reason="None", node="")
     return states
 
 
@@ -111,10 +110,20 @@ def _process(id: str, word: str) -> psutil.Process | None:
     return None
 
 
-def _trains(store: RunStore, run: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return store.at(run).locked
-    return False
+def _run_state(path: Path, job: str | None) -> str:
+    """Return how Slurm would call the state of a run of a job that lives."""
+    run = Run(cast(RunSpec, None), path)
+    if run.finished or run.locked:
+        return "COMPLETED" if run.finished else "RUNNING"
+    given_up = any(attempt.job == job and not attempt.again for attempt in history(run)[-1:])
+    return "FAILED" if given_up else "PENDING"
+
+
+def _notebook_state(submission: Submission, part: Part) -> str:
+    """Return how Slurm would call the state of a notebook of a job that lives."""
+    if (submission.folder / f"{part.name}.json").exists():
+        return "COMPLETED"
+    return "RUNNING" if (submission.folder / f"{part.name}.progress.json").exists() else "PENDING"
 
 
 def main(folder: Path) -> None:

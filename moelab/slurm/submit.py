@@ -160,7 +160,8 @@ def _plan(
             if lacking.isdisjoint(runs):
                 continue
             # It would be executed without the runs that this submission queues, one of a cancelled task perhaps.
-            replaced += [waits.id] * (waits.state == "PENDING")
+            # A local job has more in it than this notebook, and goes on.
+            replaced += [waits.id] * (waits.state == "PENDING" and not waits.local)
         elif not again and _notebook_done(shown_by, name, values, runs):
             continue
         shown.append((values, runs))

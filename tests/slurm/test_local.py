@@ -26,7 +26,7 @@ from moelab.slurm import attempt, callables, local, preflight, queue, submit
 from moelab.slurm.jobs import RunJob
 from moelab.slurm.profiles import Profile
 from moelab.slurm.status import log_of, overview
-from moelab.slurm.submission import submissions
+from moelab.slurm.submission import Outcome, set_outcome, submissions
 from tests.conftest import until
 
 pytestmark = pytest.mark.multiprocess
@@ -147,7 +147,7 @@ def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
     monkeypatch.setattr(local, "start", lambda *_: None)
     first = submit.submit("x", [({"a": 1}, [tiny_spec])], PROFILE).submission
     keys = [(first.id, part.name, 0) for part in first.parts]
-    jobs = {key: queue.Job("local-7", *key, state="PENDING", reason="None", node="", left="") for key in keys}
+    jobs = {key: queue.Job("local-7", *key, state="PENDING", reason="None", node="") for key in keys}
     monkeypatch.setattr(local, "jobs", lambda *_: dict(jobs))
     again = submit.submit("x", [({"a": 1}, [tiny_spec])], PROFILE)
     assert (again.queued, again.scripts) == (1, {})
@@ -158,6 +158,23 @@ def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
     monkeypatch.setattr(submit, "_queue", lambda plan, store: None)
     there = submit.submit("x", [({"a": 3}, [tiny_spec])], Profile("site"))
     assert list(there.scripts) == ["notebook-0"] and "local-7" not in there.scripts["notebook-0"]
+
+
+def test_what_is_over_says_so_while_its_local_job_goes_on(lab, tiny_spec, monkeypatch):
+    monkeypatch.setattr(local, "start", lambda *_: None)
+    monkeypatch.setattr(local, "_lives", lambda _: True)
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(2)]
+    ask = lambda: submit.submit("x", [({"a": 1}, specs), ({"a": 2}, specs)], PROFILE)  # noqa: E731
+    record = ask().submission
+    record.parts = [replace(part, job="local-7") for part in record.parts]
+    record.write()
+    for job, spec in (("local-7", specs[0]), ("local-6", specs[1])):  # of the second, a submission before
+        attempt.record(lab.store.run(spec), job, 0, "failed", "x", "", attempt.Limits(0, 9))
+    set_outcome(record.folder, "notebook-0", Outcome(error="y"))
+    ended, waits = ("failed", True), ("waiting", False)
+    assert [(row.state, row.over) for row in overview().rows] == [ended, waits, ended, waits]
+    again = ask()
+    assert list(again.scripts) == ["runs-0", "notebook-0", "notebook-1"] and not again.replaced, "that job goes on"
 
 
 def test_a_sweep_ends_with_one_table_and_one_figure(lab):

@@ -269,7 +269,7 @@ def test_a_run_in_the_queue_learns_of_checkpoints_that_branches_need(tiny_spec, 
     if cluster.cluster == "slurm":
         slurm.says(f"3|PENDING|Priority||1:00|1:00|moelab {first.id} runs-0")
     else:
-        job = Job("local-7", first.id, "runs-0", 0, "PENDING", "None", "", "")
+        job = Job("local-7", first.id, "runs-0", 0, "PENDING", "None", "")
         monkeypatch.setattr(submit.local, "jobs", lambda *_: {(first.id, "runs-0", 0): job})
     branch = token_budgets(replace(trunk, label="other", parallel=ParallelConfig(data=4)), [12 * step])[0]
     second = submit.submit("y", [({}, [branch])], cluster, with_notebooks=False)
