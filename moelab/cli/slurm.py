@@ -210,9 +210,9 @@ def cancel(
     if len(rows) > 1 and not everything and sys.stdin.isatty():
         typer.confirm(f"cancel these {len(rows)}?", abort=True)
     cancel(rows)
+    print(f"cancelled {len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(jobs)}")
     if now.trouble:
         raise ValueError(now.trouble)
-    print(f"cancelled {len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(jobs)}")
 
 
 def _submit(
@@ -291,11 +291,7 @@ def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:
         return
     counts = {"run": sum(map(len, plan.specs.values())), "notebook": len(plan.scripts) - len(plan.specs)}
     what = [f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items() if n]
-    ids = (
-        "; @NAME@ stands for the job's id"
-        if any("=afterany:@" in x or "=afterok:@" in x for x in plan.scripts.values())
-        else ""
-    )
+    ids = "; @NAME@ stands for the job's id" if any("dependency=after" in x for x in plan.scripts.values()) else ""
     print(f"# nothing was queued: {' and '.join(what)} would be{ids}")
 
 

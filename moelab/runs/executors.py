@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moelab.engine.launch import Limits, postmortem, process
+from moelab.engine.launch import postmortem, process
+from moelab.environment import STOP_S
 from moelab.runs.execute import execute
 from moelab.runs.store import Run, Status, disk_full
 from moelab.runs.supervisor import supervise
@@ -70,8 +71,9 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     because each takes the first ones.
 
     Ends when all have ended. An exception here (Ctrl-C in a notebook, say) asks the processes to write a checkpoint and
-    go, waits for them, and is raised again. Those that take much longer than `Limits.stop_s` are killed.
+    go, waits for them, and is raised again. Those that take much longer than MOELAB_STOP_S are killed.
     """
+    stop_s = STOP_S.seconds()
     if any(run.spec.train.device == "cuda" for run in runs):
         workers = 1
     waiting = sorted(runs, key=lambda run: (run.spec.train.seed, -run.spec.cost))
@@ -98,7 +100,7 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     except BaseException:
         for worker in going:
             worker.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + _stop_s() + _MARGIN_S
+        deadline = time.monotonic() + stop_s + _MARGIN_S
         for worker, session in going.items():
             try:
                 worker.wait(timeout=max(0.1, deadline - time.monotonic()))
@@ -156,14 +158,6 @@ def _said(run: Run, status: Status, before: int) -> bool:
     """Return whether a run needs no reason: it has one that is newer than `before`, is finished, or is trained."""
     said = run.status_time != before and status.state not in ("new", "running")
     return said or run.finished or run.locked
-
-
-def _stop_s() -> float:
-    """Return the limit that each run's own process sets its ranks; the default where the environment's is none."""
-    try:
-        return Limits.read().stop_s
-    except ValueError:  # the runs' processes have said so
-        return Limits().stop_s
 
 
 def start(run: Run) -> subprocess.Popen[bytes]:

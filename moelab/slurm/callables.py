@@ -156,13 +156,12 @@ class LocalBatch:
         os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus or ""
         if self.gpus is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]
-        failed: list[str] = []
         job = f"{queue.LOCAL}{submitit.JobEnvironment().job_id}"
         trained: dict[str, Future[str]] = {}
         with ThreadPoolExecutor(self.workers) as pool:
             for path in self.runs:
                 trained[Path(path).name] = pool.submit(self._train, path, job, stop, trained)
-        failed += [id for id in (one.result() for one in trained.values()) if id]
+        failed = [id for id in (one.result() for one in trained.values()) if id]
         for part in self.notebooks if not stop() else ():
             with open(Path(self.folder) / f"{part}.out", "ab") as log:
                 process = notebook((sys.executable,), self.folder, part, stdout=log, stderr=subprocess.STDOUT)

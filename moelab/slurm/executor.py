@@ -30,7 +30,6 @@ class Size:
     """Describe what one run's job asks for. Runs of equal size and layout share an array.
 
     Attributes:
-        ranks: number of ranks in all.
         nodes: number of nodes.
         per_node: ranks per node.
         gpus: GPUs per node.
@@ -38,7 +37,6 @@ class Size:
         memory: MiB per node; 0 is the site's default.
     """
 
-    ranks: int
     nodes: int
     per_node: int
     gpus: int
@@ -66,7 +64,6 @@ class Size:
         if nodes > profile.nodes:
             raise ValueError(f"{run} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
         return cls(
-            ranks=layout.ranks,
             nodes=nodes,
             per_node=per_node,
             gpus=per_node if spec.train.device == "cuda" else 0,

@@ -39,7 +39,6 @@ class Plan:
 
     Attributes:
         submission: the record of the submission.
-        profile: the cluster.
         finished: number of runs that have a result.
         queued: number of runs that were in the queue already.
         scripts: part -> batch script, in which ``@runs-0@`` stands for the id of a job that is not queued yet; empty
@@ -53,7 +52,6 @@ class Plan:
     """
 
     submission: Submission
-    profile: Profile
     finished: int
     queued: int
     scripts: dict[str, str] = field(default_factory=dict)
@@ -117,7 +115,7 @@ def submit(
         for spec in plan.waiting:  # before a branch of it is queued
             store.keep(spec)
         if plan.scripts:
-            _queue(plan, store)
+            _queue(plan, profile, store)
             queue.cancel(plan.replaced)
             _prune(jobs, plan.submission)
     return plan
@@ -176,7 +174,7 @@ def _plan(
     submission = Submission(
         id, name, profile.name, str(code) if code else None, cluster=profile.cluster, publish=publish
     )
-    plan = Plan(submission, profile, len(done), len(wanted) - len(done) - len(todo), replaced=replaced)
+    plan = Plan(submission, len(done), len(wanted) - len(done) - len(todo), replaced=replaced)
     planned = {spec.id for spec in todo}
     plan.waiting.extend(spec for id, spec in wanted.items() if id not in done and id not in planned)
     awaited = {run: _Place(job.id, 0, 0) for run, job in queued.items() if not job.local}
@@ -218,14 +216,14 @@ def _chooses_nodes(profile: Profile) -> bool:
     return bool(profile.constraint) or any(argument.startswith(options) for argument in profile.sbatch)
 
 
-def _queue(plan: Plan, store: RunStore) -> None:
+def _queue(plan: Plan, profile: Profile, store: RunStore) -> None:
     submission = plan.submission
     if submission.snapshot:
         snapshot.take(Path(submission.snapshot))
     submission.write()  # before anything is queued, so that every job belongs to a known submission
     directories = {name: [store.run(spec).path for spec in specs] for name, specs in plan.specs.items()}
     if submission.cluster == "local":
-        local.start(submission, plan.profile, plan.specs, directories)
+        local.start(submission, profile, plan.specs, directories)
         return
     ids: dict[str, str] = {}
     try:

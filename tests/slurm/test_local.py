@@ -155,7 +155,7 @@ def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
     assert list(other.scripts) == ["runs-0", "notebook-0"]
     monkeypatch.setattr(queue, "jobs", dict)
     monkeypatch.setattr(queue, "check", lambda text: None)
-    monkeypatch.setattr(submit, "_queue", lambda plan, store: None)
+    monkeypatch.setattr(submit, "_queue", lambda *_: None)
     there = submit.submit("x", [({"a": 3}, [tiny_spec])], Profile("site"))
     assert list(there.scripts) == ["notebook-0"] and "local-7" not in there.scripts["notebook-0"]
 

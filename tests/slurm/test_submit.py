@@ -39,7 +39,7 @@ def test_a_job_is_sized_by_the_layout(tiny_spec):
     train = replace(tiny_spec.train, device="cuda", batch_size=32, micro_batch=1)
     big = replace(tiny_spec, train=train, parallel=ParallelConfig(data=32, expert=2))
     size = Size.of(big, profile)
-    assert size == Size(ranks=32, nodes=4, per_node=8, gpus=8, cpus=8, memory=8 * 100 * 1024)
+    assert size == Size(nodes=4, per_node=8, gpus=8, cpus=8, memory=8 * 100 * 1024)
     named = {"job_name": "x", "comment": "moelab a runs-0"}
     text = executor.for_runs(profile, size, Path("/w/code"), Path("/w"), **named).script(6)
     assert {"nodes=4", "ntasks-per-node=8", "gpus-per-node=a100:8", "mem=819200M", "cpus-per-task=8"} <= _lines(text)
@@ -48,7 +48,7 @@ def test_a_job_is_sized_by_the_layout(tiny_spec):
     assert "export PYTHONPATH=/w/code" in text and "export PYTHONSAFEPATH=1" in text
     assert text.splitlines()[-1].startswith("exec ") and text.endswith("-m submitit.core._submit /w\n")
     single = Size.of(tiny_spec, profile)
-    assert (single.ranks, single.nodes, single.gpus) == (1, 1, 0)
+    assert (single.nodes, single.per_node, single.gpus) == (1, 1, 0)
     smaller = Size.of(big, replace(profile, gpus_per_node=4))
     assert (smaller.nodes, smaller.per_node, smaller.gpus) == (8, 4, 4)
     hierarchical = replace(big, parallel=replace(big.parallel, exchange="hierarchical"))
