@@ -110,7 +110,7 @@ def show(runs: Sequence[PlannedRun]) -> None:
         head.append(f" · seed{'s' * (len(which) > 1)} {_ranges(which)} · {state}", "not bold")
         console.print(head)
         console.print(Padding(numbers, (0, 0, 0, 2)), highlight=False)
-    hours = sum(r.gpu_hours or 0 for r in runs if r.state != "finished")
+    hours = sum((r.gpu_hours or 0) * (1 - r.done) for r in runs)
     left = sum(r.state != "finished" for r in runs)
     small = "; small models reach far less" if any(0 < (r.gpu_hours or 0) < 1 for r in runs) else ""
     console.print(

@@ -141,6 +141,7 @@ def for_notebook(profile: Profile, snapshot: Path | None, folder: Path, **parame
 
 def for_jupyter(profile: Profile, folder: Path) -> Executor:
     """Return the executor of JupyterLab, on one node with all its GPUs; it runs the checkout, not a snapshot."""
+    memory = profile.gpus_per_node * megabytes(profile.memory_per_rank, profile.name)
     return _executor(
         profile,
         None,
@@ -150,9 +151,7 @@ def for_jupyter(profile: Profile, folder: Path) -> Executor:
         time=profile.lab_time,
         cpus_per_task=profile.cpus_per_rank * profile.gpus_per_node,
         gpus_per_node=_gpus(profile, profile.gpus_per_node),
-        mem=f"{profile.gpus_per_node * megabytes(profile.memory_per_rank, profile.name)}M"
-        if profile.memory_per_rank
-        else None,
+        mem=f"{memory}M" if memory else None,
         requeue=False,
     )
 

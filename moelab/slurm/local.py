@@ -10,7 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -80,16 +80,12 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
     return states
 
 
-def cancel(ids: Iterable[str]) -> list[str]:
+def cancel(ids: Collection[str]) -> list[str]:
     """Ask the local jobs among these to stop, with checkpoints, and return the ids of the others."""
-    others = []
-    for id in dict.fromkeys(ids):
-        if not id.startswith(queue.LOCAL):
-            others.append(id)
-            continue
-        if process := _process(id, "submitit.local._local"):
+    for id in ids:
+        if id.startswith(queue.LOCAL) and (process := _process(id, "submitit.local._local")):
             process.terminate()
-    return others
+    return [id for id in ids if not id.startswith(queue.LOCAL)]
 
 
 def _lives(submission: Submission) -> bool:

@@ -40,7 +40,7 @@ def lab(workshop, monkeypatch):
     monkeypatch.setattr(queue, "_run", lambda *command, **_: pytest.fail(f"{command} was called"))
     yield Lab()
     for record in submissions():
-        local.cancel(str(part.job) for part in record.parts)
+        local.cancel([str(part.job) for part in record.parts])
 
 
 def losses(run: Run) -> list:
