@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moelab.engine.launch import postmortem, process
-from moelab.environment import STOP_S
+from moelab.environment import LAUNCHER, STOP_S
 from moelab.runs.execute import execute
 from moelab.runs.store import Run, Status, disk_full
 from moelab.runs.supervisor import supervise
@@ -164,12 +164,13 @@ def start(run: Run) -> subprocess.Popen[bytes]:
     """Start the process of one run; it ends when this process does."""
     # Its own session, so that a terminal's Ctrl-C reaches us alone and we ask for the checkpoint.
     run.path.mkdir(parents=True, exist_ok=True)
+    own = {LAUNCHER.name: str(os.getpid()), "OMP_NUM_THREADS": str(run.spec.train.threads)}
     with open(run.path / "log.txt", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "moelab.runs.worker", str(run.path), str(os.getpid())],
+            [sys.executable, "-m", "moelab.runs.worker", str(run.path)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**process.without_rank(), "OMP_NUM_THREADS": str(run.spec.train.threads)},
+            env={**process.without_rank(), **own},
         )

@@ -190,8 +190,7 @@ class LocalBatch:
         wait([trained[spec.id] for spec in run.spec.requires() if spec.id in trained])
         restart = 0
         while not stop():
-            command = (sys.executable, "-m", "moelab.runs.worker")
-            if (ended := train(run, stop, command=command, how="local")) is None:
+            if (ended := train(run, stop, how="local")) is None:
                 return ""
             if stop():
                 break
