@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ class LocalBatch:
             for path in self.runs:
                 trained[Path(path).name] = pool.submit(self._train, path, job, stop, trained)
         failed = [id for id in (one.result() for one in trained.values()) if id]
-        for part in self.notebooks if not stop() else ():
+        for part in takewhile(lambda _: not stop(), self.notebooks):
             with open(Path(self.folder) / f"{part}.out", "ab") as log:
                 process = notebook((sys.executable,), self.folder, part, stdout=log, stderr=subprocess.STDOUT)
                 if wait_for(process, stop, signal.SIGINT):

@@ -142,6 +142,18 @@ def test_a_run_waits_for_those_that_it_requires_and_for_no_other(lab, tiny_spec,
     assert ended == [trunk.id, branch.id, other.id]
 
 
+def test_a_local_job_that_is_cancelled_begins_no_further_notebook(lab, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(callables, "notebook", lambda command, folder, part, **_: begun.append(part))
+    monkeypatch.setattr(callables, "wait_for", lambda *_: 1)
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
+    monkeypatch.setattr(callables, "begin", lambda: lambda: bool(begun))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the job sets
+    with pytest.raises(SystemExit):
+        callables.LocalBatch([], ["notebook-0", "notebook-1"], 1, attempt.Limits(1, 1), str(tmp_path))()
+    assert begun == ["notebook-0"]
+
+
 def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
     """A second notebook's job waits for the run itself; a job of Slurm cannot wait for a local one."""
     monkeypatch.setattr(local, "start", lambda *_: None)
