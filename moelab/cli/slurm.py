@@ -297,20 +297,15 @@ def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:
 
 def _print_submitted(name: str, plan: Plan) -> None:
     submission = plan.submission
-    before = [f"{plan.finished} runs are finished"] * bool(plan.finished) + [
-        f"{plan.queued} are queued already"
-    ] * bool(plan.queued)
+    before = [f"{plan.finished} runs are finished"] * bool(plan.finished)
+    before += [f"{plan.queued} are queued already"] * bool(plan.queued)
     if not plan.scripts:
-        print(
-            f"{name}: nothing to submit; "
-            + " and ".join([*before, "so is the notebook"] if before else ["all is finished or queued"])
-        )
+        why = " and ".join([*before, "so is the notebook"]) if before else "all is finished or queued"
+        print(f"{name}: nothing to submit; {why}")
         return
     if before:
         print(f"{name}: {', '.join(before)}")
     for part in submission.parts:
-        what = (
-            f"{len(part.runs)} run{'s' * (len(part.runs) != 1)}" if part.values is None else "notebook, after its runs"
-        )
-        print(f"{name}: job {part.job}: {what}")
+        runs = f"{len(part.runs)} run{'s' * (len(part.runs) != 1)}"
+        print(f"{name}: job {part.job}: {runs if part.values is None else 'notebook, after its runs'}")
     print(f"scripts and logs: {paths.short(submission.folder)}\nwatch: moelab status --watch")
