@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ import psutil
 import submitit
 
 from moelab import environment
+from moelab.config import from_json
 from moelab.files import read_json, write_json
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
@@ -39,15 +41,17 @@ def start(
     """Start the job of a submission and write its id into the record."""
     runs = [run for name, group in specs.items() for run in zip(group, directories[name], strict=True)]
     cuda = any(spec.train.device == "cuda" for spec, _ in runs)
-    plan = {
-        "runs": [str(path) for _, path in sorted(runs, key=lambda run: run[0].depth)],
-        "notebooks": [part.name for part in submission.parts if part.values is not None],
-        "workers": 1 if cuda else profile.array_parallelism,  # each run takes the first GPUs
-        "failures": profile.failures,
-        "restarts": profile.restarts,
-    }
-    write_json(submission.folder / "local.json", plan)
-    code = {"PYTHONPATH": submission.snapshot, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
+    batch = LocalBatch(
+        [str(path) for _, path in sorted(runs, key=lambda run: run[0].depth)],
+        [part.name for part in submission.parts if part.values is not None],
+        1 if cuda else profile.array_parallelism,  # each run takes the first GPUs
+        Limits(profile.failures, profile.restarts),
+        str(submission.folder),
+        os.environ.get("CUDA_VISIBLE_DEVICES"),  # also where no run trains on one: notebooks measure on GPUs
+    )
+    write_json(submission.folder / "local.json", asdict(batch))
+    places = os.pathsep.join(filter(None, (submission.snapshot, os.environ.get("PYTHONPATH"))))
+    code = {"PYTHONPATH": places, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
     # In a session of its own, the job does not get the signals of Ctrl-C, a notebook's interrupt or a closed terminal.
     with open(submission.folder / "local.out", "ab") as log:
         done = subprocess.run(
@@ -124,12 +128,9 @@ def _notebook_state(submission: Submission, part: Part) -> str:
 
 def main(folder: Path) -> None:
     """Start the job of the submission in a folder and write down its id."""
-    plan = read_json(folder / "local.json")
     executor = submitit.AutoExecutor(folder, cluster="local")
     executor.update_parameters(timeout_min=_YEAR_MIN, stderr_to_stdout=True)
-    limits = Limits(plan["failures"], plan["restarts"])
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")  # also where no run trains on one: notebooks measure on GPUs
-    batch = LocalBatch(plan["runs"], plan["notebooks"], plan["workers"], limits, str(folder), gpus)
+    batch = from_json(LocalBatch, read_json(folder / "local.json"), "local job")
     write_json(folder / "local.id.json", int(executor.submit(batch).job_id))
 
 

@@ -49,10 +49,12 @@ def losses(run: Run) -> list:
 
 def test_jobs_are_submitits_but_for_the_truth_of_the_run(lab, tiny_spec, monkeypatch):
     monkeypatch.setattr(preflight, "check", lambda *_: None)  # as if the text went away after the submission
+    monkeypatch.setenv("PYTHONPATH", own := "/packages/of/the/user")
     bad = replace(tiny_spec, data=replace(tiny_spec.data, corpus="folder:/nowhere/at/all"))
     jobs = lab.submit([tiny_spec, bad], cluster="local")
     good, failed = jobs
     assert isinstance(good, submitit.Job) and good.job_id.startswith("local-") and not good.done()
+    assert psutil.Process(int(good.job_id.removeprefix("local-"))).environ()["PYTHONPATH"].endswith(f":{own}")
     assert lab.submit([tiny_spec], cluster="local")[0].job_id == good.job_id, "nothing is queued twice"
     jobs.wait()
     assert good.done() and good.state == "finished" and good.result() == good.run.result

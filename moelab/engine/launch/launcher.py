@@ -171,9 +171,8 @@ class _Watch:
     def __init__(
         self, started: Ranks, ranks: int, limits: Limits, logs: Path, starts: Sequence[int], session: Path
     ) -> None:
-        self.started, self.ranks, self.limits, self.logs, self.starts, self.session = (
-            started, ranks, limits, logs, starts, session,
-        )  # fmt: skip
+        self.started, self.ranks, self.limits = started, ranks, limits
+        self.logs, self.starts, self.session = logs, starts, session
         self.asked = False
         self.first_stopped: float | None = None
         self.order: list[int] = []  # ranks in the order of their failures
