@@ -27,7 +27,7 @@ from moelab.slurm import queue
 from moelab.slurm.attempt import Limits, history
 from moelab.slurm.callables import LocalBatch
 from moelab.slurm.profiles import Profile
-from moelab.slurm.submission import Part, Submission
+from moelab.slurm.submission import Submission
 
 _YEAR_MIN = 365 * 24 * 60  # a local job has no time limit
 
@@ -78,7 +78,14 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
             continue
         for part in submission.parts:
             for index, run in enumerate(part.runs) if part.values is None else [(0, "")]:
-                state = _run_state(store.root / run, part.job) if run else _notebook_state(submission, part)
+                if run:
+                    own = Run(cast(RunSpec, None), store.root / run)
+                    given_up = any(last.job == part.job and not last.again for last in history(own)[-1:])
+                    over, works = own.finished or given_up, own.locked
+                else:
+                    ended = submission.folder / f"{part.name}.json"
+                    over, works = ended.exists(), ended.with_suffix(".progress.json").exists()
+                state = "COMPLETED" if over else "RUNNING" if works else "PENDING"
                 key = (submission.id, part.name, index)
                 states[key] = queue.Job(str(part.job), *key, state=state, reason="None", node="")
     return states
@@ -108,22 +115,6 @@ def _process(id: str, word: str) -> psutil.Process | None:
         if process.status() != psutil.STATUS_ZOMBIE and word in process.cmdline():
             return process
     return None
-
-
-def _run_state(path: Path, job: str | None) -> str:
-    """Return how Slurm would call the state of a run of a job that lives."""
-    run = Run(cast(RunSpec, None), path)
-    if run.finished or run.locked:
-        return "COMPLETED" if run.finished else "RUNNING"
-    given_up = any(attempt.job == job and not attempt.again for attempt in history(run)[-1:])
-    return "FAILED" if given_up else "PENDING"
-
-
-def _notebook_state(submission: Submission, part: Part) -> str:
-    """Return how Slurm would call the state of a notebook of a job that lives."""
-    if (submission.folder / f"{part.name}.json").exists():
-        return "COMPLETED"
-    return "RUNNING" if (submission.folder / f"{part.name}.progress.json").exists() else "PENDING"
 
 
 def main(folder: Path) -> None:
