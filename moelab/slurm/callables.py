@@ -2,8 +2,7 @@
 
 A callable holds only names and numbers. It runs as the job's driver, one process on the first node: it starts the ranks
 of a run as one Slurm step (`srun`), watches them (`moelab.engine.launch`), and decides whether to requeue the job
-(`moelab.slurm.attempt`). All state is in the run's directory. submitit stores what a callable returns; moelab never
-loads it.
+(`moelab.slurm.attempt`). All state is in the run's directory.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class TrainRun:
     spare_nodes: bool
     parallel: ParallelConfig
 
-    def __call__(self, path: str) -> dict[str, Any]:
+    def __call__(self, path: str) -> None:
         """Train the run in the directory `path`; after a failure, requeue the job or give it up.
 
         Raises:
@@ -95,7 +94,7 @@ class TrainRun:
         command = (self.python, "-m", "moelab.runs.worker")
         ended = train(run, stop, command=command, how="srun", per_node=self.per_node, srun=self.srun)
         if ended is None:
-            return {"run": run.spec.id, "state": "finished"}
+            return
         # In another state than RUNNING, Slurm is already ending or requeueing this job (cancelled, preempted).
         if queue.retried(queue.state, job) != "RUNNING":
             raise SystemExit(STOPPED)
@@ -118,12 +117,12 @@ class ExecuteNotebook:
     command: tuple[str, ...]
     kills: int
 
-    def __call__(self, folder: str, part: str) -> dict[str, Any]:
+    def __call__(self, folder: str, part: str) -> None:
         """Execute the notebook `part` of the submission in `folder`; requeue the job if the notebook was killed."""
         stop = begin()
         code = wait_for(notebook(self.command, folder, part), stop, signal.SIGTERM)  # srun then ends the step
         if code == FINISHED:
-            return {"notebook": f"{Path(folder).name}/{part}", "state": "finished"}
+            return
         job, restart = submitit.JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if (code < 0 or code >= 128) and restart < self.kills and queue.retried(queue.state, job) == "RUNNING":
             queue.requeue(job)
@@ -151,7 +150,7 @@ class LocalBatch:
     folder: str
     gpus: str | None = ""
 
-    def __call__(self) -> dict[str, Any]:
+    def __call__(self) -> None:
         """Train the runs, each after those it requires, then execute the notebooks, whatever became of the runs."""
         stop = begin()
         os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus or ""
@@ -172,7 +171,6 @@ class LocalBatch:
             raise SystemExit(STOPPED)
         if failed:
             raise Failed(f"failed: {', '.join(failed)}; see moelab status")
-        return {"runs": len(self.runs), "state": "finished"}
 
     def _train(self, path: str, job: str, stop: Callable[[], bool], trained: Mapping[str, Future[str]]) -> str:
         """Train the run in a directory, as often as the limits allow.

@@ -140,7 +140,7 @@ def test_a_run_waits_for_those_that_it_requires_and_for_no_other(lab, tiny_spec,
     monkeypatch.setattr(callables, "begin", lambda: lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the job sets
     folders = [str(lab.store.run(spec).path) for spec in (other, trunk, branch)]
-    assert callables.LocalBatch(folders, [], 2, attempt.Limits(1, 1), "")()["runs"] == 3
+    callables.LocalBatch(folders, [], 2, attempt.Limits(1, 1), "")()
     assert ended == [trunk.id, branch.id, other.id]
 
 
