@@ -67,7 +67,7 @@ PUBLICATION = Variable("MOELAB_PUBLICATION", "Folder into which a notebook publi
 PLAN = Variable("MOELAB_PLAN", "File in which a notebook or batch lists the runs that it awaits.", "none", "moelab")
 RENDEZVOUS = Variable("MOELAB_RENDEZVOUS", "File in which rank 0 says where its store listens.", "none", "moelab")
 HEARTBEAT = Variable("MOELAB_HEARTBEAT", "Folder in which each rank touches a file of its own.", "none", "moelab")
-LAUNCHER = Variable("MOELAB_LAUNCHER", "Process id of the launcher, when ranks are its children.", "none", "moelab")
+LAUNCHER = Variable("MOELAB_LAUNCHER", "Process id of the parent that watches a run or a rank.", "none", "moelab")
 INSTRUCTIONS = Variable(
     "MOELAB_INSTRUCTIONS",
     'Instruction set of the CPU kernels: "amx_bf16", "avx512_bf16", "avx512", "avx2" or "baseline"; "none" is plain '

@@ -210,9 +210,9 @@ def cancel(
     if len(rows) > 1 and not everything and sys.stdin.isatty():
         typer.confirm(f"cancel these {len(rows)}?", abort=True)
     cancel(rows)
+    print(f"cancelled {len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(jobs)}")
     if now.trouble:
         raise ValueError(now.trouble)
-    print(f"cancelled {len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(jobs)}")
 
 
 def _submit(
@@ -291,30 +291,21 @@ def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:
         return
     counts = {"run": sum(map(len, plan.specs.values())), "notebook": len(plan.scripts) - len(plan.specs)}
     what = [f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items() if n]
-    ids = (
-        "; @NAME@ stands for the job's id"
-        if any("=afterany:@" in x or "=afterok:@" in x for x in plan.scripts.values())
-        else ""
-    )
+    ids = "; @NAME@ stands for the job's id" if any("dependency=after" in x for x in plan.scripts.values()) else ""
     print(f"# nothing was queued: {' and '.join(what)} would be{ids}")
 
 
 def _print_submitted(name: str, plan: Plan) -> None:
     submission = plan.submission
-    before = [f"{plan.finished} runs are finished"] * bool(plan.finished) + [
-        f"{plan.queued} are queued already"
-    ] * bool(plan.queued)
+    before = [f"{plan.finished} runs are finished"] * bool(plan.finished)
+    before += [f"{plan.queued} are queued already"] * bool(plan.queued)
     if not plan.scripts:
-        print(
-            f"{name}: nothing to submit; "
-            + " and ".join([*before, "so is the notebook"] if before else ["all is finished or queued"])
-        )
+        why = " and ".join([*before, "so is the notebook"]) if before else "all is finished or queued"
+        print(f"{name}: nothing to submit; {why}")
         return
     if before:
         print(f"{name}: {', '.join(before)}")
     for part in submission.parts:
-        what = (
-            f"{len(part.runs)} run{'s' * (len(part.runs) != 1)}" if part.values is None else "notebook, after its runs"
-        )
-        print(f"{name}: job {part.job}: {what}")
+        runs = f"{len(part.runs)} run{'s' * (len(part.runs) != 1)}"
+        print(f"{name}: job {part.job}: {runs if part.values is None else 'notebook, after its runs'}")
     print(f"scripts and logs: {paths.short(submission.folder)}\nwatch: moelab status --watch")

@@ -22,6 +22,8 @@ from moelab.runs import records
 from moelab.runs.progress import Estimate, Snapshot, table
 from moelab.runs.store import Run, RunStore
 
+STOPPED = "stopped; the same command goes on, with unfinished runs from their last checkpoints"
+
 
 def execute_watched(
     experiment: Experiment, values: Mapping[str, Any], *, publish: bool = False, page: bool = True
@@ -42,7 +44,7 @@ def execute_watched(
         except notebooks.NotebookFailed as error:
             failure = f"[red]failed:[/] {escape(str(error))}"
         except KeyboardInterrupt:
-            failure = "stopped; the same command goes on, with unfinished runs from their last checkpoints"
+            failure = STOPPED
     if failure:
         console.print(failure, soft_wrap=True)
         return False

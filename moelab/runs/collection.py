@@ -157,11 +157,9 @@ class Runs(tuple[Run, ...]):
                 frame.insert(0, "seed", run.spec.train.seed)
                 frame.insert(0, "arm", run.spec.title)
                 frames.append(frame)
-        return (
-            pd.concat(frames, ignore_index=True)
-            if frames
-            else pd.DataFrame(columns=["arm", "seed", "step", "tokens", "loss"])
-        )
+        if not frames:
+            return pd.DataFrame(columns=["arm", "seed", "step", "tokens", "loss"])
+        return pd.concat(frames, ignore_index=True)
 
 
 def _unrepeated(by_pair: Mapping[str, Mapping[str, float]]) -> float:

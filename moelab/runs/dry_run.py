@@ -110,18 +110,13 @@ def show(runs: Sequence[PlannedRun]) -> None:
         head.append(f" · seed{'s' * (len(which) > 1)} {_ranges(which)} · {state}", "not bold")
         console.print(head)
         console.print(Padding(numbers, (0, 0, 0, 2)), highlight=False)
-    hours = sum(r.gpu_hours or 0 for r in runs if r.state != "finished")
+    hours = sum((r.gpu_hours or 0) * (1 - r.done) for r in runs)
     left = sum(r.state != "finished" for r in runs)
     small = "; small models reach far less" if any(0 < (r.gpu_hours or 0) < 1 for r in runs) else ""
+    cost = f", {_hours(hours)} at the paper's {paper_rate() / 1e12:.0f} TFLOP/s a GPU (Table 3){small}" if hours else ""
     console.print(
-        f"{left} of {len(runs)} runs to train"
-        + (
-            f", {_hours(hours)} at the paper's {paper_rate() / 1e12:.0f} TFLOP/s a GPU (Table 3)" + small
-            if hours
-            else ""
-        )
-        + "; numbers are a seed's; active: for a token; ranks x micro-batches a step, and a rank's fp32 weights, "
-        "gradients and moments",
+        f"{left} of {len(runs)} runs to train{cost}; numbers are a seed's; active: for a token; ranks x micro-batches "
+        "a step, and a rank's fp32 weights, gradients and moments",
         highlight=False,
     )
     for line in on_this_machine(runs):

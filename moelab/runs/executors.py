@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moelab.engine.launch import Limits, postmortem, process
+from moelab.engine.launch import postmortem, process
+from moelab.environment import LAUNCHER, STOP_S
 from moelab.runs.execute import execute
 from moelab.runs.store import Run, Status, disk_full
 from moelab.runs.supervisor import supervise
@@ -70,8 +71,9 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     because each takes the first ones.
 
     Ends when all have ended. An exception here (Ctrl-C in a notebook, say) asks the processes to write a checkpoint and
-    go, waits for them, and is raised again. Those that take much longer than `Limits.stop_s` are killed.
+    go, waits for them, and is raised again. Those that take much longer than MOELAB_STOP_S are killed.
     """
+    stop_s = STOP_S.seconds()
     if any(run.spec.train.device == "cuda" for run in runs):
         workers = 1
     waiting = sorted(runs, key=lambda run: (run.spec.train.seed, -run.spec.cost))
@@ -98,7 +100,7 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     except BaseException:
         for worker in going:
             worker.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + _stop_s() + _MARGIN_S
+        deadline = time.monotonic() + stop_s + _MARGIN_S
         for worker, session in going.items():
             try:
                 worker.wait(timeout=max(0.1, deadline - time.monotonic()))
@@ -158,24 +160,17 @@ def _said(run: Run, status: Status, before: int) -> bool:
     return said or run.finished or run.locked
 
 
-def _stop_s() -> float:
-    """Return the limit that each run's own process sets its ranks; the default where the environment's is none."""
-    try:
-        return Limits.read().stop_s
-    except ValueError:  # the runs' processes have said so
-        return Limits().stop_s
-
-
 def start(run: Run) -> subprocess.Popen[bytes]:
     """Start the process of one run; it ends when this process does."""
     # Its own session, so that a terminal's Ctrl-C reaches us alone and we ask for the checkpoint.
     run.path.mkdir(parents=True, exist_ok=True)
+    own = {LAUNCHER.name: str(os.getpid()), "OMP_NUM_THREADS": str(run.spec.train.threads)}
     with open(run.path / "log.txt", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "moelab.runs.worker", str(run.path), str(os.getpid())],
+            [sys.executable, "-m", "moelab.runs.worker", str(run.path)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**process.without_rank(), "OMP_NUM_THREADS": str(run.spec.train.threads)},
+            env={**process.without_rank(), **own},
         )

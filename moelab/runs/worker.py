@@ -1,4 +1,4 @@
-"""The process of one run: `python -m moelab.runs.worker RUN_DIRECTORY [PARENT]`.
+"""The process of one run: `python -m moelab.runs.worker RUN_DIRECTORY`.
 
 The same command is a rank's, where torchrun, srun or `moelab.engine.launch` started it as one. A run on several ranks
 that is asked for in any other way starts them itself and watches them.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moelab.training.loop import Progress
 
 
-def main(path: Path, parent: int) -> int:
+def main(path: Path) -> int:
     """Execute the run in a directory; return the process's exit code."""
     process.show_stacks_when_asked()
     asked: list[int] = []
@@ -35,7 +35,7 @@ def main(path: Path, parent: int) -> int:
         signal.signal(name, lambda number, _: asked.append(number))
 
     def should_stop() -> bool:
-        return bool(asked) or (parent > 0 and os.getppid() != parent) or process.launcher_gone()
+        return bool(asked) or process.launcher_gone()
 
     try:
         run = Run.at(path)
@@ -66,7 +66,7 @@ def _print(p: Progress) -> None:
 
 if __name__ == "__main__":
     process.keep_freed_memory()
-    code = main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    code = main(Path(sys.argv[1]))
     if code == FAILED and process.find() is not None:
         # The process group is still there, and its threads may abort or wait for ranks that are gone.
         sys.stdout.flush()

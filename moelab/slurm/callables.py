@@ -2,8 +2,7 @@
 
 A callable holds only names and numbers. It runs as the job's driver, one process on the first node: it starts the ranks
 of a run as one Slurm step (`srun`), watches them (`moelab.engine.launch`), and decides whether to requeue the job
-(`moelab.slurm.attempt`). All state is in the run's directory. submitit stores what a callable returns; moelab never
-loads it.
+(`moelab.slurm.attempt`). All state is in the run's directory.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class TrainRun:
     spare_nodes: bool
     parallel: ParallelConfig
 
-    def __call__(self, path: str) -> dict[str, Any]:
+    def __call__(self, path: str) -> None:
         """Train the run in the directory `path`; after a failure, requeue the job or give it up.
 
         Raises:
@@ -94,7 +94,7 @@ class TrainRun:
         command = (self.python, "-m", "moelab.runs.worker")
         ended = train(run, stop, command=command, how="srun", per_node=self.per_node, srun=self.srun)
         if ended is None:
-            return {"run": run.spec.id, "state": "finished"}
+            return
         # In another state than RUNNING, Slurm is already ending or requeueing this job (cancelled, preempted).
         if queue.retried(queue.state, job) != "RUNNING":
             raise SystemExit(STOPPED)
@@ -117,12 +117,12 @@ class ExecuteNotebook:
     command: tuple[str, ...]
     kills: int
 
-    def __call__(self, folder: str, part: str) -> dict[str, Any]:
+    def __call__(self, folder: str, part: str) -> None:
         """Execute the notebook `part` of the submission in `folder`; requeue the job if the notebook was killed."""
         stop = begin()
         code = wait_for(notebook(self.command, folder, part), stop, signal.SIGTERM)  # srun then ends the step
         if code == FINISHED:
-            return {"notebook": f"{Path(folder).name}/{part}", "state": "finished"}
+            return
         job, restart = submitit.JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if (code < 0 or code >= 128) and restart < self.kills and queue.retried(queue.state, job) == "RUNNING":
             queue.requeue(job)
@@ -150,20 +150,19 @@ class LocalBatch:
     folder: str
     gpus: str | None = ""
 
-    def __call__(self) -> dict[str, Any]:
+    def __call__(self) -> None:
         """Train the runs, each after those it requires, then execute the notebooks, whatever became of the runs."""
         stop = begin()
         os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus or ""
         if self.gpus is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]
-        failed: list[str] = []
         job = f"{queue.LOCAL}{submitit.JobEnvironment().job_id}"
         trained: dict[str, Future[str]] = {}
         with ThreadPoolExecutor(self.workers) as pool:
             for path in self.runs:
                 trained[Path(path).name] = pool.submit(self._train, path, job, stop, trained)
-        failed += [id for id in (one.result() for one in trained.values()) if id]
-        for part in self.notebooks if not stop() else ():
+        failed = [id for id in (one.result() for one in trained.values()) if id]
+        for part in takewhile(lambda _: not stop(), self.notebooks):
             with open(Path(self.folder) / f"{part}.out", "ab") as log:
                 process = notebook((sys.executable,), self.folder, part, stdout=log, stderr=subprocess.STDOUT)
                 if wait_for(process, stop, signal.SIGINT):
@@ -172,7 +171,6 @@ class LocalBatch:
             raise SystemExit(STOPPED)
         if failed:
             raise Failed(f"failed: {', '.join(failed)}; see moelab status")
-        return {"runs": len(self.runs), "state": "finished"}
 
     def _train(self, path: str, job: str, stop: Callable[[], bool], trained: Mapping[str, Future[str]]) -> str:
         """Train the run in a directory, as often as the limits allow.
@@ -191,8 +189,7 @@ class LocalBatch:
         wait([trained[spec.id] for spec in run.spec.requires() if spec.id in trained])
         restart = 0
         while not stop():
-            command = (sys.executable, "-m", "moelab.runs.worker")
-            if (ended := train(run, stop, command=command, how="local")) is None:
+            if (ended := train(run, stop, how="local")) is None:
                 return ""
             if stop():
                 break

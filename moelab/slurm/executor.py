@@ -30,7 +30,6 @@ class Size:
     """Describe what one run's job asks for. Runs of equal size and layout share an array.
 
     Attributes:
-        ranks: number of ranks in all.
         nodes: number of nodes.
         per_node: ranks per node.
         gpus: GPUs per node.
@@ -38,7 +37,6 @@ class Size:
         memory: MiB per node; 0 is the site's default.
     """
 
-    ranks: int
     nodes: int
     per_node: int
     gpus: int
@@ -66,7 +64,6 @@ class Size:
         if nodes > profile.nodes:
             raise ValueError(f"{run} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
         return cls(
-            ranks=layout.ranks,
             nodes=nodes,
             per_node=per_node,
             gpus=per_node if spec.train.device == "cuda" else 0,
@@ -144,6 +141,7 @@ def for_notebook(profile: Profile, snapshot: Path | None, folder: Path, **parame
 
 def for_jupyter(profile: Profile, folder: Path) -> Executor:
     """Return the executor of JupyterLab, on one node with all its GPUs; it runs the checkout, not a snapshot."""
+    memory = profile.gpus_per_node * megabytes(profile.memory_per_rank, profile.name)
     return _executor(
         profile,
         None,
@@ -153,9 +151,7 @@ def for_jupyter(profile: Profile, folder: Path) -> Executor:
         time=profile.lab_time,
         cpus_per_task=profile.cpus_per_rank * profile.gpus_per_node,
         gpus_per_node=_gpus(profile, profile.gpus_per_node),
-        mem=f"{profile.gpus_per_node * megabytes(profile.memory_per_rank, profile.name)}M"
-        if profile.memory_per_rank
-        else None,
+        mem=f"{memory}M" if memory else None,
         requeue=False,
     )
 

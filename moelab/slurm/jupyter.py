@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -42,7 +41,7 @@ class ServeJupyter:
     folder: str
     everywhere: bool
 
-    def __call__(self) -> dict[str, Any]:
+    def __call__(self) -> None:
         """Serve until the server ends or is stopped."""
         stop = begin()
         folder = Path(self.folder)
@@ -52,7 +51,7 @@ class ServeJupyter:
         variables.pop("XDG_RUNTIME_DIR", None)
         address = f"--ServerApp.ip={socket.getfqdn() if self.everywhere else '127.0.0.1'}"
         command = [*self.command, "-m", "jupyterlab", address, *self.options]
-        return {"exit code": wait_for(subprocess.Popen(command, env=variables), stop, signal.SIGTERM)}
+        wait_for(subprocess.Popen(command, env=variables), stop, signal.SIGTERM)
 
 
 def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:

@@ -10,18 +10,21 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import psutil
 import submitit
 
 from moelab import environment
+from moelab.config import from_json
 from moelab.files import read_json, write_json
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import RunStore
+from moelab.runs.store import Run, RunStore
 from moelab.slurm import queue
-from moelab.slurm.attempt import Limits
+from moelab.slurm.attempt import Limits, history
 from moelab.slurm.callables import LocalBatch
 from moelab.slurm.profiles import Profile
 from moelab.slurm.submission import Submission
@@ -38,15 +41,17 @@ def start(
     """Start the job of a submission and write its id into the record."""
     runs = [run for name, group in specs.items() for run in zip(group, directories[name], strict=True)]
     cuda = any(spec.train.device == "cuda" for spec, _ in runs)
-    plan = {
-        "runs": [str(path) for _, path in sorted(runs, key=lambda run: run[0].depth)],
-        "notebooks": [part.name for part in submission.parts if part.values is not None],
-        "workers": 1 if cuda else profile.array_parallelism,  # each run takes the first GPUs
-        "failures": profile.failures,
-        "restarts": profile.restarts,
-    }
-    write_json(submission.folder / "local.json", plan)
-    code = {"PYTHONPATH": submission.snapshot, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
+    batch = LocalBatch(
+        [str(path) for _, path in sorted(runs, key=lambda run: run[0].depth)],
+        [part.name for part in submission.parts if part.values is not None],
+        1 if cuda else profile.array_parallelism,  # each run takes the first GPUs
+        Limits(profile.failures, profile.restarts),
+        str(submission.folder),
+        os.environ.get("CUDA_VISIBLE_DEVICES"),  # also where no run trains on one: notebooks measure on GPUs
+    )
+    write_json(submission.folder / "local.json", asdict(batch))
+    places = os.pathsep.join(filter(None, (submission.snapshot, os.environ.get("PYTHONPATH"))))
+    code = {"PYTHONPATH": places, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
     # In a session of its own, the job does not get the signals of Ctrl-C, a notebook's interrupt or a closed terminal.
     with open(submission.folder / "local.out", "ab") as log:
         done = subprocess.run(
@@ -73,24 +78,25 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
             continue
         for part in submission.parts:
             for index, run in enumerate(part.runs) if part.values is None else [(0, "")]:
-                works = _trains(store, run) if run else (submission.folder / f"{part.name}.progress.json").exists()
-                over = run and (store.root / run / "result.json").exists()
+                if run:
+                    own = Run(cast(RunSpec, None), store.root / run)
+                    given_up = any(last.job == part.job and not last.again for last in history(own)[-1:])
+                    over, works = own.finished or given_up, own.locked
+                else:
+                    ended = submission.folder / f"{part.name}.json"
+                    over, works = ended.exists(), ended.with_suffix(".progress.json").exists()
                 state = "COMPLETED" if over else "RUNNING" if works else "PENDING"
                 key = (submission.id, part.name, index)
-                states[key] = queue.Job(str(part.job), *key, state=state, reason="None", node="", left="")
+                states[key] = queue.Job(str(part.job), *key, state=state, reason="None", node="")
     return states
 
 
-def cancel(ids: Iterable[str]) -> list[str]:
+def cancel(ids: Collection[str]) -> list[str]:
     """Ask the local jobs among these to stop, with checkpoints, and return the ids of the others."""
-    others = []
-    for id in dict.fromkeys(ids):
-        if not id.startswith(queue.LOCAL):
-            others.append(id)
-            continue
-        if process := _process(id, "submitit.local._local"):
+    for id in ids:
+        if id.startswith(queue.LOCAL) and (process := _process(id, "submitit.local._local")):
             process.terminate()
-    return others
+    return [id for id in ids if not id.startswith(queue.LOCAL)]
 
 
 def _lives(submission: Submission) -> bool:
@@ -111,20 +117,11 @@ def _process(id: str, word: str) -> psutil.Process | None:
     return None
 
 
-def _trains(store: RunStore, run: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return store.at(run).locked
-    return False
-
-
 def main(folder: Path) -> None:
     """Start the job of the submission in a folder and write down its id."""
-    plan = read_json(folder / "local.json")
     executor = submitit.AutoExecutor(folder, cluster="local")
     executor.update_parameters(timeout_min=_YEAR_MIN, stderr_to_stdout=True)
-    limits = Limits(plan["failures"], plan["restarts"])
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")  # also where no run trains on one: notebooks measure on GPUs
-    batch = LocalBatch(plan["runs"], plan["notebooks"], plan["workers"], limits, str(folder), gpus)
+    batch = from_json(LocalBatch, read_json(folder / "local.json"), "local job")
     write_json(folder / "local.id.json", int(executor.submit(batch).job_id))
 
 

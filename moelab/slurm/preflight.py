@@ -34,7 +34,8 @@ def check(
     if on_slurm:
         for spec in preflight.unfinished(specs, store):
             Size.of(spec, profile)
-        if measuring and not _gives_notebooks_a_gpu(profile):
+        gives_a_gpu = profile.notebook_gpus or any(a.startswith(("--gres=gpu", "--gpus")) for a in profile.sbatch)
+        if measuring and not gives_a_gpu:
             raise ValueError(
                 f"{measuring[0]}: its notebook measures on a GPU, and profile {profile.name} gives notebooks none; "
                 "set its notebook_gpus to 1"
@@ -48,7 +49,3 @@ def check(
         same_files=not profile.container,
         same_packages=not (profile.container or profile.python),
     )
-
-
-def _gives_notebooks_a_gpu(profile: Profile) -> bool:
-    return profile.notebook_gpus > 0 or any(a.startswith(("--gres=gpu", "--gpus")) for a in profile.sbatch)

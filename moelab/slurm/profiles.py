@@ -146,9 +146,7 @@ def load(name: str) -> Profile:
     import yaml
 
     known = folder()
-    path = (
-        Path(name) if name.endswith((".yaml", ".yml")) else (known / f"{name}.yaml" if known else Path(f"{name}.yaml"))
-    )
+    path = Path(name) if name.endswith((".yaml", ".yml")) else (known or Path()) / f"{name}.yaml"
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -50,7 +50,6 @@ class Job:
         state: Slurm's state, such as PENDING or RUNNING.
         reason: why it waits or ended.
         node: the node on which it runs.
-        left: time to its limit.
         ending: whether it is COMPLETING and will not be requeued.
     """
 
@@ -61,7 +60,6 @@ class Job:
     state: str
     reason: str
     node: str
-    left: str
     ending: bool = False
 
     @property
@@ -104,7 +102,7 @@ def jobs(limit_s: float = 120) -> dict[tuple[str, str, int], Job]:
         index = number.partition("_")[2]
         # A job that is about to be requeued is COMPLETING, too, but its whole time is left.
         ending = state == "COMPLETING" and left != limit
-        job = Job(number, submission, part, int(index) if index.isdigit() else 0, state, reason, node, left, ending)
+        job = Job(number, submission, part, int(index) if index.isdigit() else 0, state, reason, node, ending)
         key = (submission, part, job.index)
         if key not in states or job.live:
             states[key] = job

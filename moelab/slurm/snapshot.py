@@ -18,7 +18,7 @@ from moelab import paths
 from moelab.files import new_directory, write_json
 from moelab.runs.provenance import SNAPSHOT, commit
 
-_PARTS = ("moelab", "kernels", "notebooks", "pyproject.toml")
+_PARTS = ("moelab", "kernels", "notebooks", "pyproject.toml", "constraints.txt")
 _KEEP_S = 7 * 24 * 3600
 
 

@@ -39,7 +39,6 @@ class Plan:
 
     Attributes:
         submission: the record of the submission.
-        profile: the cluster.
         finished: number of runs that have a result.
         queued: number of runs that were in the queue already.
         scripts: part -> batch script, in which ``@runs-0@`` stands for the id of a job that is not queued yet; empty
@@ -53,7 +52,6 @@ class Plan:
     """
 
     submission: Submission
-    profile: Profile
     finished: int
     queued: int
     scripts: dict[str, str] = field(default_factory=dict)
@@ -117,7 +115,7 @@ def submit(
         for spec in plan.waiting:  # before a branch of it is queued
             store.keep(spec)
         if plan.scripts:
-            _queue(plan, store)
+            _queue(plan, profile, store)
             queue.cancel(plan.replaced)
             _prune(jobs, plan.submission)
     return plan
@@ -149,7 +147,7 @@ def _plan(
     earlier = submissions()
     shown_by = [record for record in earlier if record.publish or not publish]
     # A cancelled job keeps its node while its run writes a checkpoint; the new job waits for the run's lock.
-    queued = {run: job for run, job in live_runs(earlier, jobs).items() if not job.ending}
+    queued = live_runs(earlier, {place: job for place, job in jobs.items() if not job.ending})
     done = {id for id in wanted if (store.root / id / "result.json").exists()}
     lacking = wanted.keys() - done - queued.keys()
     shown: list[tuple[Mapping[str, Any], list[str]]] = []
@@ -160,7 +158,8 @@ def _plan(
             if lacking.isdisjoint(runs):
                 continue
             # It would be executed without the runs that this submission queues, one of a cancelled task perhaps.
-            replaced += [waits.id] * (waits.state == "PENDING")
+            # A local job has more in it than this notebook, and goes on.
+            replaced += [waits.id] * (waits.state == "PENDING" and not waits.local)
         elif not again and _notebook_done(shown_by, name, values, runs):
             continue
         shown.append((values, runs))
@@ -175,7 +174,7 @@ def _plan(
     submission = Submission(
         id, name, profile.name, str(code) if code else None, cluster=profile.cluster, publish=publish
     )
-    plan = Plan(submission, profile, len(done), len(wanted) - len(done) - len(todo), replaced=replaced)
+    plan = Plan(submission, len(done), len(wanted) - len(done) - len(todo), replaced=replaced)
     planned = {spec.id for spec in todo}
     plan.waiting.extend(spec for id, spec in wanted.items() if id not in done and id not in planned)
     awaited = {run: _Place(job.id, 0, 0) for run, job in queued.items() if not job.local}
@@ -217,14 +216,14 @@ def _chooses_nodes(profile: Profile) -> bool:
     return bool(profile.constraint) or any(argument.startswith(options) for argument in profile.sbatch)
 
 
-def _queue(plan: Plan, store: RunStore) -> None:
+def _queue(plan: Plan, profile: Profile, store: RunStore) -> None:
     submission = plan.submission
     if submission.snapshot:
         snapshot.take(Path(submission.snapshot))
     submission.write()  # before anything is queued, so that every job belongs to a known submission
     directories = {name: [store.run(spec).path for spec in specs] for name, specs in plan.specs.items()}
     if submission.cluster == "local":
-        local.start(submission, plan.profile, plan.specs, directories)
+        local.start(submission, profile, plan.specs, directories)
         return
     ids: dict[str, str] = {}
     try:

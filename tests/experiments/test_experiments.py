@@ -27,7 +27,7 @@ from moelab.experiments import (
     top2_vs_residual,
 )
 from moelab.runs.collection import Runs
-from moelab.runs.dry_run import paper_rate, planned_runs, state_bytes
+from moelab.runs.dry_run import paper_rate, planned_runs, show, state_bytes
 from moelab.runs.spec import Start
 from moelab.runs.store import RunStore
 from moelab.simulate import frames
@@ -252,12 +252,14 @@ def test_pairing_takes_the_common_part_out():
     assert not len(one) and "two seeds" in seeds.headline(one), "one seed has no spread"
 
 
-def test_a_plan_counts_state_and_hours(tmp_path, monkeypatch):
+def test_a_plan_counts_state_and_hours(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
     specs = EXPERIMENTS["distillation"].specs("paper", arms=["L21 + KD"])
     teacher, student = planned_runs(specs)
     assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())
     assert teacher.gpu_hours == pytest.approx(teacher.spec.cost / paper_rate() / 3600) and student.gpu_hours > 0
+    show([replace(teacher, state="stopped", done=0.75)])
+    assert f"1 of 1 runs to train, {teacher.gpu_hours / 4:,.0f} A100 hours" in capsys.readouterr().out, "what is left"
     one = settings.spec("1.3B+MoE-128", "paper")
     experts = 12 * 2 * (2 * 2048 * 8192 + 8192 + 2048)  # 128 experts on 64 ranks: two a layer
     shared = ModelConfig.parse("1.3B+MoE-128").parameters() - 64 * experts

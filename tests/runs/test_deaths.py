@@ -77,7 +77,7 @@ def test_a_worker_shows_its_stack_to_a_launcher_that_asks_and_when_the_kernel_en
     code = (
         "import ctypes, os, signal, sys; from pathlib import Path; from moelab.runs import store, worker\n"
         "store.read_json = lambda _: (os.kill(os.getpid(), signal.SIGUSR2), ctypes.string_at(0))\n"
-        "worker.main(Path(sys.argv[1]), 0)"
+        "worker.main(Path(sys.argv[1]))"
     )
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     asked, _, killed = ended.stderr.partition("Segmentation fault")

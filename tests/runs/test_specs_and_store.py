@@ -205,7 +205,7 @@ def test_a_training_loads_no_more_than_it_needs(run):
     heavy = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "pandas", "triton"}
     code = f"""
 import sys; from pathlib import Path; from moelab.runs import worker
-assert worker.main(Path(sys.argv[1]), 0) == 0
+assert worker.main(Path(sys.argv[1])) == 0
 print("loaded", sorted({heavy} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["loaded []"], done.stderr

@@ -90,6 +90,6 @@ def submitted(tiny_spec, monkeypatch):
     monkeypatch.setattr(queue, "jobs", lambda *_: jobs)
 
     def job(part: str, index: int, state: str, reason: str = "None", node: str = "") -> None:
-        jobs[record.id, part, index] = Job(f"7_{index}", record.id, part, index, state, reason, node, "1:00")
+        jobs[record.id, part, index] = Job(f"7_{index}", record.id, part, index, state, reason, node)
 
     return runs, job, record, jobs

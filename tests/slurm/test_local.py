@@ -26,7 +26,7 @@ from moelab.slurm import attempt, callables, local, preflight, queue, submit
 from moelab.slurm.jobs import RunJob
 from moelab.slurm.profiles import Profile
 from moelab.slurm.status import log_of, overview
-from moelab.slurm.submission import submissions
+from moelab.slurm.submission import Outcome, set_outcome, submissions
 from tests.conftest import until
 
 pytestmark = pytest.mark.multiprocess
@@ -40,7 +40,7 @@ def lab(workshop, monkeypatch):
     monkeypatch.setattr(queue, "_run", lambda *command, **_: pytest.fail(f"{command} was called"))
     yield Lab()
     for record in submissions():
-        local.cancel(str(part.job) for part in record.parts)
+        local.cancel([str(part.job) for part in record.parts])
 
 
 def losses(run: Run) -> list:
@@ -49,10 +49,12 @@ def losses(run: Run) -> list:
 
 def test_jobs_are_submitits_but_for_the_truth_of_the_run(lab, tiny_spec, monkeypatch):
     monkeypatch.setattr(preflight, "check", lambda *_: None)  # as if the text went away after the submission
+    monkeypatch.setenv("PYTHONPATH", own := "/packages/of/the/user")
     bad = replace(tiny_spec, data=replace(tiny_spec.data, corpus="folder:/nowhere/at/all"))
     jobs = lab.submit([tiny_spec, bad], cluster="local")
     good, failed = jobs
     assert isinstance(good, submitit.Job) and good.job_id.startswith("local-") and not good.done()
+    assert psutil.Process(int(good.job_id.removeprefix("local-"))).environ()["PYTHONPATH"].endswith(f":{own}")
     assert lab.submit([tiny_spec], cluster="local")[0].job_id == good.job_id, "nothing is queued twice"
     jobs.wait()
     assert good.done() and good.state == "finished" and good.result() == good.run.result
@@ -138,8 +140,20 @@ def test_a_run_waits_for_those_that_it_requires_and_for_no_other(lab, tiny_spec,
     monkeypatch.setattr(callables, "begin", lambda: lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the job sets
     folders = [str(lab.store.run(spec).path) for spec in (other, trunk, branch)]
-    assert callables.LocalBatch(folders, [], 2, attempt.Limits(1, 1), "")()["runs"] == 3
+    callables.LocalBatch(folders, [], 2, attempt.Limits(1, 1), "")()
     assert ended == [trunk.id, branch.id, other.id]
+
+
+def test_a_local_job_that_is_cancelled_begins_no_further_notebook(lab, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(callables, "notebook", lambda command, folder, part, **_: begun.append(part))
+    monkeypatch.setattr(callables, "wait_for", lambda *_: 1)
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
+    monkeypatch.setattr(callables, "begin", lambda: lambda: bool(begun))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the job sets
+    with pytest.raises(SystemExit):
+        callables.LocalBatch([], ["notebook-0", "notebook-1"], 1, attempt.Limits(1, 1), str(tmp_path))()
+    assert begun == ["notebook-0"]
 
 
 def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
@@ -147,7 +161,7 @@ def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
     monkeypatch.setattr(local, "start", lambda *_: None)
     first = submit.submit("x", [({"a": 1}, [tiny_spec])], PROFILE).submission
     keys = [(first.id, part.name, 0) for part in first.parts]
-    jobs = {key: queue.Job("local-7", *key, state="PENDING", reason="None", node="", left="") for key in keys}
+    jobs = {key: queue.Job("local-7", *key, state="PENDING", reason="None", node="") for key in keys}
     monkeypatch.setattr(local, "jobs", lambda *_: dict(jobs))
     again = submit.submit("x", [({"a": 1}, [tiny_spec])], PROFILE)
     assert (again.queued, again.scripts) == (1, {})
@@ -155,9 +169,26 @@ def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
     assert list(other.scripts) == ["runs-0", "notebook-0"]
     monkeypatch.setattr(queue, "jobs", dict)
     monkeypatch.setattr(queue, "check", lambda text: None)
-    monkeypatch.setattr(submit, "_queue", lambda plan, store: None)
+    monkeypatch.setattr(submit, "_queue", lambda *_: None)
     there = submit.submit("x", [({"a": 3}, [tiny_spec])], Profile("site"))
     assert list(there.scripts) == ["notebook-0"] and "local-7" not in there.scripts["notebook-0"]
+
+
+def test_what_is_over_says_so_while_its_local_job_goes_on(lab, tiny_spec, monkeypatch):
+    monkeypatch.setattr(local, "start", lambda *_: None)
+    monkeypatch.setattr(local, "_lives", lambda _: True)
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(2)]
+    ask = lambda: submit.submit("x", [({"a": 1}, specs), ({"a": 2}, specs)], PROFILE)  # noqa: E731
+    record = ask().submission
+    record.parts = [replace(part, job="local-7") for part in record.parts]
+    record.write()
+    for job, spec in (("local-7", specs[0]), ("local-6", specs[1])):  # of the second, a submission before
+        attempt.record(lab.store.run(spec), job, 0, "failed", "x", "", attempt.Limits(0, 9))
+    set_outcome(record.folder, "notebook-0", Outcome(error="y"))
+    ended, waits = ("failed", True), ("waiting", False)
+    assert [(row.state, row.over) for row in overview().rows] == [ended, waits, ended, waits]
+    again = ask()
+    assert list(again.scripts) == ["runs-0", "notebook-0", "notebook-1"] and not again.replaced, "that job goes on"
 
 
 def test_a_sweep_ends_with_one_table_and_one_figure(lab):

@@ -104,7 +104,7 @@ def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatc
     for name, text in {"20260102-000000-x-abd": "", "20260103-000000-x-abe": '{"id": 3, "parts": []}'}.items():
         (record.folder.parent / name).mkdir()
         (record.folder.parent / name / "submission.json").write_text(text)
-    jobs["20260102-000000-x-abd", "runs-0", 0] = Job("9_0", "", "runs-0", 0, "PENDING", "Priority", "", "1:00")
+    jobs["20260102-000000-x-abd", "runs-0", 0] = Job("9_0", "", "runs-0", 0, "PENDING", "Priority", "")
     (record.folder / "notebook-0.json").write_text("{")
     rows = {row.id: row for row in status.overview(everything=True).rows}
     by_run = [rows[run.spec.id] for run in runs]

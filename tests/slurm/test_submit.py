@@ -39,7 +39,7 @@ def test_a_job_is_sized_by_the_layout(tiny_spec):
     train = replace(tiny_spec.train, device="cuda", batch_size=32, micro_batch=1)
     big = replace(tiny_spec, train=train, parallel=ParallelConfig(data=32, expert=2))
     size = Size.of(big, profile)
-    assert size == Size(ranks=32, nodes=4, per_node=8, gpus=8, cpus=8, memory=8 * 100 * 1024)
+    assert size == Size(nodes=4, per_node=8, gpus=8, cpus=8, memory=8 * 100 * 1024)
     named = {"job_name": "x", "comment": "moelab a runs-0"}
     text = executor.for_runs(profile, size, Path("/w/code"), Path("/w"), **named).script(6)
     assert {"nodes=4", "ntasks-per-node=8", "gpus-per-node=a100:8", "mem=819200M", "cpus-per-task=8"} <= _lines(text)
@@ -48,7 +48,7 @@ def test_a_job_is_sized_by_the_layout(tiny_spec):
     assert "export PYTHONPATH=/w/code" in text and "export PYTHONSAFEPATH=1" in text
     assert text.splitlines()[-1].startswith("exec ") and text.endswith("-m submitit.core._submit /w\n")
     single = Size.of(tiny_spec, profile)
-    assert (single.ranks, single.nodes, single.gpus) == (1, 1, 0)
+    assert (single.nodes, single.per_node, single.gpus) == (1, 1, 0)
     smaller = Size.of(big, replace(profile, gpus_per_node=4))
     assert (smaller.nodes, smaller.per_node, smaller.gpus) == (8, 4, 4)
     hierarchical = replace(big, parallel=replace(big.parallel, exchange="hierarchical"))
@@ -167,6 +167,7 @@ def test_a_snapshot_is_the_code_with_its_commit_and_made_once_with_and_without_g
     snapshot.take(place)
     assert (place / "moelab" / "kernels" / "gating.py").exists() and (place / "notebooks").is_dir()
     assert read_json(place / "SNAPSHOT.json")["commit"] and not (place / "tests").exists()
+    assert (place / "constraints.txt").exists(), "which runs' provenance compares with what is installed"
     assert snapshot.place(tmp_path) == place
     # What a job's script exports (`test_a_job_is_sized_by_the_layout`) makes this the code that it runs.
     probe = "from importlib.util import find_spec as f; print(f('moelab.runs').origin, f('moelab.kernels').origin)"
@@ -227,15 +228,15 @@ def test_what_was_cancelled_can_be_submitted_at_once(workshop, tiny_spec, slurm)
     ask = lambda: submit.submit("x", [({"a": 1}, [tiny_spec])], profiles.load("local"))  # noqa: E731
     first = ask().submission
     runs, notebook = (f"moelab {first.id} {part.name}" for part in first.parts)
-    slurm.says(f"3|COMPLETING|None|node1|59:58|1:00:00|{runs}", f"5|COMPLETING|None|node1|0:59|1:00|{notebook}")
+    slurm.says(*(ends := (f"3|COMPLETING|||59:58|1:00:00|{runs}", f"5|COMPLETING|||0:59|1:00|{notebook}")))
     assert [row.slurm for row in status.overview().rows] == ["COMPLETING"] * 2, "still shown"
     again = ask()
     assert (again.queued, list(again.scripts)) == (0, ["runs-0", "notebook-0"])
     assert "dependency" not in again.scripts["runs-0"]
     second = again.submission
     runs, notebook = (f"moelab {second.id} {part.name}" for part in second.parts)
-    slurm.says(f"8|COMPLETING|None|node1|1:00:00|1:00:00|{runs}", f"9|PENDING|Dependency||1:00|1:00|{notebook}")
-    assert not ask().scripts, "it is about to be requeued"
+    slurm.says(*ends, f"8|COMPLETING|||1:00:00|1:00:00|{runs}", f"9|PENDING|Dependency||1:00|1:00|{notebook}")
+    assert not ask().scripts, "it is about to be requeued, and the first has not ended yet"
 
 
 def test_a_job_keeps_the_layout_that_it_was_sized_for(tiny_spec, slurm, monkeypatch):
@@ -268,7 +269,7 @@ def test_a_run_in_the_queue_learns_of_checkpoints_that_branches_need(tiny_spec, 
     if cluster.cluster == "slurm":
         slurm.says(f"3|PENDING|Priority||1:00|1:00|moelab {first.id} runs-0")
     else:
-        job = Job("local-7", first.id, "runs-0", 0, "PENDING", "None", "", "")
+        job = Job("local-7", first.id, "runs-0", 0, "PENDING", "None", "")
         monkeypatch.setattr(submit.local, "jobs", lambda *_: {(first.id, "runs-0", 0): job})
     branch = token_budgets(replace(trunk, label="other", parallel=ParallelConfig(data=4)), [12 * step])[0]
     second = submit.submit("y", [({}, [branch])], cluster, with_notebooks=False)

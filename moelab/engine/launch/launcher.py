@@ -15,7 +15,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -69,11 +69,6 @@ class Limits:
     death_s: float = 20
     stop_s: float = 120
     collective_s: float = 600
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"limits: {field.name} must be more than 0 seconds, got {getattr(self, field.name)}")
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -176,9 +171,8 @@ class _Watch:
     def __init__(
         self, started: Ranks, ranks: int, limits: Limits, logs: Path, starts: Sequence[int], session: Path
     ) -> None:
-        self.started, self.ranks, self.limits, self.logs, self.starts, self.session = (
-            started, ranks, limits, logs, starts, session,
-        )  # fmt: skip
+        self.started, self.ranks, self.limits = started, ranks, limits
+        self.logs, self.starts, self.session = logs, starts, session
         self.asked = False
         self.first_stopped: float | None = None
         self.order: list[int] = []  # ranks in the order of their failures

@@ -217,9 +217,9 @@ def wait_for(key: str) -> str:
 
 
 def launcher_gone() -> bool:
-    """Return whether the launcher that started this rank has died.
+    """Return whether the process that started this one, and watches it, has died.
 
-    On Linux the kernel kills the launcher's ranks before they can ask.
+    On Linux the kernel kills a launcher's ranks before they can ask.
     """
     launcher = LAUNCHER.get()
     return launcher is not None and os.getppid() != int(launcher)

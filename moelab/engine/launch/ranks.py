@@ -91,10 +91,8 @@ class LocalRanks:
         import psutil
 
         try:
-            return psutil.Process(self._processes[rank].pid).status() in (
-                psutil.STATUS_STOPPED,
-                psutil.STATUS_TRACING_STOP,
-            )
+            status = psutil.Process(self._processes[rank].pid).status()
+            return status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         except psutil.Error:
             return False
 
