@@ -125,8 +125,6 @@ def test_what_it_prints_shows_while_it_runs_and_which_cell_it_is_at(place, inter
     assert "ipc" in lines, "no ports, so no race for them"
     assert json.loads(progress.read_text())["cell"] == 5
     assert result.parent == place / "home" / "results" / "x" / "smoke"
-    again = notebooks.execute(EXPERIMENT, values, place / "plan.json")
-    assert again != result and result.exists()
     assert not (place / "results").exists(), "publishing is asked for"
     public = notebooks.execute(EXPERIMENT, values, place / "plan.json", publish=True)
     assert public.parent == place / "results" / "x" / "smoke" and not interrupts
