@@ -189,6 +189,20 @@ def stop_after(steps: int):
     return lambda: next(asked) >= steps
 
 
+@pytest.fixture
+def ax():
+    """Axes in the notebooks' theme, which puts titles left."""
+    from matplotlib import pyplot as plt
+
+    from moelab.plotting import figures
+
+    with plt.rc_context():
+        figures.theme()
+        fig, ax = plt.subplots()
+        yield ax
+        plt.close(fig)
+
+
 @pytest.fixture(scope="session")
 def result():
     """Makes up the result of a run: `result(loss, **others)`."""

@@ -21,6 +21,7 @@ from moelab.data import CorpusUnavailable, TokenData, prepare
 from moelab.data.batches import TrainBatches
 from moelab.kernels import gate
 from moelab.models.gpt import build, initial_weight
+from moelab.training.optimizer import AdamW
 
 VOCAB = 2048
 CONTEXT = 128
@@ -129,7 +130,7 @@ class HiddenStates:
         other = TextBatches(8, CONTEXT)
         seen = [self._hidden(other.batch(10_000 + i)[0]) for i in range(3)]
         weight_EM.requires_grad_()
-        optimizer = torch.optim.Adam([weight_EM], lr=1e-3)
+        optimizer = AdamW([weight_EM], lr=1e-3, weight_decay=0.0)
         for step in range(30):
             optimizer.zero_grad()
             gate(F.linear(seen[step % len(seen)], weight_EM), 1).aux_loss.backward()

@@ -341,11 +341,11 @@ def test_a_failed_notebook_is_exit_code_1_and_brackets_of_its_reason_are_no_mark
 @pytest.mark.notebook
 @pytest.mark.slow
 def test_a_notebook_publishes_a_complete_result(tmp_path):
-    """Two arms, two seeds, on two ranks: expert parallelism per layer. Its figures and verdicts: tests/notebook.
+    """Two arms on two ranks: expert parallelism per layer. Its figures and verdicts: tests/notebook; seeds: tests/docs.
 
     That it publishes again what is stored: test_all_notebooks.py.
     """
-    parameters = ("seeds=2", 'arms=["MoE-128","PR-MoE-32/64"]', "parallel.data=2")
+    parameters = ("seeds=1", 'arms=["MoE-128","PR-MoE-32/64"]', "parallel.data=2")
     command = ("run", "pr-moe", "--scale", "smoke", *(word for given in parameters for word in ("-p", given)))
     env = {"MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results"), "COLUMNS": "200"}
     done = moelab(*command, env=env)
@@ -354,9 +354,9 @@ def test_a_notebook_publishes_a_complete_result(tmp_path):
     results = tmp_path / "home" / "results" / "pr-moe" / "smoke"
     (folder,) = results.iterdir()
     summary = json.loads((folder / "summary.json").read_text())
-    assert len(summary["runs"]) == 4 and not summary["missing"] and summary["seeds"] == [0, 1]
+    assert len(summary["runs"]) == 2 and not summary["missing"] and summary["seeds"] == [0]
     records = [run["provenance"] for run in summary["runs"]]
-    assert [record["parallel"]["data"] for record in records] == [2] * 4
+    assert [record["parallel"]["data"] for record in records] == [2] * 2
     assert records[0]["versions"]["torch"] and summary["hardware"]["cores"]
     said = re.findall(r"^ +(notebook|figure|page) +(.+)$", done.stdout, re.M)
     assert [kind for kind, _ in said] == ["notebook", *["figure"] * len(summary["figures"]), "page"]

@@ -75,7 +75,7 @@ def test_intervals_hold_the_truth_and_widen_with_the_noise():
 def test_trunks_with_a_missing_or_infinite_loss_are_left_out():
     table = points()
     broken = table.assign(loss=table["loss"].where((table["seed"] > 0) | (table["flops"] > 1e6), math.inf)).drop(10)
-    found = laws.fit(broken)
+    found = laws.fit(broken, draws=1)
     assert len(found.residuals) == 7 and found.law.floor == pytest.approx(1.8, abs=0.01)
 
 

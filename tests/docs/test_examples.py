@@ -170,33 +170,35 @@ assert hf.suitable_format(replace(modern, expert=replace(kind, ffn=0, feed_forwa
 """
 
 
+CHANGES = [  # heading, what shows that it works, the files and the lines that the page names
+    ("A new router rule", ROUTER_RULE, ["moelab/config/routing.py", "moelab/models/routing.py"], 3),
+    ("A new loss term", LOSS_TERM, ["moelab/config/routing.py", "moelab/models/routing.py"], 2),
+    ("A new activation", ACTIVATION, ["kernels/activations.py", "moelab/config/feed_forward.py"], 4),
+    ("A new kind of expert", EXPERT_KIND, ["moelab/config/feed_forward.py"], 3),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("heading", "script", "files", "lines"),
-    [
-        ("A new router rule", ROUTER_RULE, ["moelab/config/routing.py", "moelab/models/routing.py"], 3),
-        ("A new loss term", LOSS_TERM, ["moelab/config/routing.py", "moelab/models/routing.py"], 2),
-        ("A new activation", ACTIVATION, ["kernels/activations.py", "moelab/config/feed_forward.py"], 4),
-        ("A new kind of expert", EXPERT_KIND, ["moelab/config/feed_forward.py"], 3),
-    ],
-)
-def test_the_changes_of_the_page_work(heading, script, files, lines, python, tmp_path):
-    """Made to a copy: as many lines and files as the page says, and a model with them learns."""
-    section = (EXAMPLES.parent / "extend.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    file, changed, count = "", [], 0
-    for named, change in re.findall(r"In `([\w/]+\.py)`|```diff\n(.*?)```", section, re.S):
-        if named:
-            file = named
-            continue
-        kept = change.splitlines()
-        before, after = ("".join(x[1:] + "\n" for x in kept if not x.startswith(other)) for other in "+-")
-        text = (tmp_path / file).read_text()
-        assert text.count(before) == 1, f"{file} is not as the page shows it"
-        (tmp_path / file).write_text(text.replace(before, after))
-        changed += [file] * (file not in changed)
-        count += sum(x.startswith(("+", "-")) for x in kept)
-    assert (changed, count) == (files, lines)
-    python("-c", BEFORE.format(root=str(tmp_path)) + script)
+def test_the_changes_of_the_page_work(python, tmp_path):
+    """Made to a copy: each as many lines and files as the page says, and models with them learn."""
+    page, script = (EXAMPLES.parent / "extend.md").read_text(), ""
+    for heading, proof, files, lines in CHANGES:
+        section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+        file, changed, count = "", [], 0
+        for named, change in re.findall(r"In `([\w/]+\.py)`|```diff\n(.*?)```", section, re.S):
+            if named:
+                file = named
+                continue
+            kept = change.splitlines()
+            before, after = ("".join(x[1:] + "\n" for x in kept if not x.startswith(other)) for other in "+-")
+            text = (tmp_path / file).read_text()
+            assert text.count(before) == 1, f"{file} is not as the page shows it"
+            (tmp_path / file).write_text(text.replace(before, after))
+            changed += [file] * (file not in changed)
+            count += sum(x.startswith(("+", "-")) for x in kept)
+        assert (changed, count) == (files, lines), heading
+        script += BEFORE.format(root=str(tmp_path)) + proof
+    python("-c", script)
 
 
 def anchors(page: Path) -> set[str]:

@@ -147,8 +147,9 @@ def test_a_slow_write_of_a_checkpoint_is_no_hang(ranks):
         "from pathlib import Path\n"
         "from moelab.engine import checkpoint\n"
         "from moelab.engine.checkpoint import storage\n"
+        "from moelab.training.optimizer import AdamW\n"  # torch's own import the compiler
         "model = torch.nn.Linear(2, 2)\n"
-        "optimizer = torch.optim.SGD(model.parameters())\n"
+        "optimizer = AdamW(model.parameters())\n"
         f"sleeps = iter([{1.5 * limits.hang_s}, 0])\n"
         "storage.write = lambda *_: time.sleep(next(sleeps))\n"
     )

@@ -135,7 +135,6 @@ LAYOUTS = {
     "tensor 2, no exchange": ParallelConfig(tensor=2, data=4, expert=1),
     "shard, expert 1": ParallelConfig(data=8, shard=True, expert=1),
     "expert 2": ParallelConfig(data=8, expert=2),
-    "expert 4": ParallelConfig(data=8, expert=4),
     "as many as experts": ParallelConfig(data=8),
     "no overlap": ParallelConfig(data=8, overlap=False),
     "hierarchical 2x4": ParallelConfig(data=8, gpus_per_node=4, exchange="hierarchical"),
@@ -145,7 +144,6 @@ LAYOUTS = {
     "slicing 8": ParallelConfig(data=8, expert=1, expert_slicing=8),
     "tensor 2, flat": ParallelConfig(tensor=2, data=4),
     "tensor 2, coordinated": ParallelConfig(tensor=2, data=4, exchange="coordinated"),
-    "tensor 4, coordinated": ParallelConfig(tensor=4, data=2, exchange="coordinated"),
     "tensor 2, expert 2, coordinated": ParallelConfig(tensor=2, data=4, expert=2, exchange="coordinated"),
     "tensor 4, expert 2, coordinated": ParallelConfig(tensor=4, data=2, expert=2, exchange="coordinated"),
     "tensor 2, coordinated, 2 nodes": ParallelConfig(

@@ -3,10 +3,8 @@
 import json
 from dataclasses import replace
 
-import matplotlib
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from typer.testing import CliRunner
 
 from moelab.cli import app
@@ -14,21 +12,10 @@ from moelab.config import ModelConfig, RoutingConfig
 from moelab.evaluation import rounding
 from moelab.evaluation.gates import SPACE, Choices, Gates, dropped, frame
 from moelab.inference.text import load_run
-from moelab.plotting import figures, placement
+from moelab.plotting import placement
 from moelab.runs.store import RunStore
 
-matplotlib.use("Agg")
 TEXT = "wave salt ship mast wind gull."
-
-
-@pytest.fixture
-def ax():
-    """Axes in the notebooks' theme, which puts titles left."""
-    with matplotlib.rc_context():
-        figures.theme()
-        fig, ax = plt.subplots()
-        yield ax
-        plt.close(fig)
 
 
 def choices(experts: list[int], count: int = 4, top_k: int = 1) -> Choices:

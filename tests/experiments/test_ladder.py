@@ -28,7 +28,7 @@ def made(widths, better=0.2, noise=0.004):
 @pytest.fixture(scope="module", autouse=True)
 def _fewer_draws():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laws, "DRAWS", 100)
+        patch.setattr(laws, "DRAWS", 40)
         yield
 
 

@@ -1,26 +1,12 @@
 """The first tour's picture of a layout shows what the engine does."""
 
-import matplotlib
 import pytest
-from matplotlib import pyplot as plt
 
 from moelab.config.parallel import ParallelConfig
 from moelab.experiments.start import gpus
-from moelab.plotting import figures
 
-matplotlib.use("Agg")
 PYRAMID = ParallelConfig(data=8, gpus_per_node=4)
 SLICED = ParallelConfig(tensor=2, data=4, expert_slicing=2, gpus_per_node=8)
-
-
-@pytest.fixture
-def ax():
-    """An axis in the notebooks' theme, which puts titles left."""
-    with matplotlib.rc_context():
-        figures.theme()
-        fig, ax = plt.subplots()
-        yield ax
-        plt.close(fig)
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,10 @@ def open_and_write(directory, cache, parallel, expert_counts):
     return found
 
 
-def test_a_checkpoint_of_one_process_is_written_with_by_many(on_ranks, tiny_spec, tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
-    run = RunStore().run(tiny_spec)
-    execute(run)
-    expected = open_text(run.path, cache=tmp_path / "data").generate(["the wave", "corn", "mill"], SAMPLING)
+def test_a_checkpoint_of_one_process_is_written_with_by_many(on_ranks, trained, workspace):
+    expected = open_text(trained.path, cache=workspace / "data").generate(["the wave", "corn", "mill"], SAMPLING)
     for parallel in (ParallelConfig(data=2), ParallelConfig(tensor=2, exchange="coordinated")):
-        args = (run.path, tmp_path / "data", parallel, tiny_spec.model.experts)
+        args = (trained.path, workspace / "data", parallel, trained.spec.model.experts)
         assert on_ranks(2, open_and_write, *args) == [expected, expected]
 
 

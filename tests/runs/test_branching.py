@@ -93,7 +93,6 @@ def test_a_stopped_branch_goes_on(steps, trunk, short, branch):
     run = lab.store.run(branch)
     with pytest.raises(TrainingStopped, match=f"stopped at step {10 + steps} of 14"):
         execute(run, should_stop=stop_after(steps))
-    assert run.status.step <= 14
     execute(run)
     assert_same_from(10, run, whole)
 

@@ -24,7 +24,7 @@ def timing(*arguments):
     Twice.
     """
     CALLS.append(arguments)
-    time.sleep(0.2)
+    time.sleep(0.05)
     return {"ms": (1.5, len(CALLS))}
 
 
@@ -41,7 +41,7 @@ def test_the_same_is_read_back_and_said_so(store):
     first, second = store.measure(timing, 8, "smoke"), store.measure(timing, 8, "smoke")
     assert first.value == second.value == {"ms": [1.5, 1]}, "as JSON has it, the first time, too"
     assert (first.read_back, second.read_back) == (False, True) and len(CALLS) == 1
-    assert first.seconds >= 0.2 and second.measured == first.measured and second.provenance["hardware"]["cpu"]
+    assert first.seconds >= 0.05 and second.measured == first.measured and second.provenance["hardware"]["cpu"]
     assert "read back, measured 20" in str(second) and str(first).startswith("timing: measured 20")
 
 
@@ -180,7 +180,7 @@ def test_one_at_a_time_and_once(store):
     for thread in threads:
         thread.join()
     assert sorted(CALLS) == [(1,), (2,)], "the one that waited reads back"
-    assert time.monotonic() - started >= 0.4, "not beside each other"
+    assert time.monotonic() - started >= 0.1, "not beside each other"
 
 
 @pytest.mark.parametrize(

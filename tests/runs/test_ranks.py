@@ -88,11 +88,6 @@ def test_the_dead_rank_is_the_status(spec, monkeypatch):
     assert status.state == "failed" and 5 <= status.step <= 7
     assert status.reason.startswith("rank 1 of 2 on ") and "failed with ValueError: expert 7 is lost" in status.reason
     assert "the last lines of rank-00001.txt" in runs[0].log_tail(60) and "expert 7 is lost" in runs.explain_missing()
-    with pytest.raises(RankFailed, match=r"failed with ValueError: expert 7 is lost \(") as caught:
-        supervise(runs[0])
-    failure = caught.value
-    assert failure.rank == 1 and failure.host in str(failure) and "\n" not in str(failure)
-    assert "Traceback" in failure.tail
     monkeypatch.setenv("MOELAB_HANG_S", "long")
     with pytest.raises(NoResult, match="MOELAB_HANG_S must be a number of seconds, got 'long'"):
         Lab().run([spec])

@@ -413,10 +413,10 @@ def test_specs_that_cannot_train_are_refused(tiny_spec, change, part):
     assert part in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.slow
 def test_teachers_are_trained_first(tiny_spec):
+    """Processes wait for what a run requires: tests/runs/test_ranks.py."""
     student = student_of(tiny_spec)
-    runs = Lab().run([student], executor="processes")
+    runs = Lab().run([student], executor="inline")
     assert len(runs) == 1 and runs[0].finished, runs.explain_missing()
     assert (runs[0].path.parent / tiny_spec.id / "result.json").exists()
     assert "distill_loss" in runs.curves("train.jsonl")
