@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from moelab.bench.train import DEFAULT
+from moelab.design.verdicts import CANNOT_TELL, UNDECIDED
 from moelab.paper import claim
 from moelab.report.site.template import number
 
@@ -208,7 +209,8 @@ def _said(row: Row) -> str:
     ours, low, high = (number(float(row[name]), about) if row[name] else "" for name in ("ours", "low", "high"))
     interval = f" ({low} to {high})" if low and high else ""
     next_look = re.search(r"next look is at (\d+)", row.get("note", ""))
-    n = f"n = {row['samples']}" + (f", next look at {next_look[1]}" if next_look else "")
+    goes_on = next_look and row["adjusted"] in (UNDECIDED, CANNOT_TELL)  # else the plan has ended
+    n = f"n = {row['samples']}" + (f", next look at {next_look[1]}" if goes_on else "")
     return f"{ours}{interval}, {n}, {row['scale']}: *{row['adjusted']}*"
 
 

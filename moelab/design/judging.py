@@ -360,16 +360,16 @@ def _short(
 
 
 def _progress(claim: Claim, estimate: Estimate, stored: dict[str, Any], of: str) -> str:
-    """Return where a plan stands: its next look, and whether that is advised.
-
-    A decided claim has a next look as well, because Holm's adjustment may need more seeds than it does.
-    """
+    """Return where a plan stands: its next look, and whether that is advised."""
     n, looks = estimate.samples, tuple(stored["looks"])
     if not looks or n >= looks[-1]:
         return ""
-    if of in (UNDECIDED, CANNOT_TELL) and _chance(claim, estimate, stored, looks) < sequential.FUTILE:
+    next_look = f"is at {min(look for look in looks if look > n)} seeds."
+    if of not in (UNDECIDED, CANNOT_TELL):
+        return f"If the adjustment for all tests withdraws this verdict, the next look {next_look} Else the plan ends."
+    if _chance(claim, estimate, stored, looks) < sequential.FUTILE:
         return f"More seeds are futile: the chance that {looks[-1]} decide is below {sequential.FUTILE:.0%}."
-    return f"The next look is at {min(look for look in looks if look > n)} seeds."
+    return f"The next look {next_look}"
 
 
 def _chance(claim: Claim, estimate: Estimate, stored: dict[str, Any], looks: tuple[int, ...]) -> float:
