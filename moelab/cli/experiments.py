@@ -107,13 +107,17 @@ def run(
     preflight.check(trained, device="cuda" if on_gpu else "cpu", publish=publish)
     for line in on_this_machine(planned_runs(trained)):
         print(line, flush=True)
+    from moelab.notebook.watch import GO_ON, execute_watched
+
     if len(wanted) > 1:
         from moelab.lab import Lab
 
-        good = batch.run_all(wanted, Lab().run, publish=publish)
+        try:
+            good = batch.run_all(wanted, Lab().run, publish=publish)
+        except KeyboardInterrupt:
+            print(GO_ON)
+            raise
     else:
-        from moelab.notebook.watch import execute_watched
-
         good = execute_watched(wanted[0].experiment, wanted[0].given, publish=publish)
     if not good:
         raise typer.Exit(1)

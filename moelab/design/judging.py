@@ -364,12 +364,12 @@ def _progress(claim: Claim, estimate: Estimate, stored: dict[str, Any], of: str)
     n, looks = estimate.samples, tuple(stored["looks"])
     if not looks or n >= looks[-1]:
         return ""
-    next_look = f"is at {min(look for look in looks if look > n)} seeds."
-    if of not in (UNDECIDED, CANNOT_TELL):
-        return f"If the adjustment for all tests withdraws this verdict, the next look {next_look} Else the plan ends."
+    next_look = f"The next look is at {min(look for look in looks if look > n)} seeds"
+    if of not in (UNDECIDED, CANNOT_TELL):  # Holm's adjustment, or the same arms at a shared rate, may withdraw it
+        return f"{next_look}, unless a verdict stands with all tests: then the plan ends."
     if _chance(claim, estimate, stored, looks) < sequential.FUTILE:
         return f"More seeds are futile: the chance that {looks[-1]} decide is below {sequential.FUTILE:.0%}."
-    return f"The next look {next_look}"
+    return f"{next_look}."
 
 
 def _chance(claim: Claim, estimate: Estimate, stored: dict[str, Any], looks: tuple[int, ...]) -> float:

@@ -89,7 +89,9 @@ def of_claim(claim: Claim, verdict: Verdict, looks: bool = True) -> tuple[Need |
     if gained > 0 and len(verdict.gain) == len(verdict.values):
         apart = [value - stated.neutral(claim) for value in verdict.values]
         return of_equality(apart, verdict.gain, looks), MARGIN * gained, f"{MARGIN:.0%} of the gain"
-    return None, None, "no gain measured" if claim.gain_of else "no effect named"
+    if not claim.gain_of:
+        return None, None, "no effect named"
+    return None, None, "the gain is not above 0" if verdict.gain else "no gain measured"
 
 
 def outlook(claim: Claim, verdict: Verdict) -> str:

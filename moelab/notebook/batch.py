@@ -78,7 +78,7 @@ def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs],
     """
     from rich.console import Console
 
-    from moelab.notebook.watch import STOPPED, watching
+    from moelab.notebook.watch import watching
 
     started = time.monotonic()
     specs = [spec for request in wanted for spec in request.trained]
@@ -88,9 +88,6 @@ def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs],
             runs = run(specs)
         except NoResult as error:  # the other experiments go on
             runs = error.runs
-        except KeyboardInterrupt:
-            print(STOPPED)
-            raise
         finally:
             del os.environ[environment.PLAN.name]
     if why := runs.explain_missing():

@@ -103,7 +103,8 @@ def execute(
     if not (staging / SUMMARY).exists():
         raise NotebookFailed(f"{experiment.notebook} ended without publishing a result (executed copy: {copy})")
     _forget_places(copy)
-    convert(copy)
+    if publish:  # pages of own results are made in the workspace, see moelab.report.site.workspace
+        convert(copy)
     place = Path(experiment.name, scale)
     while any((root / place / name).exists() for root in paths.all_results()):
         name += "x"

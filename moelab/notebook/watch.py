@@ -22,7 +22,7 @@ from moelab.runs import records
 from moelab.runs.progress import Estimate, Snapshot, table
 from moelab.runs.store import Run, RunStore
 
-STOPPED = "stopped; the same command goes on, with unfinished runs from their last checkpoints"
+GO_ON = "stopped; the same command goes on, with unfinished runs from their last checkpoints"
 
 
 def execute_watched(
@@ -44,7 +44,7 @@ def execute_watched(
         except notebooks.NotebookFailed as error:
             failure = f"[red]failed:[/] {escape(str(error))}"
         except KeyboardInterrupt:
-            failure = STOPPED
+            failure = GO_ON
     if failure:
         console.print(failure, soft_wrap=True)
         return False

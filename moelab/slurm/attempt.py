@@ -73,7 +73,7 @@ class Limits:
 def history(run: Run) -> list[Attempt]:
     """Return a run's attempts that did not finish it, oldest first, without lines that a full disk cut short."""
     attempts = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError):
         for line in (run.path / ATTEMPTS).read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 attempts.append(from_json(Attempt, json.loads(line), known=True))

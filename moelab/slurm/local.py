@@ -79,8 +79,9 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
         for part in submission.parts:
             for index, run in enumerate(part.runs) if part.values is None else [(0, "")]:
                 if run:
-                    own = Run(cast(RunSpec, None), store.root / run)
-                    given_up = any(last.job == part.job and not last.again for last in history(own)[-1:])
+                    own, given_up = Run(cast(RunSpec, None), store.root / run), False
+                    with contextlib.suppress(OSError):
+                        given_up = any(last.job == part.job and not last.again for last in history(own)[-1:])
                     over, works = own.finished or given_up, own.locked
                 else:
                     ended = submission.folder / f"{part.name}.json"

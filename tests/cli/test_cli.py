@@ -322,6 +322,14 @@ def test_several_experiments_are_one_batch(tmp_path, monkeypatch, capsys):
         ("half-moe", 8),
         ("top2-vs-residual", 6),
     ]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "run_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run(["half-moe", "top2-vs-residual"], scale="smoke")
+    assert capsys.readouterr().out.splitlines()[-1] == watch.GO_ON
     with pytest.raises(ValueError, match=r"^run: give experiments' names or --all"):
         experiments.run(["half-moe"], all_=True)
 

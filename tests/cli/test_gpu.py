@@ -144,6 +144,7 @@ SMALL = "--tokens 16 --hidden 16 --ffn 32 --experts 4 --dtype fp32 --top-k 2 --f
 @pytest.mark.parametrize(
     ("command", "says", "code"),
     [
+        ("gpu --dry-run", "minutes in all", 0),
         ("doctor", "missing  seaborn", 1),
         (f"bench layer {SMALL}", "no figure: seaborn is not installed", 0),
         (f"pytest -m gpu --collect-only -q -p no:cacheprovider {GPU_TESTS}", " tests collected (", 0),

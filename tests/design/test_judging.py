@@ -314,7 +314,9 @@ class TestPlans:
         between = judge(ORDER, [*undecided, 0.0], looks=(3, 6, 30)).why
         assert between == "Judged by the first 3 of 4 seeds, the last planned look. The next look is at 6 seeds."
         decided = judge(ORDER, [-0.1] * 3, looks=(3, 6)).why
-        assert decided.endswith("withdraws this verdict, the next look is at 6 seeds. Else the plan ends.")
+        assert decided.endswith(
+            "The next look is at 6 seeds, unless a verdict stands with all tests: then the plan ends."
+        )
         assert judge(ORDER, undecided, looks=(3,)).why == ""
 
     def test_an_equality_is_futile_where_neither_it_nor_a_difference_can_be_shown(self):

@@ -56,7 +56,7 @@ def test_an_equality_needs_the_gain_and_the_margin():
         ("residual-faster-than-top2", [1.0, 1.1, 1.05], (), 0.05, "half of +0.1"),
         ("pr-moe-matches-moe128", [0.01, 0.0, 0.02], (0.1, 0.1, 0.1), 0.025, "25% of the gain"),
         ("pr-moe-matches-moe128", [0.01, 0.0, 0.02], (), None, "no gain measured"),
-        ("pr-moe-matches-moe128", [0.01, 0.0, 0.02], (-0.1, -0.1, -0.1), None, "no gain measured"),
+        ("pr-moe-matches-moe128", [0.01, 0.0, 0.02], (-0.1, -0.1, -0.1), None, "the gain is not above 0"),
     ],
 )
 def test_the_effect_is_half_the_papers_or_the_smallest_of_interest(id, values, gain, effect, why):

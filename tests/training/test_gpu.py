@@ -39,10 +39,10 @@ def test_a_model_has_the_cpus_loss_and_gradients(device, model):
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_ends_with_the_cpus_loss(device, dtype, model, tiny_train, data, tmp_path):
     config, ends = replace(tiny_train, dtype=dtype), []
-    for i, where in enumerate(dict.fromkeys((device, "cpu"))):
+    for i, where in enumerate((device, "cpu")):
         given = replace(config, device=where), data, 32, tmp_path / str(i)
         ends.append(train(model, *given)["validation_loss"])
-    assert ends[0] == pytest.approx(ends[-1], abs=0.005 if dtype == "fp32" else 0.05)
+    assert ends[0] == pytest.approx(ends[1], abs=0.005 if dtype == "fp32" else 0.05)
 
 
 def exchanged():
