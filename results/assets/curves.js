@@ -248,7 +248,7 @@
       const every = Math.ceil(rows.length / ROWS), kept = rows.filter((_, i) => (rows.length - 1 - i) % every === 0);
       const columns = drawn.flatMap(({ arm, points, theirs }) => [[arm, (x) => (points.has(x) ? written(points.get(x)) : "")], ...(theirs.size ? [[`${arm}, the paper’s`, (x) => (theirs.has(x) ? `${number(theirs.get(x)[0], 3, true)} ±${theirs.get(x)[1].toFixed(3)}` : "")]] : [])]);
       grid.replaceChildren(make("table", {},
-        make("caption", {}, every > 1 ? `Every ${every}th of ${rows.length} points; the data file has all.` : ""),
+        make("caption", {}, every > 1 ? `One in ${every} of ${rows.length} points; the data file has all.` : ""),
         make("thead", {}, make("tr", {}, make("th", { scope: "col" }, along.value === "share" ? "share of training" : "tokens"), ...columns.map(([head]) => make("th", { scope: "col", class: "n" }, head)))),
         make("tbody", {}, ...kept.map((x) => make("tr", {}, make("th", { scope: "row" }, along.value === "share" ? percent(x) : tokens(x)), ...columns.map(([, cell]) => make("td", { class: "n" }, cell(x))))))));
     }
@@ -269,7 +269,7 @@
     box.addEventListener("input", draw);
     new ResizeObserver(() => plot && area.clientWidth && Math.abs(plot.width - area.clientWidth) > 2 && draw()).observe(area);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plot && draw());
-    document.getElementById("theme").addEventListener("click", () => plot && draw());
+    document.getElementById("theme").addEventListener("click", () => plot && requestAnimationFrame(draw)); // in the new colours
     return draw;
   }
 

@@ -29,14 +29,6 @@ const moelab = {
     button.setAttribute("aria-label", `Colours: ${name === "auto" ? "as the system (auto)" : name}`);
   },
 
-  // The search in the head of every page leads to the claims.
-  find(form) {
-    form.addEventListener("submit", (event) => {
-      event.preventDefault();
-      location.href = `${document.body.dataset.up}claims.html?q=${encodeURIComponent(form.q.value)}`;
-    });
-  },
-
   // The filters act on all lists of a page, and stand in the address, so that what is shown can be passed on.
   filters(form) {
     const items = [...document.querySelectorAll("[data-item]")];
@@ -57,9 +49,11 @@ const moelab = {
         let keep = words.every((word) => d.text.includes(word)) && (!experiment || d.experiment === experiment);
         if (kind === "claim") keep &&= (scale ? d.scale === scale : d.best === "1") && (!verdict || d.verdict === verdict);
         else keep &&= !verdict || d.verdicts.split("|").includes(verdict);
-        if (kind === "experiment") moelab.panels(item, scale);
-        // A card without a result at this scale would be empty.
-        if (kind === "experiment") keep &&= !scale || d.scales.split(" ").includes(scale);
+        if (kind === "experiment") {
+          const scales = d.scales.split(" ");
+          for (const panel of item.querySelectorAll("[data-panel]")) panel.hidden = panel.dataset.panel !== (scale || scales[0]);
+          keep &&= !scale || scales.includes(scale); // a card without a result at this scale would be empty
+        }
         if (kind === "result") keep &&= !scale || d.scale === scale;
         item.hidden = !keep;
         there.add(kind);
@@ -97,12 +91,6 @@ const moelab = {
     form.addEventListener("input", apply);
     form.addEventListener("submit", (event) => event.preventDefault());
     apply();
-  },
-
-  panels(chapter, scale) {
-    const scales = chapter.dataset.scales.split(" ").filter(Boolean);
-    const wanted = scale || scales[0];
-    for (const panel of chapter.querySelectorAll("[data-panel]")) panel.hidden = panel.dataset.panel !== wanted;
   },
 
   picks(form) {
@@ -168,6 +156,7 @@ const moelab = {
   side([a, b], all) {
     const { make } = this;
     const union = (x, y) => [...new Set([...x, ...y])];
+    const by = (rows, key) => Object.fromEntries(rows.map((row) => [row[key], row]));
     const text = (value) => {
       if (value === undefined || value === null) return "–";
       if (typeof value !== "number") return String(value);
@@ -192,8 +181,7 @@ const moelab = {
     const facts = rows(union(Object.keys(a.facts), Object.keys(b.facts)).map((k) => [k, text(a.facts[k]), text(b.facts[k])]));
     if (facts.length) parts.push(table("How they were made", ["what", "A", "B"], facts));
 
-    const claims = (r) => Object.fromEntries(r.claims.map((c) => [c.id, c]));
-    const [ca, cb] = [claims(a), claims(b)];
+    const [ca, cb] = [a, b].map((r) => by(r.claims, "id"));
     const say = (c) => {
       if (!c || (c.ours === "–" && c.verdict.startsWith("not test"))) return "no value in this result";
       const [mark, style] = c.sign.split(" ");
@@ -204,11 +192,10 @@ const moelab = {
     const judged = union(Object.keys(ca), Object.keys(cb))
       .map((id) => ({ cells: [make("span", {}, (ca[id] ?? cb[id]).statement, make("span", { class: "soft" }, ` ${(ca[id] ?? cb[id]).where}`)), (ca[id] ?? cb[id]).paper, say(ca[id]), say(cb[id])], differs: !same(ca[id], cb[id]) }))
       .filter((row) => all || row.differs);
-    if (judged.length) parts.push(table("The paper's claims: verdict, ours, 95 % interval", ["claim", "paper", "A", "B"], judged));
+    if (judged.length) parts.push(table("The paper's claims: verdict by itself, ours, 95 % interval", ["claim", "paper", "A", "B"], judged));
 
     // One matrix for each number of the arms: an arm a row.
-    const arms = (r) => Object.fromEntries(r.arms.map((row) => [row.arm, row]));
-    const [aa, ab] = [arms(a), arms(b)];
+    const [aa, ab] = [a, b].map((r) => by(r.arms, "arm"));
     const names = union(Object.keys(aa), Object.keys(ab));
     const keys = union(...[aa, ab].map((x) => Object.values(x).flatMap((row) => Object.keys(row)))).filter((key) => key !== "arm");
     const first = ["validation_loss", "seeds", "parameters", "tokens"].filter((key) => keys.includes(key));
@@ -223,8 +210,7 @@ const moelab = {
       parts.push(first.includes(key) ? shown : make("details", {}, make("summary", {}, key.replaceAll("_", " ")), shown));
     }
 
-    const by = (r) => Object.fromEntries(r.figures.map((f) => [f.name, f]));
-    const [fa, fb] = [by(a), by(b)];
+    const [fa, fb] = [a, b].map((r) => by(r.figures, "name"));
     for (const name of union(Object.keys(fa), Object.keys(fb))) {
       const one = (r, f, side) => {
         if (!f) return make("p", { class: "soft" }, `${side} has no figure ${name}.`);
@@ -297,7 +283,6 @@ document.addEventListener("DOMContentLoaded", () => {
   if (filter) moelab.filters(filter);
   if (pick) moelab.picks(pick);
   if (choose) moelab.comparison(choose);
-  moelab.find(document.querySelector("form.find"));
   document.querySelectorAll("table.sortable").forEach(moelab.sortable);
   moelab.focusable(document);
 });

@@ -175,10 +175,10 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
         short, line = (text.replace("Yes", "Yes, if tested alone", 1) for text in (short, line))
     beside = _beside(result, BASE)
     if short == "Yes" and claims and claims[0].claim.right != BASE:
-        row = claims[0]
+        row, number = claims[0], claims[0].paper.partition(" ")[0]
         stands = typeset(f"Yes, {row.claim.right} base: {row.ours:+.3f} nats [{row.low:+.3f}, {row.high:+.3f}]")
-        line = _line(stands, row.paper)
-        short, beside = f"{stands}; {BASE} base, if tested alone", f"{row.paper} and {beside}"
+        line = _line(stands, number)
+        short, beside = f"{stands}; {BASE} base, if tested alone", f"{number} and {beside}"
     return Answer(
         "Does an MoE beat its dense base?",
         line,
