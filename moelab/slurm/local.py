@@ -85,7 +85,9 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
                     over, works = own.finished or given_up, own.locked
                 else:
                     ended = submission.folder / f"{part.name}.json"
-                    over, works = ended.exists(), ended.with_suffix(".progress.json").exists()
+                    # The last one's process also makes the comparison of a sweep.
+                    over = ended.exists() and part is not submission.parts[-1]
+                    works = ended.with_suffix(".progress.json").exists()
                 state = "COMPLETED" if over else "RUNNING" if works else "PENDING"
                 key = (submission.id, part.name, index)
                 states[key] = queue.Job(str(part.job), *key, state=state, reason="None", node="")
