@@ -38,9 +38,8 @@ def both(publish, result):
 def test_pages_show_both_and_change_neither(both):
     page = paths.own_results() / OWN / "notebook.html"
     assert site.convert(page.with_suffix(".ipynb"))
-    page.write_text(
-        page.read_text() + "<script src=x.js></script>"
-    )  # one of another's, with the digest of his notebook
+    # A page that came with a colleague's result: it has a script, and the digest of the notebook beside it.
+    page.write_text(page.read_text() + "<script src=x.js></script>")
     before = tree(paths.results()), tree(paths.own_results())
     built = site.update()
     assert built.results == 2 and not built.unreadable and built.index == paths.pages() / "index.html"

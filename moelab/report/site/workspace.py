@@ -36,8 +36,8 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
     for old in set(find_results(pages)) - set(folders):
         shutil.rmtree(pages / old, ignore_errors=True)
     for path, folder in folders.items():
-        # A page that comes along with a result may run anything, so it is made here from the notebook. The published
-        # ones are as trusted as the code beside them.
+        # A page that was copied with a result may run scripts, so it is made here from the notebook. Those of the
+        # published results are as trusted as the code beside them.
         _link_files(folder, pages / path, leave=() if folder.is_relative_to(roots[0]) else (".html", ".js"))
     packs: set[str] = set()
     for root in roots:
