@@ -71,6 +71,8 @@ def legend_below(ax: Axes, columns: int = 0, *, of: Sequence[Axes] = ()) -> Lege
         columns: of the legend; 0 takes two where its labels are short.
         of: the panels whose marks it explains, each label once; by default the axis itself.
     """
+    from matplotlib.transforms import blended_transform_factory
+
     marks: dict[str, Any] = {}
     for one in of or [ax]:
         for mark, label in zip(*one.get_legend_handles_labels(), strict=True):
@@ -86,6 +88,8 @@ def legend_below(ax: Axes, columns: int = 0, *, of: Sequence[Axes] = ()) -> Lege
         [textwrap.fill(label, _CHARACTERS["title"] // columns) for label in marks],
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
+        # Centred on the figure: centred on an axis with long names at its left, it would push the axis together.
+        bbox_transform=blended_transform_factory(figure.transFigure, ax.transAxes),
         borderaxespad=0.4 + below * 72 / TEXT,  # in font sizes: the same distance for a low axis and a high one
         ncols=columns,
         columnspacing=1.2,

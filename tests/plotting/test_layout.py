@@ -36,15 +36,19 @@ def test_every_text_reads_on_a_phone(tmp_path):
     assert sizes and min(sizes) >= TEXT and min(sizes) * shown > 11
 
 
-def test_a_legend_covers_nothing_and_takes_no_height_from_its_panel():
+def test_a_legend_covers_nothing_and_takes_no_room_from_its_panel():
     heights = []
     for arms in (2, 9):
         fig, (ax,) = figures.panels()
         for arm in range(arms):
             ax.plot([1, 2], [arm, arm], label=f"an arm with a long label, number {arm}")
         ax.set(xlabel="a label of the axis", ylabel="loss")
+        ax.set_yticks(range(2), ["a long name of a row", "another"])
+        fig.draw_without_rendering()
+        width = ax.get_window_extent().width
         legend = figures.legend_below(ax)
         fig.draw_without_rendering()
+        assert ax.get_window_extent().width > 0.95 * width
         assert legend.get_window_extent().y1 < ax.get_window_extent().y0
         assert legend.get_window_extent().x1 <= fig.bbox.x1 and legend.get_window_extent().y0 >= -1
         heights.append(ax.get_window_extent().height)
