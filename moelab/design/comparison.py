@@ -53,6 +53,22 @@ def _check_labels(table: pd.DataFrame, *point: str) -> None:
         raise ValueError(f"arm {arm!r} has several runs of seed {seed}; give each of their specs a label of its own")
 
 
+def _check_text(final: pd.DataFrame, *arms: str) -> None:
+    """Check that these arms, or all of the table, were validated on one text in the same tokens.
+
+    ValueError, one line: a difference of losses on two texts says nothing of the arms.
+    """
+    if "unigram_loss" not in final:
+        return
+    texts = (final[final["arm"].isin(arms)] if arms else final).sort_values("unigram_loss")
+    if len(texts) and texts["unigram_loss"].iloc[-1] - texts["unigram_loss"].iloc[0] > 1e-6:
+        low, high = texts.iloc[0], texts.iloc[-1]
+        raise ValueError(
+            f"arms {low['arm']!r} and {high['arm']!r} were validated on different texts or tokens (unigram losses "
+            f"{low['unigram_loss']:.3f} and {high['unigram_loss']:.3f}); compare runs with equal data"
+        )
+
+
 def by_peak_rate(final: pd.DataFrame, rates: Sequence[float]) -> pd.DataFrame:
     """Return final losses in which an arm that was trained at several peak rates is an arm for each: "Dense, lr 0.004".
 
@@ -67,7 +83,12 @@ def by_peak_rate(final: pd.DataFrame, rates: Sequence[float]) -> pd.DataFrame:
 
 
 def paired(final: pd.DataFrame, left: str, right: str) -> list[float]:
-    """Return left - right for each seed; seeds that lack one are left out, and `missing` names them."""
+    """Return left - right for each seed; seeds that lack one are left out, and `missing` names them.
+
+    Raises:
+        ValueError: one line: an arm has several runs of one seed, or the two were validated on different texts.
+    """
+    _check_text(final, left, right)
     table = by_arm(final)
     if left not in table or right not in table:
         return []
@@ -101,8 +122,13 @@ def planned(rows: pd.DataFrame, looks: Sequence[int]) -> pd.DataFrame:
 
 
 def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Return columns arm, seed and gap: final loss minus the reference arm's of the same seed, nats per token."""
+    """Return columns arm, seed and gap: final loss minus the reference arm's of the same seed, nats per token.
+
+    Raises:
+        ValueError: as `paired`.
+    """
     _check_labels(final)
+    _check_text(final)
     base = final[final["arm"] == reference].set_index("seed")["validation_loss"]
     there = final[final["seed"].isin(base.index)]
     return there.assign(gap=there["validation_loss"] - there["seed"].map(base))[["arm", "seed", "gap"]]
@@ -113,7 +139,12 @@ def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]], value: str = "vali
 
     Columns: arm ("left − right"), left, right, seed, gap (nats per token, or the unit of another `value`), and
     unrepeated where `final` has `unrepeated_loss`: the gap on these targets.
+
+    Raises:
+        ValueError: as `paired`.
     """
+    for one in of:
+        _check_text(final, *one)
     table = by_arm(final, value)
     rows = [
         [f"{left} − {right}", left, right, seed, gap]

@@ -63,3 +63,16 @@ def test_pairs_and_headlines_of_curves():
     assert comparison.moved_headline(longer).endswith("against a: b -1.000, c -1.000 nats"), "each at its own end"
     with pytest.raises(ValueError, match=r"^arm 'a' has several runs of seed 0"):
         comparison.over_training(pd.concat([curves, curves]), ["b"], "a")
+
+
+def test_losses_on_different_texts_are_not_compared():
+    rows = [("a", 0, 3.0, 6.3), ("b", 0, 2.0, 6.3), ("c", 0, 2.0, 6.4)]
+    final = pd.DataFrame(rows, columns=["arm", "seed", "validation_loss", "unigram_loss"])
+    assert comparison.paired(final, "b", "a") == [-1.0] and len(comparison.pairs(final, [("b", "a")])) == 1
+    for compared in (
+        lambda: comparison.paired(final, "c", "a"),
+        lambda: comparison.pairs(final, [("b", "a"), ("c", "b")]),
+        lambda: comparison.gaps(final, "a"),
+    ):
+        with pytest.raises(ValueError, match=r"^arms '[ab]' and 'c' were validated on different texts or tokens"):
+            compared()
