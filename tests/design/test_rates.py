@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from moelab import paper
-from moelab.design import comparison, rates, settings, shares, targets
+from moelab.design import comparison, overview, rates, settings, shares, targets
 from moelab.design.judging import judge
 from moelab.design.verdicts import UNDECIDED
 from moelab.files import write_json
@@ -44,7 +44,7 @@ def test_runs_that_differ_under_one_label_are_named(tmp_path, result):
         ):
             compare(runs.final())
     with pytest.raises(ValueError, match="several runs of seed 0"):
-        comparison.summary(runs)
+        overview.summary(runs)
 
 
 def test_a_claim_is_decided_where_both_rates_agree():

@@ -10,7 +10,7 @@ import pytest
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.design import comparison, rates, settings
+from moelab.design import comparison, overview, rates, settings
 from moelab.design import verdicts as claims
 from moelab.evaluation import routing
 from moelab.experiments import (
@@ -140,10 +140,10 @@ def test_balance_at_the_end_of_training(tmp_path, tiny_spec):
     def random(experts):
         return random_max_violation(tokens, experts, tiny_spec.model.top_k)
 
-    (found,) = comparison.balance(Runs(made)).to_dict("records")
+    (found,) = overview.balance(Runs(made)).to_dict("records")
     expected = {"max_violation": 1.5, "max_violation, random": pytest.approx((random(2) + random(4)) / 2)}
     assert found == {"arm": "tiny", **expected, "p0": 0.5, "p10": 0.5, "p50": 1, "p90": 1, "p100": 1.5}
-    assert not len(comparison.balance(Runs(made[2:])))
+    assert not len(overview.balance(Runs(made[2:])))
 
 
 def test_losses_where_branches_begin(tmp_path, tiny_spec):
@@ -159,10 +159,10 @@ def test_losses_where_branches_begin(tmp_path, tiny_spec):
         lines = (json.dumps({"step": at, "loss": loss}) + "\n" for at, loss in losses.items())
         (run.path / "validation.jsonl").write_text("".join(lines))
         made.append(run)
-    found = comparison.at_the_start(Runs(made)).set_index("arm")
+    found = overview.at_the_start(Runs(made)).set_index("arm")
     assert found.loc["from 8", ["before", "after"]].tolist() == [5.0, 5.5]
     assert found.loc["from 12", "after"] == 7 and pd.isna(found.loc["from 12", "before"])
-    assert comparison.costs([run.spec for run in made])["training TFLOPs of both"].nunique() == 1
+    assert overview.costs([run.spec for run in made])["training TFLOPs of both"].nunique() == 1
 
 
 def test_bad_arguments_are_one_line():
