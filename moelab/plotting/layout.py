@@ -88,7 +88,7 @@ def legend_below(ax: Axes, columns: int = 0, *, of: Sequence[Axes] = ()) -> Lege
         [textwrap.fill(label, _CHARACTERS["title"] // columns) for label in marks],
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
-        # Centred on the figure: centred on an axis with long names at its left, it would push the axis together.
+        # Centred on the figure: centred on an axis that has long names at its left, it would make that axis narrower.
         bbox_transform=blended_transform_factory(figure.transFigure, ax.transAxes),
         borderaxespad=0.4 + below * 72 / TEXT,  # in font sizes: the same distance for a low axis and a high one
         ncols=columns,
