@@ -19,6 +19,10 @@ class DecoderConfig:
         norm_eps: the norms' epsilon.
         qk_norm: RMSNorm of queries and keys before the rotation: of each "head" (Qwen3), or over the width of "all"
             heads together (OLMoE).
+        smeared_keys: each token's key is mixed with that of the token before it, ``(1 - s) k_t + s k_(t-1)``, by one
+            learned share s a head of keys, which begins at 0.5 (the smeared key of Olsson et al. 2022,
+            arXiv 2209.11895). The first token of a sequence keeps its own. A model then copies from its context without
+            a second layer of attention.
         positions: "learned" embeddings, or "rotary" (RoPE, halves of a head rotated together).
         rotary_base: the wavelengths of the rotation are ``2 pi base^(2 i / D)``.
         kv_heads: heads of keys and values, each shared by H / kv_heads query heads (grouped-query attention); 0 means
@@ -34,6 +38,7 @@ class DecoderConfig:
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
     qk_norm: Literal["none", "head", "all"] = "none"
+    smeared_keys: bool = False
     positions: Literal["learned", "rotary"] = "learned"
     rotary_base: float = 10_000.0
     kv_heads: int = 0

@@ -315,12 +315,12 @@ class ModelConfig:
             parallel.check(self.experts, heads=heads, ffn=ffn, expert_ffn=expert_ffn, kind=kind)
 
     def attention_parameters(self) -> int:
-        """Return the parameters of one layer's attention, with the norms of queries and keys."""
+        """Return the parameters of one layer's attention, with the norms of queries and keys and the shares of keys."""
         M, D, d = self.hidden, self.head_size, self.decoder
         qkv = (self.heads + 2 * self.kv_heads) * D
         biases = {"all": qkv + M, "qkv": qkv, "none": 0}[d.biases]
         norms = {"none": 0, "head": 2 * D, "all": (self.heads + self.kv_heads) * D}[d.qk_norm]
-        return self.attention_weights + biases + norms
+        return self.attention_weights + biases + norms + (self.kv_heads if d.smeared_keys else 0)
 
     def mixing_parameters(self) -> int:
         """Return the parameters that weigh an MoE layer's two branches: residual's learned mix or the shared gate."""

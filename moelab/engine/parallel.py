@@ -94,6 +94,8 @@ def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
                 norm = getattr(attention, name)
                 setattr(attention, name, RMSNorm(norm.normalized_shape[0] // tensor.size, eps=norm.eps))
             attention.pool = functools.partial(mean_over_group, group=tensor)
+        if attention.smear is not None:
+            attention.smear = torch.nn.Parameter(torch.empty(attention.kv_heads))
         mlp = block.ffn if isinstance(block.ffn, MLP) else block.ffn.mlp
         pairs = [(attention, "qkv", "out")] + ([] if mlp is None else [(mlp, "up", "down")])
         for owner, column, row in pairs:
@@ -118,6 +120,7 @@ def _mean(x: Tensor, mesh: Mesh) -> Tensor:
 _SLICED_DIM = {
     ("qkv", "weight"): 0,
     ("qkv", "bias"): 0,
+    ("attention", "smear"): 0,
     ("out", "weight"): 1,
     ("up", "weight"): 0,
     ("up", "bias"): 0,

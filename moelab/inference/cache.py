@@ -54,6 +54,11 @@ class KVCache:
         self._gqa = config.kv_heads < config.heads
         shape = (config.layers, slots, heads, length, config.head_size)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        # The last key of each sequence, not mixed with the one before it.
+        last = (*shape[:3], config.head_size)
+        self._last = (
+            torch.zeros(last, dtype=dtype, device=device) if config.decoder.smeared_keys else None
+        )
         self._fused = can_pack(self.keys) and config.head_size <= packed.LARGEST_HEAD
         self.slots, self.length, self.device = slots, length, torch.device(device)
         self.positions_BT = torch.zeros(1, 0, dtype=torch.long, device=device)
@@ -93,6 +98,8 @@ class KVCache:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
         for cached in (self.keys, self.values):
             cached[:, target, :, :length] = cached[:, source, :, :length]
+        if self._last is not None:
+            self._last[:, target] = self._last[:, source]
 
 
 class _Layer:
@@ -101,6 +108,21 @@ class _Layer:
     def __init__(self, cache: KVCache, layer: int) -> None:
         self._cache = cache
         self._keys, self._values = cache.keys[layer], cache.values[layer]
+        self._last = None if cache._last is None else cache._last[layer]
+
+    def before(self, k_BTND: Tensor) -> Tensor:
+        """Return the unmixed key of the token before each new one (of a first token its own), and store the new."""
+        last_BND = self._last
+        assert last_BND is not None
+        if self._cache._spans is None:
+            before_BTND = last_BND[: len(k_BTND)].to(k_BTND.dtype)[:, None].clone()
+            last_BND[: len(k_BTND)] = k_BTND[:, 0].to(last_BND.dtype)
+            return before_BTND
+        before_BTND = torch.cat((k_BTND[:, :1], k_BTND[:, :-1]), 1)
+        for slot, a, b in self._cache._spans:
+            before_BTND[:, a : a + 1] = k_BTND[:, a : a + 1]
+            last_BND[slot] = k_BTND[0, b - 1].to(last_BND.dtype)
+        return before_BTND
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""

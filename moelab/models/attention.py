@@ -1,6 +1,6 @@
 """Compute causal self-attention: the paper's, and that of today's decoders (grouped queries, rotation, norms).
 
-    x_BTM -> qkv -> (norm) -> (rotation) -> attention -> out -> y_BTM
+    x_BTM -> qkv -> (norm) -> (smear) -> (rotation) -> attention -> out -> y_BTM
 
 Each of the `kv_heads` N heads of keys and values serves H / N consecutive query heads; the paper's decoder has N = H,
 no norms and no rotation. `moelab.kernels.attention` computes whole sequences without dropout of the probabilities:
@@ -32,6 +32,10 @@ class Past(Protocol):
         """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""
         ...
 
+    def before(self, k_BTND: Tensor) -> Tensor:
+        """Return the unmixed key of the token before each new one (of a first token its own), and store the new."""
+        ...
+
 
 def rotation_at(positions_BT: Tensor, head_size: int, base: float) -> Rotation:
     """Return the rotation of tokens at these positions (Su et al. 2021; the halves of a head form the pairs).
@@ -49,6 +53,17 @@ def rotate(x_BTHD: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = (t.unsqueeze(2).to(x_BTHD.dtype) for t in rotation)
     first, second = x_BTHD.chunk(2, -1)
     return x_BTHD * cos + torch.cat((-second, first), -1) * sin
+
+
+def smear(k_BTND: Tensor, before_BTND: Tensor, logit_N: Tensor) -> Tensor:
+    """Return keys mixed with those of the tokens before, in their own dtype, see `DecoderConfig.smeared_keys`.
+
+    Args:
+        before_BTND: the key before each one.
+        logit_N: the logit of the share that the key before has, for each head.
+    """
+    share_N1 = logit_N.sigmoid()[:, None].to(k_BTND.dtype)
+    return torch.lerp(k_BTND, before_BTND, share_N1)
 
 
 class Attention(nn.Module):
@@ -72,6 +87,7 @@ class Attention(nn.Module):
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         self.pool: Callable[[Tensor], Tensor] | None = None
+        self.smear = nn.Parameter(torch.empty(config.kv_heads)) if decoder.smeared_keys else None
         if decoder.qk_norm != "none":
             widths = (D, D) if self.norms_heads else (config.heads * D, config.kv_heads * D)
             self.q_norm, self.k_norm = (RMSNorm(width, eps=decoder.norm_eps) for width in widths)
@@ -93,7 +109,7 @@ class Attention(nn.Module):
         D = self.head_size
         qkv_BTX = self.qkv.forward(x_BTM)
         whole = past is None and not (self.training and self.dropout)
-        if rotation is None and self.q_norm is None and self.heads == self.kv_heads:
+        if rotation is None and self.q_norm is None and self.smear is None and self.heads == self.kv_heads:
             qkv_BT3HD = qkv_BTX.view(B, T, 3, self.heads, D)
             if whole:
                 return self.out.forward(kernels.attention(qkv_BT3HD).flatten(2), add=add)
@@ -105,6 +121,9 @@ class Attention(nn.Module):
             else:
                 q_BTHD, k_BTND = self._normed_over_ranks(q_BTX, k_BTX, self.pool)
             v_BTND = v_BTX.view(B, T, self.kv_heads, D)
+            if self.smear is not None:
+                before_BTND = torch.cat((k_BTND[:, :1], k_BTND[:, :-1]), 1) if past is None else past.before(k_BTND)
+                k_BTND = smear(k_BTND, before_BTND, self.smear)
             if rotation is not None:
                 q_BTHD, k_BTND = rotate(q_BTHD, rotation), rotate(k_BTND, rotation)
             if whole and q_BTHD.device.type == "cpu" and has_kernel(T, D):

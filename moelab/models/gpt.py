@@ -206,14 +206,14 @@ def initial_weight(config: ModelConfig, seed: int, name: str, shape: tuple[int, 
     Given config and shape, they depend on (seed, name, expert) alone. So a dense model and its MoE variants start from
     the same shared weights under one seed (their comparison is paired), and an expert's weights do not depend on the
     number of experts or on their ranks. Weights are normal with `init_std`; projections that write to the residual
-    stream are scaled by 1 / sqrt(2L) (GPT-2, Megatron); biases are zero, norms one.
+    stream are scaled by 1 / sqrt(2L) (GPT-2, Megatron); biases and the logits of smeared keys are zero, norms one.
 
     Args:
         name: the parameter's name in the model.
         shape: of the parameter, or of one expert's part of a stacked one.
         expert: the expert's global id.
     """
-    if name.endswith("bias"):
+    if name.endswith(("bias", "smear")):
         return torch.zeros(shape)
     if "norm" in name:
         return torch.ones(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.checkpoint import hf
-from moelab.engine.checkpoint.hf_families import family_of
+from moelab.engine.checkpoint.hf_families import family_of, why_not
 from moelab.engine.mesh import Mesh
 from moelab.files import read_json, write_json
 from moelab.inference import Generator, Sampling, set_mode
@@ -304,3 +305,12 @@ def test_a_format_that_does_not_describe_the_model_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="format 'llama' is unknown; allowed: gpt2, olmoe"):
         hf.convert(tmp_path / "in", tmp_path / "out", "llama")
+
+
+def test_smeared_keys_are_refused_by_formats_that_have_none(tmp_path):
+    theirs("olmoe", tmp_path / "in")
+    config = hf.load(tmp_path / "in", dtype=torch.float32).config
+    assert why_not(config, "olmoe") is None
+    smeared = replace(config, decoder=replace(config.decoder, smeared_keys=True))
+    assert why_not(smeared, "olmoe") == "export: olmoe has keys of single tokens, not smeared ones; this model differs"
+    assert family_of(smeared) is None

@@ -29,7 +29,7 @@ TOP2 = replace(MODEL, top_k=2, residual=False, routing=RoutingConfig(drop_tokens
 UNEVEN = replace(MODEL, experts=(2, 0, 8, 4), residual_mix="sum", routing=RoutingConfig(capacity_factor=0.5))
 TODAY = ModelConfig(
     layers=4, hidden=32, heads=4, experts=(0, 4, 8, 4), top_k=2, vocab=96, context=16, init_std=0.05,
-    decoder=DecoderConfig.modern(kv_heads=2, head_size=6, qk_norm="head", ffn=48),
+    decoder=DecoderConfig.modern(kv_heads=2, head_size=6, qk_norm="head", ffn=48, smeared_keys=True),
     expert=ExpertConfig(ffn=24, shared=2, shared_ffn=12, shared_gate=True),
     routing=RoutingConfig(drop_tokens=False, scores="sigmoid", balance_rate=0.01, aux_choices="all"),
 )  # fmt: skip

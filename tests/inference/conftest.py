@@ -19,6 +19,8 @@ KINDS = {
     "PR-MoE": ModelConfig(layers=4, experts=(0, 4, 0, 8), residual=True, **_COMMON),
     "residual, sum": ModelConfig(layers=2, experts=(0, 4), residual=True, residual_mix="sum", **_COMMON),
     "sigmoid": replace(_TODAY, routing=RoutingConfig(scores="sigmoid", balance_rate=0.01)),
+    "smeared keys": ModelConfig(layers=4, experts=(0, 4, 0, 4), decoder=DecoderConfig(smeared_keys=True), **_COMMON),
+    "smeared keys of today": replace(_TODAY, decoder=replace(_DECODER, smeared_keys=True)),
     "shared gate, norm of all heads": replace(
         _TODAY, decoder=replace(_DECODER, qk_norm="all"), expert=ExpertConfig(shared=1, shared_gate=True)
     ),
@@ -43,7 +45,7 @@ def recorder() -> type[Recorder]:
 
 @pytest.fixture(params=KINDS)
 def kind(request) -> ModelConfig:
-    """A small model of each kind the paper has, and of two of today."""
+    """A small model of each kind the paper has, and of some of today."""
     return KINDS[request.param]
 
 
@@ -77,7 +79,7 @@ def make():
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith(("bias", "q_norm.weight")):
+                if name.endswith(("bias", "q_norm.weight", "smear")):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         return model.eval()
 

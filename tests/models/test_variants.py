@@ -43,6 +43,7 @@ VARIANTS = {
     "shared gate": replace(MODERN, expert=ExpertConfig(ffn=18, shared=1, shared_gate=True)),
     "head norm": replace(MODERN, decoder=replace(MODERN.decoder, qk_norm="head")),
     "norm of all heads": replace(MODERN, decoder=replace(MODERN.decoder, qk_norm="all")),
+    "smeared keys": replace(MODERN, decoder=replace(MODERN.decoder, qk_norm="head", smeared_keys=True)),
     "qkv biases": replace(MODERN, decoder=replace(MODERN.decoder, biases="qkv", tied=True)),
     "swiglu with biases": replace(MODERN, decoder=DecoderConfig(feed_forward="swiglu"), expert=ExpertConfig()),
     "residual": replace(MODERN, expert=ExpertConfig(), residual=True),
@@ -118,7 +119,7 @@ def test_parameters_and_flops_are_those_of_the_built_model(config):
     assert sum(shape.numel() for shape in sizes.values()) == config.parameters()
     used = config.vocab * config.hidden * config.decoder.tied
     for name, shape in sizes.items():
-        if not any(kind in name for kind in ("norm", "bias", "embedding")):
+        if not any(kind in name for kind in ("norm", "bias", "smear", "embedding")):
             used += shape[1:].numel() * config.top_k if ".experts." in name else shape.numel()
     scores = config.layers * 2 * config.heads * config.head_size * (config.context + 1)
     assert config.flops_per_token(training=False) == 2 * used + scores
@@ -251,6 +252,10 @@ def plain_attention(attention, x_BTM, config):
     q, k, v = (t.view(B, T, -1, D).transpose(1, 2) for t in (q, k, v))
     if d.qk_norm == "head":
         q, k = plain_rms(q, attention.q_norm), plain_rms(k, attention.k_norm)
+    if d.smeared_keys:
+        share = attention.smear.sigmoid()[:, None]
+        mixed = [k[:, :, 0], *((1 - share) * k[:, :, t] + share * k[:, :, t - 1] for t in range(1, T))]
+        k = torch.stack(mixed, 2)
     angle = torch.arange(T)[:, None] * d.rotary_base ** (-torch.arange(0, D, 2) / D)
     pairs = (torch.complex(*t.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle) for t in (q, k))
     q, k = (torch.cat((pair.real, pair.imag), -1) for pair in pairs)
@@ -259,7 +264,7 @@ def plain_attention(attention, x_BTM, config):
     return attention.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("name", ["modern", "head norm", "norm of all heads", "qkv biases"])
+@pytest.mark.parametrize("name", ["modern", "head norm", "norm of all heads", "smeared keys", "qkv biases"])
 def test_attention_equals_the_plain_one(name):
     config = VARIANTS[name]
     attention = build(config, 0).blocks[0].attention

@@ -146,6 +146,7 @@ def why_not(config: ModelConfig, kind: str) -> str | None:
         ),
         (d.biases != ("qkv" if kind == "qwen2_moe" else "none"), "has other biases"),
         (d.qk_norm != qk_norm, f"has qk_norm {qk_norm!r}"),
+        (d.smeared_keys, "has keys of single tokens, not smeared ones"),
         (own_size and kind not in ("mixtral", "qwen3_moe"), "has head_size M / H"),
         (r.scores != "softmax" or r.balance_rate > 0, "routes by a softmax, without bias"),
         (r.drop_tokens, "routes without dropping"),
