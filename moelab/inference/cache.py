@@ -56,9 +56,7 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         # The last key of each sequence, not mixed with the one before it.
         last = (*shape[:3], config.head_size)
-        self._last = (
-            torch.zeros(last, dtype=dtype, device=device) if config.decoder.smeared_keys else None
-        )
+        self._last = torch.zeros(last, dtype=dtype, device=device) if config.decoder.smeared_keys else None
         self._fused = can_pack(self.keys) and config.head_size <= packed.LARGEST_HEAD
         self.slots, self.length, self.device = slots, length, torch.device(device)
         self.positions_BT = torch.zeros(1, 0, dtype=torch.long, device=device)
