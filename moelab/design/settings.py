@@ -56,6 +56,10 @@ SWEEP_SEED = 100
 
 _CPU_SHAPE = {"hidden": 32, "depth": 3, "experts": 1, "vocab": 2048, "context": 128, "head_size": 32}
 
+BASES = ("350M", "1.3B")
+"""Bases on whose twins the arms of Figs 2, 4, 5 and 6 are trained. The paper draws Figs 2 and 4 on 350M. At `full` the
+twins of 1.3B answer them, because their seeds agree (experiment `seeds`)."""
+
 SHAPES = {
     "smoke": {"hidden": 32, "depth": 6, "experts": 8, "vocab": 1024, "context": 64, "head_size": 32},
     "quick": _CPU_SHAPE,
@@ -228,6 +232,26 @@ def spec(
 def base_of(name: str) -> str:
     """Return the dense model on which a model is based: ``1.3B`` of ``1.3B+MoE-128``."""
     return name.split("+")[0]
+
+
+def on_base(name: str, base: str) -> str:
+    """Return the same model on another dense base: ``1.3B+MoE-32`` of ``350M+MoE-32``."""
+    return base + name.removeprefix(base_of(name))
+
+
+def of_arms(
+    arms: Mapping[str, str],
+    scale: str,
+    seed: int,
+    overrides: Mapping[str, Any],
+    *,
+    base: str = BASES[0],
+    rate: Rate = "own",
+) -> list[RunSpec]:
+    """Return the runs of one seed of arms (label -> paper model), all on one of `BASES`."""
+    if base not in BASES:
+        raise ValueError(f"base must be one of {', '.join(BASES)}, got {base!r}")
+    return [spec(on_base(n, base), scale, seed, overrides=overrides, label=arm, rate=rate) for arm, n in arms.items()]
 
 
 def rate_ratio(name: str) -> float:

@@ -14,10 +14,14 @@ looks of `pr-moe`.
 
 from __future__ import annotations
 
-from moelab.design import comparison
+from collections.abc import Mapping
+from typing import Any
+
+from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
+from moelab.runs.spec import RunSpec
 
 ARMS = {
     "Dense": "350M",
@@ -26,6 +30,13 @@ ARMS = {
     "MoE-32": "350M+MoE-32",
 }
 """Arm -> the paper's model."""
+
+
+def build(
+    scale: str, seed: int, overrides: Mapping[str, Any], *, base: str = "350M", rate: settings.Rate = "own"
+) -> list[RunSpec]:
+    """Return the runs of one seed, on one of `settings.BASES`."""
+    return settings.of_arms(ARMS, scale, seed, overrides, base=base, rate=rate)
 
 
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
@@ -43,5 +54,6 @@ EXPERIMENT = Experiment(
     paper_answer="Yes: experts in the second half of the layers lower the loss clearly more than in the first.",
     scales=twin_scales(4, "350M base with 32 experts; 300 B tokens", full=5),
     arms=ARMS,
+    build=build,
     looks={"cpu": (3, 5)},
 )

@@ -6,8 +6,8 @@ larger bases on request.
 Here: the regime of the scale itself, tokens included, on one seed that no other experiment uses. The dense model and
 the MoE models of a base each take the best of the same three rates, so neither family is tuned more finely.
 
-At `full` four families are swept on the 350M base (`settings.FAMILIES`), on two seeds, and two on the 1.3B base, on
-one, as a check. An optimum counts when it is bracketed: a rate above and one below it have ended higher
+At `full` four families are swept on the 350M and the 1.3B base (`settings.FAMILIES`), on two seeds, and the dense
+6.7B at two rates. An optimum counts when it is bracketed: a rate above and one below it have ended higher
 (`unbracketed`). Where it was at an edge, the sweep was continued in factors of two (`AT_FULL`), so that the dense
 models are tuned over more rates there than MoE models.
 """
@@ -35,7 +35,8 @@ RATES = (4e-3, 8e-3, 16e-3)
 
 AT_FULL: dict[str, dict[str, tuple[float, ...]]] = {
     "350M": {"Dense": (2e-3, *RATES, 32e-3)},
-    "1.3B": {"Dense": (2e-3, *RATES), "MoE-128": (2e-3, 4e-3, 8e-3)},
+    "1.3B": {"Dense": (2e-3, *RATES)} | {arm: (2e-3, 4e-3, 8e-3) for arm in ("MoE-128", "MoE-32", "PR-MoE")},
+    "6.7B": {"Dense": (4e-3, 8e-3)},
 }
 """Base -> arm -> rates that are tried at `full` in place of `RATES`, until no lowest loss was at an edge (LOG.md)."""
 
@@ -44,8 +45,10 @@ def arms(base: str = "350M", scale: str = "cpu") -> dict[str, str]:
     """Return the swept arms of a base: arm -> the paper's model."""
     if base not in ARMS:
         raise ValueError(f"base must be one of {', '.join(ARMS)}, got {base!r}")
-    more = {"MoE-32": "350M+MoE-32", "PR-MoE": "350M+PR-MoE-32/64"} if (base, scale) == ("350M", "full") else {}
-    return ARMS[base] | more
+    more = (
+        {"MoE-32": "350M+MoE-32", "PR-MoE": "350M+PR-MoE-32/64"} if scale == "full" and base in settings.BASES else {}
+    )
+    return ARMS[base] | {arm: settings.on_base(name, base) for arm, name in more.items()}
 
 
 def rates(

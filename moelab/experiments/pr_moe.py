@@ -21,6 +21,7 @@ seed: all arms go on together to 3, 6 and 9 seeds, and end before 9 where every 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moelab import paper
@@ -33,7 +34,7 @@ from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
 
-MODELS = {
+ARMS = {
     "Dense": "350M",
     "MoE-32": "350M+MoE-32",
     "Pyramid-MoE-32/64": "350M+Pyramid-MoE-32/64",
@@ -45,13 +46,13 @@ MODELS = {
 }
 """Arm, as Fig 4 calls it -> the paper's model. The sum and the Top-2 arm are not in Fig 4."""
 
-ARMS: dict[str, Any] = MODELS | {"PR-MoE-32/64 (sum)": {"name": "350M+PR-MoE-32/64", "residual_mix": "sum"}}
-"""Arm -> arguments of `settings.spec`."""
+SUM = "PR-MoE-32/64 (sum)"
+"""The arm that adds the two branches."""
 
 BUDGETED = ("Dense", "PR-MoE-32/64", "MoE-128")
 """Arms that are trained at several budgets, and those of `quick`."""
 
-_OF_THE_PAPER = {arm: name for arm, name in MODELS.items() if arm not in ("PR-MoE-32/64 (sum)", "Top2-MoE-128")}
+_OF_THE_PAPER = {arm: name for arm, name in ARMS.items() if arm not in (SUM, "Top2-MoE-128")}
 
 
 def arms(scale: str) -> list[str]:
@@ -60,14 +61,12 @@ def arms(scale: str) -> list[str]:
     return list(kept.get(scale, ARMS))
 
 
-def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
-    """Return the runs of one seed: every arm, then the budgets of those that have some."""
-    shared: dict[str, Any] = {"scale": scale, "seed": seed, "overrides": overrides, "rate": rate}
-    specs = [
-        settings.spec(**(arm if isinstance(arm, Mapping) else {"name": arm}), **shared, label=label)
-        for label, arm in ARMS.items()
-        if label in arms(scale)
-    ]
+def build(
+    scale: str, seed: int, overrides: Mapping[str, Any], *, base: str = "350M", rate: settings.Rate = "own"
+) -> list[RunSpec]:
+    """Return the runs of one seed, on one of `settings.BASES`: every arm, then the budgets of those that have some."""
+    specs = settings.of_arms({arm: ARMS[arm] for arm in arms(scale)}, scale, seed, overrides, base=base, rate=rate)
+    specs = [replace(s, model=replace(s.model, residual_mix="sum")) if s.label == SUM else s for s in specs]
     return budgets.expand(specs, BUDGETED, scale)
 
 
@@ -77,7 +76,7 @@ def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
     for spec in specs:
         if spec.start:
             continue
-        model = ModelConfig.parse(MODELS[spec.label])
+        model = ModelConfig.parse(str(spec.model).removesuffix(" twin"))
         rows[spec.label] = {
             "paper: parameters (B)": model.parameters() / 1e9,
             "paper: active (B)": model.active_parameters() / 1e9,
@@ -88,9 +87,10 @@ def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
 
 
-def size_shares(final: pd.DataFrame) -> pd.DataFrame:
+def size_shares(final: pd.DataFrame, base: str = "350M") -> pd.DataFrame:
     """Return total parameters as a share of MoE-128's: a row per arm, columns twin and paper."""
-    paper_sizes = pd.Series({arm: ModelConfig.parse(name).parameters() for arm, name in MODELS.items()})
+    names = {arm: settings.on_base(name, base) for arm, name in ARMS.items()}
+    paper_sizes = pd.Series({arm: ModelConfig.parse(name).parameters() for arm, name in names.items()})
     twin_sizes = final.drop_duplicates("arm").set_index("arm")["parameters"].reindex(paper_sizes.index)
     return pd.DataFrame({"twin": twin_sizes / twin_sizes["MoE-128"], "paper": paper_sizes / paper_sizes["MoE-128"]})
 
@@ -107,14 +107,15 @@ def expert_load(training: pd.DataFrame) -> pd.DataFrame:
     return training.dropna(subset=["busiest_expert"])[columns] if "busiest_expert" in training else training.iloc[:0]
 
 
-def paper_gaps() -> dict[str, tuple[float, float, float]]:
-    """Return the paper's gaps by arm, (gap, low, high), from its text and Fig 1; Fig 4's values are not available."""
-    dense, moe = paper.loss_curve("350M"), paper.loss_curve("350M+MoE-128")
+def paper_gaps(base: str = "350M") -> dict[str, tuple[float, float, float]]:
+    """Return the paper's gaps to MoE-128 by arm, (gap, low, high), from its text and Fig 1.
+
+    Fig 4's values are not available; PR-MoE's is of the 350M base.
+    """
+    dense, moe = paper.loss_curve(base), paper.loss_curve(f"{base}+MoE-128")
     near = paper.claim("pr-moe-matches-moe128")
-    return {
-        "Dense": dense.final_minus(moe),
-        "PR-MoE-32/64": (near.number, *stated.paper_range(near)),
-    }
+    gaps = {"Dense": dense.final_minus(moe)}
+    return gaps | ({"PR-MoE-32/64": (near.number, *stated.paper_range(near))} if base == "350M" else {})
 
 
 def verdicts(final: pd.DataFrame, scale: str = "cpu") -> list[Verdict]:
@@ -138,7 +139,7 @@ def memory_ratios() -> dict[int, float]:
     ratios = {}
     for gpus in (4, 8, 16, 32, 64, 128):
         pair = [
-            training(MODELS[arm], ParallelConfig(data=gpus), bars.CLUSTER, batch=gpus)
+            training(ARMS[arm], ParallelConfig(data=gpus), bars.CLUSTER, batch=gpus)
             for arm in ("PR-MoE-32/64", "MoE-128")
         ]
         held = [sum(one.memory_gib[part] for part in STATE_BYTES) for one in pair]

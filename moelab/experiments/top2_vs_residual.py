@@ -20,10 +20,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
-from moelab.design import comparison
+from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.judging import judge, judge_timing
 from moelab.design.verdicts import Verdict
@@ -36,6 +37,13 @@ ARMS = {
     "Residual-MoE-32": "350M+Residual-MoE-32",
 }
 """Arm -> the paper's model."""
+
+
+def build(
+    scale: str, seed: int, overrides: Mapping[str, Any], *, base: str = "350M", rate: settings.Rate = "own"
+) -> list[RunSpec]:
+    """Return the runs of one seed, on one of `settings.BASES`."""
+    return settings.of_arms(ARMS, scale, seed, overrides, base=base, rate=rate)
 
 
 def layer_flops(model: ModelConfig) -> float:
@@ -142,6 +150,7 @@ EXPERIMENT = Experiment(
     paper_answer="No: equal loss, and the residual form trains more than 10 % faster.",
     scales=twin_scales(3, "350M base with 32 experts; 300 B tokens", full=3),
     arms=ARMS,
+    build=build,
     measures=True,
     measures_on_gpu=("gpu",),
     looks={"cpu": (3, 5)},

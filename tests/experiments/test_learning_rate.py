@@ -31,8 +31,9 @@ def test_the_rates_in_use_are_the_lowest_of_the_published_sweep(scale):
         base = json.loads(file.read_text())["parameters"]["base"]
         table = pd.read_json(file.with_name("loss-over-rate.jsonl"), lines=True)
         assert scale == "cpu" or not learning_rate.unbracketed(table)
-        for arm, rate in learning_rate.used(base, scale).items():
-            means = table[table["arm"] == arm].groupby("rate")["loss"].mean()
+        used = learning_rate.used(base, scale)
+        for arm, part in table.groupby("arm"):
+            means, rate = part.groupby("rate")["loss"].mean(), used[arm]
             assert len(means) > 1 and means.idxmin() == pytest.approx(rate), (base, arm)
 
 
@@ -45,7 +46,9 @@ def test_the_sweep_at_full_is_of_four_families_and_names_an_optimum_at_an_edge()
     grid = {(arm, rate) for arm in settings.FAMILIES for rate in (4e-3, 8e-3, 16e-3)}
     assert rates == grid | {("Dense", 2e-3), ("Dense", 32e-3)}
     check = learning_rate.EXPERIMENT.specs("full", base="1.3B")
-    assert {str(s.model) for s in check} == {"1.3B twin", "1.3B+MoE-128 twin"}
+    kinds = ("", "+MoE-32", "+PR-MoE-32/64", "+MoE-128")
+    assert {str(s.model) for s in check} == {f"1.3B{kind} twin" for kind in kinds}
+    assert learning_rate.rates("6.7B", "full") == [0.0016, 0.0032]
     assert learning_rate.rates("1.3B", "full", arm="MoE-128") == [0.001333, 0.002667, 0.005333]
     assert learning_rate.rates("1.3B", "full") == [0.001333, 0.002667, 0.005333, 0.010667]
     assert learning_rate.rates("1.3B") == [0.002667, 0.005333, 0.010667]

@@ -47,7 +47,7 @@ REQUESTS = [
     ("distillation", "cpu", {"base": "1.3B"}, "8e5c2adf06"),
     ("distillation", "gpu", {"stop": 0.5, "overrides": TAUGHT}, "4a2bce2f71"),
     ("learning-rate", "cpu", {"base": "6.7B"}, "2fae7a7dfd"),
-    ("learning-rate", "full", {"base": "1.3B"}, "2f4ff22a53"),
+    ("learning-rate", "full", {"base": "1.3B", "arms": ["Dense", "MoE-128"]}, "2f4ff22a53"),
     ("ladder", "cpu", {"larger": True}, "f3e846b317"),
 ]
 """Experiment, scale, further arguments -> digest of the ids with one seed."""
@@ -95,8 +95,18 @@ def test_text_as_on_a_command_line_and_values_are_the_same_overrides():
     assert (spec.parallel.data, train.micro_batch) == (2, 16), "a micro-batch a rank"
 
 
+def test_the_arms_of_figures_2_and_4_are_trained_on_either_base():
+    for name in ("half-moe", "top2-vs-residual", "pr-moe"):
+        small, wide = (experiment(name).specs("full", base=base) for base in ("350M", "1.3B"))
+        assert [s.label for s in small] == [s.label for s in wide]
+        assert {str(s.model).replace("1.3B", "350M") for s in wide} == {str(s.model) for s in small}
+        assert {(s.model.hidden, s.model.heads) for s in wide} == {(64, 2)}
+        with pytest.raises(ValueError, match=f"^{name}: base must be one of 350M, 1.3B, got '6.7B'$"):
+            experiment(name).specs("full", base="6.7B")
+
+
 def with_arm(arm):
-    return replace(experiment("half-moe"), name="tried", arms={"fine": arm})
+    return replace(experiment("half-moe"), name="tried", arms={"fine": arm}, build=None)
 
 
 def test_an_arms_own_settings_yield_to_the_users():
