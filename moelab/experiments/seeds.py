@@ -1,19 +1,41 @@
-"""Measure the spread over seeds (beyond the paper, which gives one run per arm).
+"""Measure the spread over seeds, and find what makes it (beyond the paper, which gives one run per arm).
 
 Shows: the standard deviation of the final loss over seeds, of a single arm and of the difference of two arms with the
-same seed (same shared weights, same data order), and how many seeds an effect needs to be seen.
+same seed (same shared weights, same data order), and how many seeds an effect needs to be seen. At `full` it is the
+study from which the twin was chosen that answers the paper's figures: candidates are trained for 30 M tokens, and for
+each it shows when copying begins, how far the seeds end apart, and which attention heads copy.
 
-Fixed before the first run: the seeds of the experiments that share these runs, first 3, later 5. The pair of PR-MoE and
-MoE-128 was added after its runs were seen.
+Fixed before the first run, below `full`: the seeds of the experiments that share these runs, first 3, later 5. The pair
+of PR-MoE and MoE-128 was added after its runs were seen.
+
+Fixed before the first run of the study, on 2026-12-02 (two seeds of "350M, smeared keys" had been seen from a spike):
+
+- *Onset* of copying: the tokens after which the loss of copyable tokens (whose pair, the token before and itself,
+  occurred earlier in the sequence) is below `ONSET_NATS`, interpolated between evaluations.
+- A candidate passes where on every seed the onset lies below `MAX_ONSET` of a whole training, and the final losses of
+  its dense and its MoE arm each have a standard deviation of at most `MAX_SPREAD` over seeds. Runs of full length on
+  record count.
+- Of those that pass, the smallest change is taken, then the cheapest: first the twins of the 1.3B base as they are
+  (64 wide, two heads), then the 350M base's with smeared keys, then both together.
+- Seeds 100 to 105, of which no claim has a run; as many as there was time for.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from moelab.design import comparison, power
-from moelab.design.experiment import Experiment, twin_scales
-from moelab.lazy import pd
+from moelab import paths
+from moelab.data.batches import PAIRS as TOKEN_KINDS
+from moelab.design import comparison, power, settings
+from moelab.design.experiment import Experiment, Scale, twin_scales
+from moelab.lazy import np, pd
+from moelab.runs import evaluations
+from moelab.runs.collection import Runs
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run
 
 ARMS = {
     "Dense": "350M",
@@ -22,6 +44,69 @@ ARMS = {
     "MoE-128": "350M+MoE-128",
 }
 PAIRS = (("MoE-128", "Dense"), ("MoE-32", "Dense"), ("MoE-128", "MoE-32"), ("PR-MoE-32/64", "MoE-128"))
+
+_SMEARED = {"model.decoder.smeared_keys": True}
+CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "350M": ("350M", {}),
+    "350M, smeared keys": ("350M", _SMEARED),
+    "350M, smeared keys, two heads of 32": (
+        "350M",
+        {**_SMEARED, "model.heads": 2, "model.decoder.head_size": 32},
+    ),
+    "350M, smeared keys, fp32": ("350M", {**_SMEARED, "train.dtype": "fp32"}),
+    "1.3B": ("1.3B", {}),
+    "1.3B, smeared keys": ("1.3B", _SMEARED),
+}
+"""Candidate of the study -> the base whose twin it is, and its settings."""
+FAMILIES = {"Dense": "350M", "MoE-32": "350M+MoE-32"}
+"""The two arms of a candidate, as on the 350M base."""
+
+RECORDED: dict[str, tuple[dict[str, str], Sequence[int]]] = {
+    "350M": ({**FAMILIES, "MoE-128": "350M+MoE-128"}, range(9)),
+    "1.3B": ({"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-64/128": "350M+PR-MoE-64/128"}, range(3)),
+}
+"""Base -> arms of full length on record, as on the 350M base, and their seeds."""
+
+TOKENS = 30_003_200
+"""Of a run of the study: at this length the seeds of the 350M base's twins lie far apart."""
+
+ONSET_NATS = 2.7
+"""Loss of copyable tokens below which a model copies: without copying it stays above 3, at the end it is near 1."""
+MAX_ONSET = 0.10
+MAX_SPREAD = 0.015
+HEAD_TOKENS = 8192
+"""Validation tokens of each domain on which heads are removed."""
+
+
+def build(
+    scale: str, seed: int, overrides: Mapping[str, Any], *, candidates: Sequence[str] | None = None
+) -> list[RunSpec]:
+    """Return the runs of one seed: at `full` both arms of every candidate, elsewhere `ARMS`.
+
+    Args:
+        candidates: those that are wanted at `full`; None means all.
+    """
+    if scale != "full":
+        return settings.of_arms(ARMS, scale, seed, overrides)
+    if unknown := set(candidates or ()) - set(CANDIDATES):
+        raise ValueError(f"unknown candidate {min(unknown)!r}; allowed: {', '.join(CANDIDATES)}")
+    specs = []
+    for candidate in candidates or CANDIDATES:
+        base, own = CANDIDATES[candidate]
+        given = {"train.tokens": TOKENS, **own, **overrides}
+        for spec in settings.of_arms(FAMILIES, scale, settings.SWEEP_SEED + seed, given, base=base, rate="shared"):
+            specs.append(replace(spec, label=f"{candidate}: {spec.label}"))
+    return specs
+
+
+def recorded() -> list[RunSpec]:
+    """Return the runs of full length whose twins no candidate changes, on the seeds that have them (`RECORDED`)."""
+    return [
+        replace(spec, label=f"{base}, full length: {spec.label}")
+        for base, (arms, seeds) in RECORDED.items()
+        for seed in seeds
+        for spec in settings.of_arms(arms, "full", seed, {}, base=base, rate="shared")
+    ]
 
 
 def deviations(final: pd.DataFrame) -> pd.DataFrame:
@@ -57,13 +142,127 @@ def headline(table: pd.DataFrame) -> str:
     )
 
 
+def onset(tokens: Sequence[float], copyable: Sequence[float]) -> float:
+    """Return the tokens after which the loss of copyable tokens stays below `ONSET_NATS`, interpolated; NaN if never.
+
+    Args:
+        tokens: at which the model was evaluated, increasing.
+        copyable: its loss on copyable tokens there, nats per token.
+    """
+    above = [i for i, loss in enumerate(copyable) if loss >= ONSET_NATS]
+    if not above:
+        return tokens[0]
+    if (i := above[-1]) + 1 == len(tokens):
+        return math.nan
+    part = (copyable[i] - ONSET_NATS) / (copyable[i] - copyable[i + 1])
+    return tokens[i] + part * (tokens[i + 1] - tokens[i])
+
+
+def study(runs: Runs) -> pd.DataFrame:
+    """Return a row per finished run that was evaluated by kind of token.
+
+    Columns: arm, seed, onset (share of a whole training, see `onset`), loss (final, nats per token), and the final
+    loss of each of `TOKEN_KINDS`.
+    """
+    whole = settings.TRAINS["full"].tokens
+    rows = []
+    for run in runs.finished:
+        if by_kind := run.result.get("validation_by_pair"):
+            points = [(r["tokens"], r["by_pair"]["repeated"]["loss"]) for r in _evaluations(run)]
+            began = onset(*zip(*points, strict=True)) / whole if points else math.nan
+            losses = [by_kind[kind]["loss"] for kind in TOKEN_KINDS]
+            rows.append([run.spec.title, run.spec.train.seed, began, run.result["validation_loss"], *losses])
+    return pd.DataFrame(rows, columns=["arm", "seed", "onset", "loss", *TOKEN_KINDS])
+
+
+def _evaluations(run: Run) -> list[dict[str, Any]]:
+    return [row for row in run.rows("validation.jsonl").to_dict("records") if isinstance(row.get("by_pair"), dict)]
+
+
+def spreads(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per arm of `study`: seeds, latest onset, mean loss, and standard deviations over seeds.
+
+    Columns: arm, seeds, latest onset, mean, spread (of the final loss), one of each of `TOKEN_KINDS`, and passes
+    (whether onset and spread keep the limits; None with one seed).
+    """
+    rows = []
+    for arm, part in table.groupby("arm", sort=False):
+        late = math.nan if part["onset"].isna().any() else part["onset"].max()
+        spread = part["loss"].std()
+        passes = None if len(part) < 2 else bool(late < MAX_ONSET and spread <= MAX_SPREAD)
+        kinds = [part[kind].std() for kind in TOKEN_KINDS]
+        rows.append([arm, len(part), late, part["loss"].mean(), spread, *kinds, passes])
+    return pd.DataFrame(rows, columns=["arm", "seeds", "latest onset", "mean", "spread", *TOKEN_KINDS, "passes"])
+
+
+def correlation(table: pd.DataFrame) -> float:
+    """Return the mean correlation over seeds of two arms' losses, over pairs of arms with three seeds in common.
+
+    Near zero, differences paired by seed are no narrower than unpaired ones. NaN without such a pair.
+    """
+    by_seed = table.pivot(index="seed", columns="arm", values="loss")
+    pairs = by_seed.corr(min_periods=3).to_numpy()
+    return float(np.nanmean(pairs[np.triu_indices(len(pairs), 1)])) if len(pairs) > 1 else math.nan
+
+
+def study_headline(table: pd.DataFrame) -> str:
+    """Return in one line which arms of `spreads` pass, and the widest spread of the others."""
+    judged = table[table["passes"].notna()]
+    if not len(judged):
+        return "no arm has finished two seeds"
+    passed = [f"{r.arm} ({r.spread:.3f})" for r in judged.itertuples() if r.passes]
+    failed = [f"{r.arm} ({r.spread:.3f})" for r in judged.itertuples() if not r.passes]
+    said = [f"{name}: {', '.join(arms)}" for name, arms in (("within", passed), ("not within", failed)) if arms]
+    return f"Standard deviation over seeds of at most {MAX_SPREAD} nats and early copying: {'; '.join(said)}"
+
+
+def heads(runs: Runs) -> pd.DataFrame:
+    """Return a row per attention head of each run that has weights or was measured with them.
+
+    Columns: arm, seed, layer, head, copies (whether it copies), and of each of `TOKEN_KINDS` how far the loss rises
+    without it (nats per token).
+    """
+    rows = [
+        {"arm": run.spec.title, "seed": run.spec.train.seed, **head}
+        for run, found in evaluations.measure_all(runs.finished, head_effects, HEAD_TOKENS)
+        for head in found
+    ]
+    return pd.DataFrame(rows, columns=["arm", "seed", "layer", "head", "copies", *TOKEN_KINDS])
+
+
+def head_effects(run: Run, tokens: int) -> list[dict[str, Any]]:
+    """Return what each head of a run is for, see `moelab.evaluation.heads.Head`; tokens as `HEAD_TOKENS`."""
+    from moelab.data import prepare
+    from moelab.evaluation import heads as measured
+    from moelab.inference.text import load_run
+
+    spec = run.spec
+    data = prepare(spec.data, paths.home() / "data")
+    model = load_run(run.path, data=data, device="cpu").eval()
+    found = measured.head_effects(model, data, spec.train.batch_size, spec.data.context, tokens)
+    return [{"layer": h.layer, "head": h.head, "copies": h.copies, **h.rise} for h in found]
+
+
+def copying(table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of `study` with the number of heads that copy, from `heads`: a column copying heads."""
+    count = effects.groupby(["arm", "seed"])["copies"].sum().rename("copying heads")
+    return table.join(count, on=["arm", "seed"], how="inner")
+
+
 EXPERIMENT = Experiment(
     name="seeds",
     number=23,
     title="Spread over seeds",
     paper="beyond the paper",
-    question="How many seeds does a difference need?",
+    question="How many seeds does a difference need, and what makes seeds differ?",
     paper_answer="Not examined; one run an arm.",
-    scales=twin_scales(4),
+    scales=twin_scales(4)
+    | {
+        "full": Scale(
+            "the study of the twin: candidates 32 and 64 wide, dense and MoE-32; 30 M tokens of mix15",
+            "about 10 minutes a run 32 wide and 25 a run 64 wide on a quiet core of a Zen 4 (measured)",
+        )
+    },
     arms=ARMS,
+    build=build,
 )
