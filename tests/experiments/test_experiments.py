@@ -47,7 +47,8 @@ TEACHERS = [("pr-moe", "PR-MoE-32/64"), ("distillation", "Teacher")]  # with les
 
 
 def equal_arms_are_one_run(scale):
-    for arms in (*SAME, BUDGETS if scale == "cpu" else TEACHERS):
+    same = [arms for arms in SAME if scale != "full" or arms[0][0] != "seeds"]  # at full it trains other twins
+    for arms in (*same, BUDGETS if scale == "cpu" else TEACHERS):
         named = [(EXPERIMENTS[name], arm) for name, arm in arms if scale in EXPERIMENTS[name].scales]
         ids = [{rates.arm(s.label): s.id for s in chosen.specs(scale, 1, arms=[arm])}[arm] for chosen, arm in named]
         assert len(set(ids)) <= 1, arms

@@ -1,0 +1,67 @@
+"""Draw how far seeds end apart, when their copying begins, and what their attention heads are for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from moelab.plotting.figures import name_rows
+from moelab.plotting.palette import COLORS, colors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+KINDS = {"spread": "all tokens", "repeated": "copyable tokens", "changed": "changed tokens", "new": "new tokens"}
+"""Column of `moelab.experiments.seeds.spreads` -> its name in figures."""
+_MARKS = ((COLORS[5], "o", 60), (COLORS[4], "^", 30), (COLORS[3], "s", 24), (COLORS[2], "v", 30))
+
+
+def onsets(table: pd.DataFrame, ax: Axes, *, limit: float) -> Axes:
+    """Draw when each seed begins to copy, a row per arm; a seed that never does stands at the right edge.
+
+    Args:
+        table: from `moelab.experiments.seeds.study`.
+        limit: share of a whole training before which copying is to begin.
+    """
+    arms = list(dict.fromkeys(table["arm"]))
+    x = (100 * table["onset"]).fillna(100)
+    ax.scatter(x, [arms.index(arm) for arm in table["arm"]], s=22, alpha=0.75, color=COLORS[5])
+    ax.axvline(100 * limit, color="#888888", linewidth=1, linestyle=":")
+    ax.set(xlabel=f"copying begins (% of a whole training; dotted: {100 * limit:.0f} %)", xlim=(0, None))
+    name_rows(ax, arms)
+    return ax
+
+
+def deviations(spreads: pd.DataFrame, ax: Axes, *, limit: float) -> Axes:
+    """Draw the standard deviation over seeds of the final loss on all tokens and on each kind, a row per arm.
+
+    Args:
+        spreads: from `moelab.experiments.seeds.spreads`.
+        limit: of the loss on all tokens.
+    """
+    judged = spreads[spreads["seeds"] > 1]
+    for (column, name), (color, marker, size) in zip(KINDS.items(), _MARKS, strict=True):
+        ax.scatter(judged[column], range(len(judged)), s=size, marker=marker, color=color, label=name)
+    ax.axvline(limit, color="#888888", linewidth=1, linestyle=":")
+    ax.set(xlabel=f"standard deviation over seeds (nats per token; dotted: {limit:g})", xscale="log")
+    name_rows(ax, [f"{arm} ({seeds:.0f})" for arm, seeds in zip(judged["arm"], judged["seeds"], strict=True)])
+    return ax
+
+
+def head_roles(effects: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw what each attention head is for: rise of the loss without it, of copyable against new tokens.
+
+    Args:
+        effects: from `moelab.experiments.seeds.heads`.
+    """
+    palette = colors(list(dict.fromkeys(effects["arm"])))
+    for arm, part in effects.groupby("arm", sort=False):
+        ax.scatter(part["new"], part["repeated"], s=24, alpha=0.75, color=palette[arm], label=arm)
+    ends = max(effects["new"].max(), effects["repeated"].max())
+    ax.plot([0, ends], [0, ends], color="#888888", linewidth=1, linestyle=":")
+    ax.set(
+        xlabel="rise of the loss on new tokens without the head (nats)",
+        ylabel="rise on copyable tokens (nats)",
+    )
+    return ax
