@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -29,34 +30,45 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 def layouts(
     model: ModelConfig, gpus: tuple[int, ...], gpus_per_node: int, program: str | System = "deepspeed"
 ) -> Layouts:
-    """Return every layout of a program on each of these numbers of GPUs.
+    """Return the layouts of a program on these numbers of GPUs, each on the fewest of them that it fills.
 
     They have tensor slicing inside a node and, unless the program slices experts over the tensor group, expert
-    parallelism over any divisor, expert slicing by any power of two, and for MoE models all four exchanges.
+    parallelism and expert slicing over any divisors, and for MoE models all four exchanges. The same degrees and
+    exchange on more GPUs are replicas, with the same step and memory, if no fewer ranks of a group share a node.
     """
     code = system(program)
-    found = []
-    for P in gpus:
+    counts = {e for e in model.experts if e and not code.sliced}
+    exchanges = EXCHANGES if counts else EXCHANGES[:1]
+    most, ffn = max(counts, default=0), model.expert_feed_forward.ffn if counts else 1
+    all_slicing = [w for w in range(1, ffn + 1) if ffn % w == 0]
+    all_parallel = [x for x in range(1, most + 1) if not any(e % min(x, e) for e in counts)]
+    found: dict[tuple[int | str, ...], ParallelConfig | None] = {}
+    for P in sorted(gpus):
         G = min(gpus_per_node, P)
-        slicing, parallel, exchanges = [1], [0], EXCHANGES[:1]
-        if model.is_moe and not code.sliced:
-            slicing = [w for w in (1, 2, 4, 8, 16) if P % w == 0]
-            parallel = [x for x in range(1, min(P, max(model.experts)) + 1) if P % x == 0]
-            exchanges = EXCHANGES
+        if P % G:
+            continue
         tensor = [d for d in range(1, G + 1) if G % d == 0]
-        for L, W, X, exchange in product(tensor, slicing, parallel, exchanges):
-            with contextlib.suppress(ValueError):  # the model cannot be distributed so
-                config = ParallelConfig(L, P // L, X, W, gpus_per_node, exchange)
-                check_layout(code, model, config)
-                found.append(config)
-    return Layouts(found)
+        slicing = [w for w in all_slicing if P % w == 0]
+        parallel = [x for x in all_parallel if P % x == 0] if counts else [0]
+        for L, W, X in product(tensor, slicing, parallel):
+            if any(P % (min(X, e) * W) for e in counts):
+                continue
+            in_node = [math.gcd(min(X, e) * w, G) for e in counts for w in (1, W)]
+            for exchange in exchanges:
+                if (key := (exchange, L, W, X, *in_node)) in found:
+                    continue
+                found[key] = None
+                with contextlib.suppress(ValueError):  # the model cannot be distributed so
+                    config = ParallelConfig(L, P // L, X, W, gpus_per_node, exchange)
+                    check_layout(code, model, config)
+                    found[key] = config
+    return Layouts([config for config in found.values() if config])
 
 
 def sizes(most: int, gpus_per_node: int) -> tuple[int, ...]:
-    """Return the numbers of GPUs up to `most` that fill nodes: powers of two, in a node and of nodes, and `most`."""
-    G, powers = gpus_per_node, [2**i for i in range(20)]
-    found = {*powers, *(G * n for n in powers), most}
-    return tuple(sorted(n for n in found if n <= most and (n <= G or n % G == 0)))
+    """Return the numbers of GPUs up to `most` that fill nodes: all in a node, and those of whole nodes."""
+    G = gpus_per_node
+    return (*range(1, min(most, G) + 1), *range(2 * G, most + 1, G))
 
 
 def least_gpus(
@@ -69,7 +81,7 @@ def least_gpus(
     most: int = 4096,
     dtype: str = "fp16",
 ) -> tuple[int, ParallelConfig]:
-    """Return the fewest GPUs, of `sizes`, that hold the model and its cache, and a layout that does.
+    """Return the fewest GPUs that hold the model and its cache, and a layout that does.
 
     Args:
         batch, context: the cache is that of `batch` sequences of `context` tokens.
@@ -79,17 +91,15 @@ def least_gpus(
     """
     model = named(model)
     where = cluster(on)
-    for n in sizes(most, where.gpus_per_node):
-        options = layouts(model, (n,), where.gpus_per_node, program)
-        if not len(options):
-            continue
-        sweep = decode_sweep(model, options, where, program=program, batch=batch, context=context, dtype=dtype)
-        if sweep.fits.any():
-            return n, options.rows[int(np.argmin(np.where(sweep.fits, sweep.total, np.inf)))]
-    raise ValueError(
-        f"simulate: {model} does not fit {most} GPUs of {where.name} with {batch} sequences of {context} tokens a "
-        "tensor group"
-    )
+    options = layouts(model, sizes(most, where.gpus_per_node), where.gpus_per_node, program)
+    sweep = decode_sweep(model, options, where, program=program, batch=batch, context=context, dtype=dtype)
+    if not sweep.fits.any():
+        raise ValueError(
+            f"simulate: {model} does not fit {most} GPUs of {where.name} with {batch} sequences of {context} tokens a "
+            "tensor group"
+        )
+    need = int(options.ranks[sweep.fits].min())
+    return need, options.rows[int(np.argmin(np.where(options.ranks == need, sweep.total, np.inf)))]
 
 
 @dataclass(frozen=True)

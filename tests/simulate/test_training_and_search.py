@@ -107,8 +107,8 @@ def test_bad_queries_are_one_line(call, part):
 
 
 def test_sizes_fill_nodes_and_the_pareto_front():
-    assert sizes(64, 8) == (1, 2, 4, 8, 16, 32, 64) and sizes(24, 8) == (1, 2, 4, 8, 16, 24)
-    assert sizes(40, 6) == (1, 2, 4, 6, 12, 24), "whole nodes, whatever their size"
+    assert sizes(5, 8) == (1, 2, 3, 4, 5) and sizes(30, 8) == (1, 2, 3, 4, 5, 6, 7, 8, 16, 24)
+    assert sizes(20, 6) == (1, 2, 3, 4, 5, 6, 12, 18), "whole nodes, whatever their size"
     latency, throughput = np.array([1.0, 2.0, 3.0, 2.5, 0.5]), np.array([1.0, 3.0, 3.0, 4.0, 9.0])
     allowed = np.array([True, True, True, True, False])
     assert pareto(latency, throughput, allowed) == [0, 1, 3]
