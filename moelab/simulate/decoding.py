@@ -43,7 +43,7 @@ from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Array, Layouts
 from moelab.simulate.memory import inference_memory
 from moelab.simulate.published import named
-from moelab.simulate.systems import System, check_layout, slots, system
+from moelab.simulate.systems import System, check_layout, check_nodes, slots, system
 
 WEIGHT_BYTES = {**DTYPE_BYTES, "fp8": 1, "int8": 1}
 """Bytes of a weight. With fp8, weights and products have 8 bits and products twice the rate; with int8, weights alone.
@@ -316,10 +316,7 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
     model = named(model)
     where, code = cluster(on), system(options.get("program", "deepspeed"))
     check_layout(code, model, parallel)
-    _check(
-        not model.is_moe or parallel.ranks_per_node <= where.gpus_per_node,
-        f"gpus_per_node {parallel.gpus_per_node} is more than the {where.gpus_per_node} of cluster {where.name}",
-    )
+    check_nodes(where, model, parallel)
     sweep = decode_sweep(model, Layouts([parallel]), where, **options)
     return DecodeEstimate(
         model=str(model),

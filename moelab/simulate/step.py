@@ -18,8 +18,9 @@ issue its kernels.
 
 Programs of today (`System.modern`) differ in four ways. Fused attention keeps no scores. A token goes once to each node
 that has some of its experts (`moelab.simulate.traffic.grouped`). With `overlap`, exchanges hide behind the products of
-another micro-batch, and gradients behind the backward pass, as far as these last. Layers may be divided over `pipeline`
-stages: p stages of v chunks idle for (p - 1) / v micro-batches a step (Narayanan et al. 2021, arXiv 2104.04473, 2.2).
+another micro-batch, and gradients behind the time of the backward pass in which the links are free, as far as these
+last. Layers may be divided over `pipeline` stages: p stages of v chunks idle for (p - 1) / v micro-batches a step
+(Narayanan et al. 2021, arXiv 2104.04473, 2.2).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Columns, Layouts
 from moelab.simulate.memory import rank_parameters
 from moelab.simulate.published import named
-from moelab.simulate.systems import System, system
+from moelab.simulate.systems import System, check_nodes, system
 from moelab.simulate.traffic import grouped
 
 PARTS = ("products", "einsums", "elementwise", "all_reduce", "all_to_all", "launch", "gradients", "optimizer")
@@ -135,6 +136,7 @@ def training(
     if code.only == "inference":
         raise ValueError(f"simulate: system {code.name} is for inference alone")
     model.check_layout(parallel)
+    check_nodes(where, model, parallel)
     share = batch / (parallel.data * micro_batch) if micro_batch >= 1 else 0
     if share < 1 or share != int(share):
         raise ValueError(
@@ -154,10 +156,12 @@ def training(
     passes = 3 + parallel.recompute
     issue = passes * known.eager_us * kernels_issued(model, code, parallel)
     parts = {name: (passes - (name in COLLECTIVES)) * us for name, us in forward.items()}
+    communicates = sum(parts[name] for name in COLLECTIVES)
     if code.modern and overlap:
         parts["all_to_all"] = max(0.0, parts["all_to_all"] - parts["products"])
     parts["launch"] = max(0.0, issue - sum(parts.values()))
     rounds = (int(share) + (pipeline - 1) / chunks) / pipeline
+    backward = rounds * (passes - 1) / passes * (sum(parts.values()) - communicates)  # its time with free links
     parts = {name: rounds * us for name, us in parts.items()}
 
     outside, experts = (float(p[0]) / pipeline for p in rank_parameters(model, layouts))
@@ -166,11 +170,10 @@ def training(
         + _expert_gradients_us(model, layouts, where, known) / pipeline
     )
     if code.modern and overlap:
-        parts["gradients"] = max(0.0, parts["gradients"] - 2 / 3 * parts["products"])
-    sharded = parallel.data if parallel.shard or zero else 1
-    state = outside / sharded + experts
+        parts["gradients"] = max(0.0, parts["gradients"] - backward)
     # Adam reads and writes the weight and both moments and reads the gradient: 7 numbers of 4 bytes.
-    parts["optimizer"] = transfer_us(state * 28, where.gpu.memory_gb_s * known.memory_share)
+    updated = _held(model, parallel, outside, experts, zero >= 1) * 28
+    parts["optimizer"] = transfer_us(updated, where.gpu.memory_gb_s * known.memory_share)
     step = sum(parts.values()) / 1e6
     samples = batch / step
     memory = _memory(model, parallel, outside, experts, tokens, zero, code, known)
@@ -256,14 +259,15 @@ def forward_us(
         else:
             parts["elementwise"] += count * 2 * transfer_us(2 * float(sent[0]) * M * 2, bandwidth)
         row = M * 2
+        over = slice_exchange(layouts, spread, sent, where.gpus_per_node)
+        parts["all_to_all"] += count * 2 * float(over.microseconds(row, where, known)[0])
         if code.modern:
-            parts["all_to_all"] += count * _grouped_us(model, spread, where, known, tokens / L, dtype)
+            in_node = math.gcd(int(spread.parallel[0]), min(where.gpus_per_node, int(layouts.ranks[0])))
+            parts["all_to_all"] += count * _grouped_us(model, spread, in_node, where, known, tokens / L, dtype)
             continue
         for stage in all_to_all(layouts, spread, sent, where.gpus_per_node):
             parts["all_to_all"] += count * 2 * float(stage.microseconds(row, where, known)[0])
         parts["all_to_all"] += count * float(share_gather(spread, sent).microseconds(row, where, known)[0])
-        over = slice_exchange(layouts, spread, sent, where.gpus_per_node)
-        parts["all_to_all"] += count * 2 * float(over.microseconds(row, where, known)[0])
     for name in ("products", "elementwise"):
         parts[name] /= known.train_share if train else known.counted_share
     return parts
@@ -280,11 +284,10 @@ def expert_row_bytes(model: ModelConfig, width: int) -> int:
 
 
 def _grouped_us(
-    model: ModelConfig, spread: Columns, where: Cluster, known: Constants, tokens: float, dtype: str
+    model: ModelConfig, spread: Columns, in_node: int, where: Cluster, known: Constants, tokens: float, dtype: str
 ) -> float:
     """Return the microseconds of a layer's dispatch, with fp8 in 8 bits, and combine, of a rank's own `tokens`."""
     ranks = int(spread.parallel[0])
-    in_node = min(ranks, where.gpus_per_node)
     stage, _, _ = grouped(ranks, in_node, tokens, model.top_k, ranks // in_node)
     widths = (1 if dtype == "fp8" else 2, 2)
     return sum(float(stage.microseconds(model.hidden * width, where, known)[0]) for width in widths)
@@ -325,11 +328,9 @@ def _memory(
 ) -> dict[str, float]:
     """Return the bytes on a GPU: states by `STATE_BYTES`, activations of a micro-batch, workspace."""
     L, M = parallel.tensor, model.hidden
-    copies = _expert_copies(model, parallel)
 
     def state(what: str, split: bool) -> float:
-        data = parallel.data if split or parallel.shard else 1
-        return STATE_BYTES[what] * (outside / data + experts / (copies if split else 1))
+        return STATE_BYTES[what] * _held(model, parallel, outside, experts, split)
 
     def experts_rows(experts: int) -> float:
         """Return the bytes of a rank's rows in and out of experts, and between their two products."""
@@ -355,6 +356,12 @@ def _kept(model: ModelConfig, tokens: int, tensor: int, code: System) -> float:
     """Return the bytes of a dense layer's activations; fused attention keeps no scores."""
     scores = 0 if code.modern else 5 * model.heads * model.context / model.hidden / tensor
     return tokens * model.hidden * (10 + 24 / tensor + scores)
+
+
+def _held(model: ModelConfig, parallel: ParallelConfig, outside: float, experts: float, split: bool) -> float:
+    """Return the parameters whose state a rank holds; with `split`, ZeRO splits it over the ranks that share them."""
+    data = parallel.data if split or parallel.shard else 1
+    return outside / data + experts / (_expert_copies(model, parallel) if split else 1)
 
 
 def _expert_copies(model: ModelConfig, parallel: ParallelConfig) -> float:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from moelab.config import ModelConfig, unknown
 from moelab.config.parallel import Exchange, ParallelConfig
+from moelab.simulate.hardware import Cluster
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,18 @@ def check_layout(system: System, model: ModelConfig, parallel: ParallelConfig) -
     if system.sliced:  # no rank has experts of its own
         parallel = replace(parallel, expert=1, expert_slicing=parallel.tensor, exchange="flat")
     model.check_layout(parallel, copies=system.modern)
+
+
+def check_nodes(where: Cluster, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check that the nodes of an MoE model's layout are the cluster's; ValueError, one line, if not.
+
+    Its exchanges are counted on the cluster's nodes. A dense model has none, and its tensor groups may leave a node.
+    """
+    if model.is_moe and parallel.ranks_per_node != min(where.gpus_per_node, parallel.ranks):
+        raise ValueError(
+            f"simulate: gpus_per_node must be the {where.gpus_per_node} of cluster {where.name}, "
+            f"got {parallel.gpus_per_node}"
+        )
 
 
 def slots(system: System, model: ModelConfig, tokens: int, experts: int) -> int:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ from moelab.config.parallel import ParallelConfig
 from moelab.simulate.decoding import decode_sweep
 from moelab.simulate.search import layouts, pareto, sizes
 from moelab.simulate.step import training_slots
+
+WIDE = ParallelConfig(tensor=16, data=2, gpus_per_node=16, exchange="coordinated")
 
 
 def dense(**kw):
@@ -36,6 +40,48 @@ def test_states_of_mixed_precision_adam():
     whole = simulate.training("6.7B", ParallelConfig(data=128, shard=True), "a100", batch=128)
     state = sum(whole.memory_gib[k] for k in ("weights", "gradients", "optimizer")) * 2**30
     assert state == pytest.approx(16 * ModelConfig.parse("6.7B").parameters() / 128)
+
+
+def test_zero_splits_experts_over_their_replicas_in_the_optimizers_time_as_in_its_memory():
+    """8 experts on 8 of 32 ranks: 4 replicas, whose state and its update are a fourth with ZeRO."""
+    layout = ParallelConfig(data=32, expert=8)
+    plain, one = (simulate.training("350M+MoE-8", layout, batch=32, zero=zero) for zero in (0, 1))
+    held, time = (
+        getattr(plain, parts)["optimizer"] / getattr(one, parts)["optimizer"] for parts in ("memory_gib", "parts_s")
+    )
+    assert time == pytest.approx(held) and held > 4
+
+
+def test_gradients_hide_behind_what_the_host_takes_in_the_backward_pass():
+    """Where the host is the bound, products of 16 times the rate do not shorten what gradients can hide behind."""
+    model = ModelConfig(layers=12, hidden=1024, heads=16, experts=(0, 8) * 6, context=512)
+    where, layout = simulate.cluster("h100"), ParallelConfig(data=16)
+    steps = []
+    for tflops in (1, 2, 16):
+        faster = replace(where, gpu=replace(where.gpu, tflops=tflops * where.gpu.tflops))
+        steps.append(simulate.training(model, layout, faster, batch=16, program="megatron"))
+    assert steps[0].parts_s["launch"] > 0 and steps[1].step_s <= steps[0].step_s and steps[2].step_s <= steps[1].step_s
+
+
+def test_a_group_that_shares_nodes_with_another_sends_over_the_network():
+    """12 ranks in nodes of 8 have 4 in a node at worst, and 2 of their 3 nodes' rows leave it."""
+    model = ModelConfig(layers=1, hidden=512, heads=8, experts=(24,), top_k=2)
+
+    def exchange(cluster):
+        layout = ParallelConfig(data=24, expert=12, gpus_per_node=cluster.gpus_per_node)
+        settings = {"batch": 24, "program": "megatron", "overlap": False}
+        return simulate.training(model, layout, cluster, **settings).parts_s["all_to_all"]
+
+    nodes_of_8 = simulate.cluster("h100")
+    assert exchange(nodes_of_8) == pytest.approx(exchange(replace(nodes_of_8, gpus_per_node=4)))
+
+
+def test_slices_of_experts_exchange_rows_in_programs_of_today():
+    model = ModelConfig(layers=1, hidden=512, heads=8, experts=(2,))
+    layouts = [ParallelConfig(data=8, expert=2, expert_slicing=slices) for slices in (1, 4)]
+    settings = {"batch": 8, "program": "megatron", "overlap": False}
+    whole, sliced = (simulate.training(model, one, "h100", **settings).parts_s["all_to_all"] for one in layouts)
+    assert sliced > 2 * whole
 
 
 def test_what_costs_and_what_saves():
@@ -85,7 +131,9 @@ def test_a_rank_keeps_the_rows_that_it_sends_to_experts_and_has_none_in_dense_la
         (lambda: simulate.decode("350M", ParallelConfig(), "a100", imbalance=float("inf")), "finite, got inf"),
         (lambda: simulate.decode("350M", ParallelConfig(), "a100", dtype="fp8"), "A100-SXM4-40GB has no fp8; int8"),
         (lambda: dense(program="megatron", dtype="fp8"), "A100-SXM4-40GB has no fp8"),
-        (lambda: simulate.decode("350M+MoE-32", ParallelConfig(data=16, gpus_per_node=16), "a100"), "more than the 8"),
+        (lambda: simulate.decode("350M+MoE-32", ParallelConfig(data=16, gpus_per_node=16), "a100"), "must be the 8"),
+        (lambda: simulate.decode("350M+MoE-32", ParallelConfig(data=16, gpus_per_node=4), "a100"), "must be the 8"),
+        (lambda: simulate.training("350M+MoE-16", WIDE, "a100", batch=2), "8 of cluster a100-40gb, got 16"),
         (lambda: dense(batch=1000), "not a multiple of 16 data ranks x micro_batch 4"),
         (lambda: dense(micro_batch=0), "not a multiple"),
         (lambda: dense(zero=3), "zero must be 0, 1 or 2"),
