@@ -107,6 +107,11 @@ class TrainConfig:
             "replaces it; give one",
         )
         _check(
+            not self.decay_tokens or self.warmup_tokens < self.decay_tokens,
+            f"train: the cosine begins after warmup_tokens {self.warmup_tokens}, so decay_tokens must be more, "
+            f"or 0 (as tokens), got {self.decay_tokens}",
+        )
+        _check(
             not self.cooldown_tokens or self.warmup_tokens + self.cooldown_tokens <= self.tokens,
             f"train: warmup_tokens {self.warmup_tokens} and cooldown_tokens {self.cooldown_tokens} are more than "
             f"tokens {self.tokens}",

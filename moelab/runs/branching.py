@@ -142,6 +142,7 @@ def shorter(trunk: RunSpec, tokens: int) -> RunSpec:
     own: dict[str, Any] = {
         "tokens": tokens,
         "warmup_tokens": warmup,
+        "decay_tokens": round(train.decay_tokens * tokens / train.tokens),
         "cooldown_tokens": round(share * tokens),
         "keep_at": (),
     }

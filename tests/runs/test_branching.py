@@ -478,3 +478,11 @@ def test_a_shorter_run_whose_decay_begins_in_the_warm_up_begins_anew(trunk):
     own = shorter(trunk, 62_760)
     assert own.start is None and own.train.tokens == 62_760
     assert shorter(trunk, 64_000).start is not None
+
+
+def test_a_shorter_run_of_a_cosine_that_ends_early_keeps_its_share(trunk):
+    train = replace(
+        trunk.train, tokens=1000 * STEP, warmup_tokens=10 * STEP, cooldown_tokens=0, decay_tokens=800 * STEP
+    )
+    own = shorter(replace(trunk, train=train), 500 * STEP).train
+    assert (own.warmup_tokens, own.decay_tokens, own.cooldown_tokens) == (5 * STEP, 400 * STEP, 0)

@@ -273,6 +273,11 @@ def test_schedules(tiny_train):
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
     with pytest.raises(ValueError, match="more than tokens 1000"):
         replace(config, cooldown_tokens=901)
+    for decay_tokens in (1, 100):
+        with pytest.raises(
+            ValueError, match=f"after warmup_tokens 100, so decay_tokens must be more.*got {decay_tokens}"
+        ):
+            replace(config, decay_tokens=decay_tokens)
     rates = [rewarmed(cooldown, tokens, 500, 100) for tokens in (525, 550, 600, 700, 900)]
     assert rates == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.55]), "a branch warms up again"
     assert rewarmed(cooldown, 525, 500, 0) == 1.0
