@@ -10,6 +10,10 @@ namespace {
 
 constexpr int64_t kBlock = 128;
 
+// A logit from which on a_1 is computed as a sigmoid, too: 1 - a_0 has three digits there, and none from 17 on. Below it
+// stays, because another rounding would give published runs other bits.
+constexpr float kSure = 8.f;
+
 inline int64_t blocks_of(int64_t S) { return (S + kBlock - 1) / kBlock; }
 
 // Return the sum of add(j, ...) over a row's vectors.
@@ -20,8 +24,8 @@ inline float sum_of_row(int64_t M, const Add& add) {
   return sum(total);
 }
 
-// y = a_0 moe + a_1 mlp + add, where a_0 = sigmoid(x . difference + bias) and a_1 = 1 - a_0 are written to a [S, 2], if
-// there is one.
+// y = a_0 moe + a_1 mlp + add, where a_0 = sigmoid(logit), logit = x . difference + bias, and a_1 = sigmoid(-logit) are
+// written to a [S, 2], if there is one.
 template <typename T>
 void mix_as(
     const Tensor& moe, const Tensor& mlp, const Optional& a, const Tensor& x, const Tensor& difference, double bias,
@@ -36,7 +40,8 @@ void mix_as(
       const float dot = sum_of_row(M, [&](Vec total, int64_t j, auto... n) {
         return fma(load(X + s * M + j, n...), load(W + j, n...), total);
       });
-      const float a_0 = sigmoid(all(dot + float(bias)))[0], both[2] = {a_0, 1.f - a_0};
+      const float logit = dot + float(bias), a_0 = sigmoid(all(logit))[0];
+      const float both[2] = {a_0, logit > kSure ? sigmoid(all(-logit))[0] : 1.f - a_0};
       if (A) std::copy_n(both, 2, A + 2 * s);
       each_vector(M, [&](int64_t j, auto... n) {
         const Vec routed = load(E + s * M + j, n...) * both[0];

@@ -44,6 +44,19 @@ def test_half_precision(target, dtype):
     check(target, 13, 67, dtype)
 
 
+@pytest.mark.parametrize("logit", [-30.0, -17.0, -8.5, 0.5, 8.5, 17.0, 30.0])
+def test_the_smaller_weight_keeps_its_digits(target, logit):
+    """Gradients of both branches are the weights themselves, whichever of them is near 1."""
+    backend, device, _ = target
+    S, M = 5, 16
+    moe, mlp, x, w, _, dy = (t.to(device) for t in make(S, M, torch.float32))
+    b = torch.tensor([logit, 0.0], device=device)
+    w = torch.zeros_like(w)
+    found = run(backend, [moe, mlp, x, w, b, dy])
+    for gradient, weight in zip(found[1:3], torch.tensor([logit, 0.0]).double().softmax(0).tolist(), strict=True):
+        torch.testing.assert_close(gradient, dy * weight, rtol=1e-4, atol=0.0)
+
+
 @settings(max_examples=20, deadline=None)
 @given(S=st.integers(1, 40), M=st.integers(1, 90))
 def test_hypothesis(target, S, M):
