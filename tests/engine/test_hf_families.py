@@ -212,6 +212,24 @@ def test_a_malformed_value_is_refused_in_one_line_with_file_and_key(tmp_path, ch
     assert "\n" not in str(error.value) and str(error.value).count("config.json") == 1
 
 
+@pytest.mark.parametrize("kind", ["Olmoe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "GPT2"])
+def test_a_missing_key_has_the_default_of_transformers_or_is_refused_by_name(tmp_path, kind):
+    """Without a key, transformers takes its class's default, so the model is that of the class's defaults."""
+    names = {"architectures": [f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"]}
+    record = {**getattr(transformers, f"{kind}Config")().to_dict(), **names}
+    write_json(tmp_path / "config.json", record)
+    whole = hf.read_config(tmp_path)
+    refused = set()
+    for missing in record:
+        write_json(tmp_path / "config.json", {key: value for key, value in record.items() if key != missing})
+        try:
+            assert hf.read_config(tmp_path) == whole, missing
+        except ValueError as error:
+            assert missing.replace("local_", "") in str(error).replace("local_", "")
+            refused.add(missing)
+    assert refused.isdisjoint({"num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"})
+
+
 def test_null_means_the_default(tmp_path):
     record = settings_of("qwen3_moe").to_dict()
     names = ("router_aux_loss_coef", "rms_norm_eps", "decoder_sparse_step", "mlp_only_layers", "num_key_value_heads")

@@ -29,7 +29,8 @@ _ARCHITECTURES = {
 _QWEN = ("qwen2_moe", "qwen3_moe")
 _NORM_EPS = {"olmoe": 1e-5, "mixtral": 1e-5, "qwen2_moe": 1e-6, "qwen3_moe": 1e-6}
 _AUX_LOSS = {"olmoe": 0.01, "mixtral": 0.001, "qwen2_moe": 0.001, "qwen3_moe": 0.001}
-"""What a missing `rms_norm_eps` and a missing `router_aux_loss_coef` mean."""
+_KV_HEADS = {"olmoe": 16, "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}
+"""What a missing `rms_norm_eps`, `router_aux_loss_coef` and `num_key_value_heads` mean to transformers."""
 _FIXED: dict[str, dict[str, Any]] = {
     "olmoe": {"hidden_act": "silu", "attention_bias": False, "clip_qkv": None, "sliding_window": None},
     "mixtral": {"hidden_act": "silu", "sliding_window": None},
@@ -61,7 +62,7 @@ def _read_config(record: dict[str, Any], where: Path) -> ModelConfig:
     if kind == "qwen2_moe":
         shared = setting(record, "shared_expert_intermediate_size", where)
         expert = ExpertConfig(expert.ffn, shared=1, shared_ffn=shared, shared_gate=True)
-    kv_heads = setting(record, "num_key_value_heads", where, default=heads)
+    kv_heads = setting({"num_key_value_heads": _KV_HEADS[kind], **record}, "num_key_value_heads", where, default=heads)
     head_size = setting(record, "head_dim", where, default=hidden // heads)
     norm_eps = setting(record, "rms_norm_eps", where, Amount, _NORM_EPS[kind])
     aux_loss = setting(record, "router_aux_loss_coef", where, Amount, _AUX_LOSS[kind])
