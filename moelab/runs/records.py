@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock
+
 from moelab import paths
 from moelab.files import write_bytes
 from moelab.runs import evaluations
@@ -69,21 +71,27 @@ def write(runs: Sequence[Run], directory: Path, left_out: list[str] | None = Non
             if left_out is None:
                 raise
             left_out.append(str(error))
-    written = []
-    for model, records in packs.items():
-        path, whole = directory / f"{model}.zip", io.BytesIO()
-        if (there := archives_in(path)) == [path]:  # taken for a record, as it cannot be read as a pack
-            raise ValueError(f"{path}: damaged; restore or remove it")
-        try:
-            records = {archive.name: archive.read_bytes() for archive in there if archive.name not in records} | records
-        except (zipfile.BadZipFile, zlib.error, OSError) as error:
-            raise ValueError(f"{path}: damaged ({one_line(error)}); restore or remove it") from None
-        with zipfile.ZipFile(whole, "w") as pack:  # records lie as they are, so that git keeps what was added alone
-            for name, data in sorted(records.items()):
-                pack.writestr(zipfile.ZipInfo(name, _EPOCH), data)
-        write_bytes(path, whole.getvalue())
-        written.append(path)
-    return written
+    if not packs:
+        return []
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / ".lock"):  # another export that had read a pack before would write it without these
+        return [_merged(directory / f"{model}.zip", records) for model, records in packs.items()]
+
+
+def _merged(path: Path, records: dict[str, bytes]) -> Path:
+    """Write a pack with these records and the others that it has; ValueError, one line, if it is damaged."""
+    if (there := archives_in(path)) == [path]:  # taken for a record, as it cannot be read as a pack
+        raise ValueError(f"{path}: damaged; restore or remove it")
+    try:
+        records = {archive.name: archive.read_bytes() for archive in there if archive.name not in records} | records
+    except (zipfile.BadZipFile, zlib.error, OSError) as error:
+        raise ValueError(f"{path}: damaged ({one_line(error)}); restore or remove it") from None
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as pack:  # records lie as they are, so that git keeps what was added alone
+        for name, data in sorted(records.items()):
+            pack.writestr(zipfile.ZipInfo(name, _EPOCH), data)
+    write_bytes(path, whole.getvalue())
+    return path
 
 
 def archives_in(source: Path) -> list[Archive]:

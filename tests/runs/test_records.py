@@ -1,5 +1,6 @@
 """Runs passed on without their weights."""
 
+import contextlib
 import fcntl
 import io
 import json
@@ -51,6 +52,26 @@ def test_a_pack_has_the_runs_of_a_model_and_keeps_what_it_has(store, finished, r
     before = pack.read_bytes()
     records.write([other, finished], tmp_path / "runs")
     assert pack.read_bytes() == before, "the same runs are the same file"
+
+
+def test_exports_at_the_same_time_keep_each_others_runs(store, finished, result, tmp_path, monkeypatch):
+    other = store.run(pr_moe.EXPERIMENT.specs("smoke", 2, arms=["PR-MoE-32/64"])[-1])
+    write_json(other.path / "result.json", result(4.4))
+    both_have_read, write = threading.Barrier(2), records.write_bytes
+
+    def late(path, data):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_have_read.wait(timeout=1)
+        write(path, data)
+
+    monkeypatch.setattr(records, "write_bytes", late)
+    exports = [threading.Thread(target=records.write, args=([run], tmp_path / "runs")) for run in (finished, other)]
+    for export in exports:
+        export.start()
+    for export in exports:
+        export.join()
+    ids = {archive.stem for archive in records.archives_in(tmp_path / "runs")}
+    assert ids == {finished.spec.id, other.spec.id}
 
 
 def test_a_damaged_pack_is_not_packed_into_the_new_one(finished, tmp_path):
