@@ -2,9 +2,9 @@
 
     .moelab/measurements/<function>-<digest>.json      arguments, code, machine, when, provenance, value
 
-The digest is of all that a measurement depends on, so a changed source file, another processor or another version of
-torch measures again. The store lets one measurement run at a time, because two on one machine would slow each other
-down.
+The digest is of all that a measurement depends on, so a changed source file, another processor, another version of
+torch or CPU kernels that are missing measure again. The store lets one measurement run at a time, because two on one
+machine would slow each other down.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from filelock import FileLock
 
 from moelab import paths
 from moelab.config import DataConfig
-from moelab.environment import INSTRUCTIONS
 from moelab.files import read_json, sha256_of, write_json
 from moelab.runs.provenance import hardware, provenance, versions
 from moelab.runs.store import Run
@@ -37,6 +36,11 @@ _NEEDED = ("function", "arguments", "measured", "seconds", "code", "machine", "p
 EVALUATIONS = "measured"
 """Folder of a run, see `moelab.runs.evaluations`."""
 _KINDS = (".py", ".cpp", ".h", ".json", ".yaml", ".csv")
+_SETTINGS = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"),
+)
+"""Environment variables that limit the threads and the instruction sets of PyTorch and its libraries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,18 +235,27 @@ def source() -> str:
     return hashed.hexdigest()[:12]
 
 
-@functools.cache
 def machine() -> dict[str, Any]:
-    """Return what numbers depend on besides the code: processor, cores of this process, GPUs, packages, threads."""
-    record = hardware()
-    return {
-        "cpu": record["cpu"],
-        "cores": record["cores"],
-        "gpus": _gpus(),
-        "versions": versions(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "instructions": INSTRUCTIONS.get(),
+    """Return what numbers depend on besides the code: processor, cores of this process, GPUs, packages, what computes.
+
+    The CPU kernels are loaded for that, and compiled where they are not yet: whether they work decides what computes.
+    """
+    from moelab import kernels
+    from moelab.models.products import onednn_is_faster
+
+    kernels.cpp_available()
+    return _machine() | {
+        "settings": {name: value for name in _SETTINGS if (value := os.environ.get(name))},
+        "cpu_kernels": kernels.version(),
+        "products": "oneDNN" if onednn_is_faster() else "PyTorch's choice",
     }
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
+    """Return the part of `machine` that stays the same in a process."""
+    record = hardware()
+    return {"cpu": record["cpu"], "cores": record["cores"], "gpus": _gpus(), "versions": versions()}
 
 
 def _gpus() -> list[str]:

@@ -60,6 +60,34 @@ def test_other_code_or_another_machine_measures_anew(store, monkeypatch, what, n
     assert not store.measure(timing, 8).read_back and len(CALLS) == 2
 
 
+def test_what_computes_is_part_of_the_machine(store, tmp_path, monkeypatch):
+    from moelab.kernels import _cpp
+
+    from moelab.models import products
+
+    ids = [store.measure(timing, 8).id]
+    with _cpp.limited("none"):
+        plain = store.measure(timing, 8)
+        assert plain.provenance["cpu_kernels"]["instructions"] == "none"
+    with monkeypatch.context() as other:  # nothing is set, but there is no compiler and nothing compiled
+        other.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        other.setenv("CXX", "no-such-compiler")
+        other.setattr(_cpp, "_load", _cpp._load.__wrapped__)  # which keeps what this process has loaded
+        _cpp._forget()
+        without = store.measure(timing, 8)
+    _cpp._forget()
+    ids += [plain.id, without.id]
+    assert ids[1] == ids[2] != ids[0], "the same computed"
+    for name in ("MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA"):
+        with monkeypatch.context() as other:
+            other.setenv(name, "1")
+            ids.append(store.measure(timing, 8).id)
+    other_choice = not products.onednn_is_faster()
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: other_choice)
+    ids.append(store.measure(timing, 8).id)
+    assert len(set(ids)) == 5
+
+
 def test_the_code_is_all_source_with_the_kernels_and_their_tables(tmp_path, monkeypatch):
     from importlib.util import find_spec as find
     from types import SimpleNamespace
