@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from traitlets import Type, Unicode, default
 
 from moelab import environment, paths
+from moelab.engine.launch import postmortem
 from moelab.experiments import Experiment
 from moelab.files import sweep, write_json
 from moelab.report.publication import SUMMARY
@@ -25,6 +26,10 @@ from moelab.terminal import one_line
 
 class NotebookFailed(RuntimeError):
     """A notebook stopped at an error; the message names the cell, the error and the executed copy."""
+
+
+class KernelDied(RuntimeError):
+    """A notebook's kernel ended before its notebook; the message says how, with the signal or the exit code."""
 
 
 def execute(
@@ -55,7 +60,7 @@ def execute(
         KeyboardInterrupt: stopped; the executed copy says where.
     """
     import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import CellTimeoutError
 
     scale = values["scale"]
     name = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -93,8 +98,8 @@ def execute(
             if error.ename != NoResult.__name__:  # which cell asked for the runs is not what went wrong
                 why = f"{experiment.notebook}, cell {error.exec_count}: {error.ename}: {why}"
             raise NotebookFailed(f"{why} (executed copy: {copy})") from None
-        except (DeadKernelError, CellTimeoutError) as error:
-            why = "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else one_line(error)
+        except (KernelDied, CellTimeoutError) as error:
+            why = one_line(error)
             _error_on_top(copy, f"Stopped in cell {at[0]}: {why}")
             raise NotebookFailed(f"{experiment.notebook}, cell {at[0]}: {why} (executed copy: {copy})") from None
         except KeyboardInterrupt:
@@ -141,29 +146,54 @@ def run(
         on_cell: called before each code cell with its number, from 1, and their count.
 
     Raises:
+        KernelDied: the kernel ended, or could not be started.
         papermill's and nbclient's exceptions.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    codes: list[int] = []
+    oom_kills = postmortem.oom_kills()
 
     # Sockets belong on this machine's own disk: a home folder on a network has no room for them, or a path too long.
     with tempfile.TemporaryDirectory(prefix="moelab-") as sockets:
         jupyter = {"JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_RUNTIME_DIR": sockets}
         with environment.overridden(jupyter):
-            papermill.execute_notebook(
-                str(notebook),
-                str(copy),
-                parameters=dict(values or {}),
-                engine_name=_engine(),
-                kernel_name="python3",
-                kernel_manager_class=_kernel_manager(),
-                progress_bar=False,
-                start_timeout=600,  # the first start compiles every module, on a network's disk perhaps
-                iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
-                cwd=str(copy.parent),
-                stdout_file=log,
-                stderr_file=log,
-                on_cell=on_cell,
-            )
+            try:
+                papermill.execute_notebook(
+                    str(notebook),
+                    str(copy),
+                    parameters=dict(values or {}),
+                    engine_name=_engine(),
+                    kernel_name="python3",
+                    kernel_manager_class=_kernel_manager(codes),
+                    progress_bar=False,
+                    start_timeout=600,  # the first start compiles every module, on a network's disk perhaps
+                    iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
+                    cwd=str(copy.parent),
+                    stdout_file=log,
+                    stderr_file=log,
+                    on_cell=on_cell,
+                )
+            except RuntimeError as error:  # what says that the kernel died before it was ready has no class of its own
+                if not isinstance(error, DeadKernelError) and not codes:
+                    raise
+                raise KernelDied(_death(codes, postmortem.oom_kills() > oom_kills)) from None
+
+
+def _death(codes: list[int], oom_kill: bool) -> str:
+    """Say in one line how the kernel ended.
+
+    Args:
+        codes: exit codes of the kernel, of which the last counts; negative for a signal.
+        oom_kill: whether the operating system has killed a process for lack of memory meanwhile.
+    """
+    if not codes:
+        return "the kernel died"
+    code = codes[-1]
+    how = postmortem.death_by_signal(-code, 0, [0], oom_kill) if code < 0 else postmortem.death_by_exit(code, "")
+    unknown = how == "was killed by SIGKILL"  # the operating system gives no reason
+    return f"the kernel {how}" + " (out of memory?)" * unknown
 
 
 def _forget_places(notebook: Path) -> None:
@@ -208,7 +238,7 @@ def _engine() -> str:
     return "moelab"
 
 
-def _kernel_manager() -> type:
+def _kernel_manager(codes: list[int]) -> type:
     """Return a kernel manager that uses Unix sockets where possible: no races for ports, nothing on the network.
 
     Its clients look for a reply every second besides waiting for it. A widget's output makes nbclient send to the
@@ -216,6 +246,9 @@ def _kernel_manager() -> type:
     come, and the wait would never end (nbclient issue 312).
 
     The shutdown interrupts only a kernel that works: one that has just replied would log a KeyboardInterrupt.
+
+    Args:
+        codes: gets the exit code of a kernel that is found dead; negative for a signal.
     """
     from jupyter_client.asynchronous import AsyncKernelClient
     from jupyter_client.channels import AsyncZMQSocketChannel
@@ -255,6 +288,15 @@ def _kernel_manager() -> type:
         def _place(self) -> str:
             """Return where the sockets lie as well: by default that is the kernel's working folder."""
             return str(Path(sockets) / "kernel.json")
+
+        async def _async_is_alive(self) -> bool:
+            alive = await super()._async_is_alive()
+            process = getattr(self.provisioner, "process", None)
+            if not alive and process is not None:
+                codes.append(process.returncode)
+            return alive
+
+        is_alive = _async_is_alive
 
         async def _async_interrupt_kernel(self) -> None:
             if unanswered:

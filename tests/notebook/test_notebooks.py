@@ -46,8 +46,10 @@ if fail == "stop":
     import time
     os.kill(os.getppid(), 2)
     time.sleep(60)
-if fail == "die":
-    os.kill(os.getpid(), 9)""",
+if fail.isdigit():
+    os.kill(os.getpid(), int(fail))
+if fail == "exit":
+    os._exit(3)""",
     """import json
 from pathlib import Path
 from ipykernel.connect import get_connection_info
@@ -130,17 +132,34 @@ def test_what_it_prints_shows_while_it_runs_and_which_cell_it_is_at(place, inter
     assert public.parent == place / "results" / "x" / "smoke" and not interrupts
 
 
-@pytest.mark.parametrize(("fail", "why"), [("raise", "ValueError: no luck"), ("die", "the kernel died")])
+@pytest.mark.parametrize(
+    ("fail", "why"),
+    [
+        ("raise", "ValueError: no luck"),
+        ("9", r"the kernel was killed by SIGKILL( \(out of memory\?\))? \("),
+        ("7", r"the kernel was killed by SIGBUS \("),
+        ("exit", r"the kernel ended with exit code 3 \("),
+    ],
+)
 def test_a_failure_leaves_the_executed_copy_with_the_error_on_top(place, interrupts, fail, why):
     with pytest.raises(notebooks.NotebookFailed, match=f"01_x.ipynb, cell .: {why}") as error:
         notebooks.execute(EXPERIMENT, given(fail=fail), place / "plan.json")
     copy = Path(str(error.value).partition("executed copy: ")[2].rstrip(")"))
     cells = nbformat.read(copy, as_version=4).cells
-    assert cells[0].cell_type == "markdown" and ("Exception" in cells[0].source or "kernel died" in cells[0].source)
+    assert cells[0].cell_type == "markdown" and ("Exception" in cells[0].source or "the kernel" in cells[0].source)
     assert any("first [1]" in str(cell.get("outputs", "")) for cell in cells), "what was done is kept"
     assert not (place / "home" / "results").exists()
     assert "first [1]" in copy.parent.with_name(f"{copy.parent.name}.log").read_text()
     assert fail != "raise" or not interrupts
+
+
+def test_a_kernel_that_dies_before_it_is_ready_says_how(place, monkeypatch):
+    (place / "sitecustomize.py").write_text(
+        "import os, sys\nif 'ipykernel_launcher' in sys.orig_argv:\n    os._exit(4)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    with pytest.raises(notebooks.NotebookFailed, match=r"cell 0: the kernel ended with exit code 4 \("):
+        notebooks.execute(EXPERIMENT, given(), place / "plan.json")
 
 
 @pytest.mark.parametrize("noted", [True, False])
