@@ -22,6 +22,8 @@ from moelab.runs.store import Run
 
 ATTEMPTS = "attempts.jsonl"
 Kind = Literal["stopped", "failed", "killed", "restarts"]
+_STOPS = 3
+"""Stops of one job without a new checkpoint after which the run is given up: each would begin where the last did."""
 _BROKEN = re.compile(
     r"uncorrectable ECC|hardware error|NVLink|no CUDA device is available|needs a GPU of its own"
     r"|system not yet initialized|unspecified launch failure|devices? .*(busy|unavailable)",
@@ -87,9 +89,16 @@ def decide(run: Run, attempt: Attempt, limits: Limits) -> tuple[bool, str]:
         return False, started + (run.status.reason or "no reason known")
     if attempt.restart >= limits.restarts:
         return False, started + attempt.reason
-    if attempt.kind == "stopped":
-        return True, ""
     earlier = [a for a in history(run) if a.job == attempt.job]
+    if attempt.kind == "stopped":
+        stops = 1 + sum(a.kind == "stopped" and a.checkpoint >= attempt.checkpoint for a in earlier)
+        if stops < _STOPS:
+            return True, ""
+        where = f"after step {attempt.checkpoint}" if attempt.checkpoint >= 0 else "of it"
+        return False, (
+            f"told to stop {stops} times before there was a new checkpoint {where}: the time limit less lead_s is too "
+            f"short to start and go on; raise the profile's time; last: {attempt.reason}"
+        )
     last = earlier[-1] if earlier else None
     if (
         last is not None

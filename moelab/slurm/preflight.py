@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from moelab.runs import preflight
@@ -21,7 +22,8 @@ def check(
 ) -> None:
     """Check folders, texts, weights of teachers and free space as `moelab run` does, and the nodes by the profile.
 
-    Devices are the nodes'; without Slurm (cluster ``local``) they are this machine's and are checked.
+    Devices are the nodes'; without Slurm (cluster ``local``) they are this machine's and are checked. A time limit that
+    may be too short is named on standard error.
 
     Args:
         measuring: experiments whose notebooks measure on a GPU.
@@ -32,6 +34,8 @@ def check(
     """
     store, on_slurm = store or RunStore(), profile.cluster == "slurm"
     if on_slurm:
+        if specs and (line := profile.tight()):
+            print(line, file=sys.stderr)
         for spec in preflight.unfinished(specs, store):
             Size.of(spec, profile)
         gives_a_gpu = profile.notebook_gpus or any(a.startswith(("--gres=gpu", "--gpus")) for a in profile.sbatch)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,11 @@ _OWN = (
 _Positive = Annotated[int, Ge(1)]
 _NotNegative = Annotated[int, Ge(0)]
 """Numbers of a profile, checked where its file is read."""
+
+_EARLY_S = 60
+"""By which Slurm may send a job's signal earlier than it was asked to."""
+_START_S = 60
+"""Seconds that a run has at least to start, load its checkpoint and train; imports alone take 10 on a shared disk."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,18 @@ class Profile:
         """Refuse a command that needs Slurm where the profile has none; ValueError, one line."""
         if self.cluster != "slurm":
             raise ValueError(f"{command} needs Slurm; profile {self.name} has cluster: {self.cluster}")
+
+    def tight(self) -> str:
+        """Return in one line that runs may be told to stop before they have started; an empty text if not."""
+        limit = 60 * math.ceil(minutes(self.time, self.name))
+        left = limit - self.lead_s - _EARLY_S
+        if left >= _START_S:
+            return ""
+        return (
+            f"profile {self.name}: with time {self.time} and lead_s {self.lead_s}, a run has {max(left, 0)} to "
+            f"{limit - self.lead_s} s until it is told to stop (Slurm's signal may come a minute early), and may get "
+            "nowhere; raise time"
+        )
 
     def _check_characters(self, where: str) -> None:
         """Refuse texts that would end a line of the batch script: the rest would be read as options or commands."""

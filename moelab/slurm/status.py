@@ -152,6 +152,14 @@ def _job(live: queue.Job | None) -> dict[str, Any]:
     return {"job": live.id, "slurm": live.state, "node": live.node} if live else {}
 
 
+def _waits_for(live: queue.Job) -> str:
+    """Return what a job waits for in Slurm's words, with the command that helps a job which Slurm holds."""
+    reason = "" if live.reason == "None" else live.reason
+    if "held" in reason.lower() or live.state in ("REQUEUE_HOLD", "SPECIAL_EXIT"):
+        return f"{reason or live.state}: it starts again after `scontrol release {live.id}`"
+    return reason
+
+
 @dataclass(frozen=True)
 class _Train:
     seed: int
@@ -200,8 +208,8 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
         if state in ("new", "running") and not live and answered:
             state = "lost" if state == "new" else "stopped"
     reason = status.reason if state != "finished" else ""
-    if live and live.reason not in ("None", ""):
-        reason = f"{live.reason}" + (f"; before: {reason}" if reason else "")
+    if live and (waits := _waits_for(live)):
+        reason = waits + (f"; before: {reason}" if reason else "")
     elif state == "lost":
         reason = (
             f"its job ended as {job.state} before it began" if job else "its job left the queue before it began"
@@ -238,7 +246,7 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
             reason = f"without {', '.join(ended.missing)}" if ended.missing else paths.short(Path(ended.result))
     elif live:
         state = "running" if live.state == "RUNNING" else "waiting"
-        reason = "" if live.reason == "None" else live.reason
+        reason = _waits_for(live)
     elif job and job.state == "CANCELLED":
         state, reason = "stopped", CANCELLED + _AGAIN
     else:

@@ -37,6 +37,24 @@ def test_what_is_tried_again(tiny_spec, workshop):
     assert not after(now=_attempt("stopped", restart=10))
 
 
+def test_a_run_that_is_told_to_stop_before_it_gets_on_is_given_up_with_the_reason(tiny_spec):
+    run, limits = RunStore().run(tiny_spec), Limits(3, 100)
+
+    def stops(restart: int, checkpoint: int = -1) -> bool:
+        if checkpoint >= 0:
+            (run.path / "checkpoints" / f"step-{checkpoint:08d}").mkdir(parents=True, exist_ok=True)
+        return attempt.record(run, "7", restart, "stopped", "asked to stop", "node1", limits)
+
+    assert [stops(0), stops(1), stops(2, checkpoint=5), stops(3), stops(4, 10)] == [True] * 5, "it gets on"
+    assert [stops(5), stops(6)] == [True, False]
+    assert run.status.state == "failed"
+    assert run.status.reason == (
+        "told to stop 3 times before there was a new checkpoint after step 10: the time limit less lead_s is too short "
+        "to start and go on; raise the profile's time; last: asked to stop"
+    )
+    assert attempt.record(run, "8", 0, "stopped", "x", "node1", limits), "submitted again, with a longer limit perhaps"
+
+
 def test_the_same_failure_on_another_node_is_the_same(tiny_spec):
     run = RunStore().run(tiny_spec)
     for node, again in (("node1", True), ("node2", False)):

@@ -49,6 +49,14 @@ def test_what_fits_passes_without_a_gpu_here_and_writes_nothing(tiny_spec, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_time_limit_in_which_a_run_may_not_start_is_named(tiny_spec, capsys):
+    preflight.check([tiny_spec], replace(PROFILE, time="0:03:00", lead_s=60))
+    assert capsys.readouterr().err == ""
+    preflight.check([tiny_spec], replace(PROFILE, time="1", lead_s=25))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("profile site: with time 1 and lead_s 25, a run has 0 to 35 s until it is told to stop")
+
+
 def test_runs_that_do_not_fit_the_profile_are_refused(tiny_spec, home):
     wide = on_cuda(tiny_spec, 16)
     with pytest.raises(ValueError, match="tiny: 16 ranks in nodes of 8 need 4 nodes; profile site allows 2"):

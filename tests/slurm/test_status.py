@@ -56,6 +56,21 @@ def nobody_answers(*_):
     raise queue.SlurmError("squeue: nobody answers")
 
 
+def test_a_job_that_slurm_holds_says_what_lets_it_go(submitted):
+    runs, job, record, _ = submitted
+    runs[0].set_status(Status("stopped", step=12, steps=24, reason="stopped at step 12 of 24"))
+    job("runs-0", 0, "PENDING", "launch failed requeued held")
+    job("runs-0", 1, "REQUEUE_HOLD")
+    job("notebook-0", 0, "PENDING", "JobHeldAdmin")
+    rows = {row.id: row for row in status.overview().rows}
+    released = "it starts again after `scontrol release"
+    assert rows[runs[0].spec.id].reason == (
+        f"launch failed requeued held: {released} 7_0`; before: stopped at step 12 of 24"
+    )
+    assert rows[runs[1].spec.id].reason == f"REQUEUE_HOLD: {released} 7_1`"
+    assert rows[f"{record.id}/notebook-0"].reason == f"JobHeldAdmin: {released} 7_0`"
+
+
 def test_without_slurm_the_runs_still_speak(submitted, shown, monkeypatch):
     runs, _, _, _ = submitted
     write_json(runs[0].path / "result.json", {})
