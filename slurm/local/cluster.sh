@@ -20,7 +20,9 @@ port=${MOELAB_SLURM_PORT:-17800} nodes=4 cpus=16 memory=32000
 devices=$(find /dev -maxdepth 1 -type c | sort -V | tail -8 | paste -sd,) gpus=$(tr ',' '\n' <<< "$devices" | wc -l)
 export SLURM_CONF=$dir/etc/slurm.conf PATH=$PATH:/usr/sbin
 
-alive() { [ -f "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
+# PID NAME: a daemon of this cluster; one that is gone may have left its pid to a stranger, or to a daemon of another cluster.
+ours() { [ "$(cat "/proc/${1:-none}/comm" 2>/dev/null)" = "$2" ] && grep -zqxF "SLURM_CONF=$SLURM_CONF" "/proc/$1/environ" 2>/dev/null; }
+alive() { local name; name=$(basename "$1"); ours "$(cat "$1" 2>/dev/null)" "${name%%.*}"; }  # FILE with a pid, named by the daemon
 idle() { timeout 5 sinfo -h -p debug -o %D -t idle 2>/dev/null; }
 
 need() {  # TOOL... PACKAGES
@@ -101,10 +103,10 @@ wait_for() {  # COMMAND that succeeds once what it talks to is up
 
 stop() {  # by the pid in a file of ours; a daemon that does not go in eight seconds is killed
   alive "$1" || { rm -f "$1"; return 0; }
-  local pid; pid=$(cat "$1")
+  local pid name; pid=$(cat "$1") name=$(basename "$1")
   kill "$pid"
-  for _ in $(seq 80); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-  kill -9 "$pid" 2>/dev/null || true
+  for _ in $(seq 80); do ours "$pid" "${name%%.*}" || break; sleep 0.1; done
+  ! ours "$pid" "${name%%.*}" || kill -9 "$pid" 2>/dev/null || true
   rm -f "$1"
 }
 
