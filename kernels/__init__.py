@@ -14,7 +14,7 @@ reference, the files beside it (``_gating_triton.py``, ``_cpp/gating.cpp``) the 
 
 from ._common import Backend
 from ._cpp import available as cpp_available
-from ._cpp import instructions, version, why_not
+from ._cpp import instructions, version, why_not, why_not_loaded
 from ._hash import priorities
 from .activations import ACTIVATIONS, Activation, activate
 from .attention import attention
@@ -47,4 +47,5 @@ __all__ = [
     "row_table",
     "version",
     "why_not",
+    "why_not_loaded",
 ]

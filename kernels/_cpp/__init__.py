@@ -8,7 +8,9 @@ One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, 
 result has the same bits on any number of threads.
 
 The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), in a folder named after the
-digest of what it was made of. That folder appears complete or not at all, and is never replaced.
+digest of what it was made of. That folder appears complete or not at all, and is not replaced while it is whole: beside
+the library are its size and digest, which are checked before it is loaded. A process that loaded a library without its
+end would be killed by SIGBUS.
 """
 
 from __future__ import annotations
@@ -92,11 +94,21 @@ def why_not() -> str | None:
     if instructions() == "none":
         return f"{VARIABLE} is 'none'"
     try:
-        compiled = os.path.exists(_library(instructions()))
+        library = _library(instructions())
     except RuntimeError:  # a user without a home
         return "there is no home directory to keep the compiled code in; set TORCH_EXTENSIONS_DIR"
-    if not compiled and shutil.which(compiler().split()[0]) is None:
-        return f"there is no C++ compiler {compiler()!r}; install it, or set CXX"
+    if not _whole(library) and shutil.which(compiler().split()[0]) is None:
+        damaged = f"{library} is damaged, and " if library.exists() else ""
+        return f"{damaged}there is no C++ compiler {compiler()!r}; install it, or set CXX"
+    return None
+
+
+def why_not_loaded() -> str | None:
+    """Load the code, and compile it where that has not been done; return why that fails, or None."""
+    try:
+        operations()
+    except RuntimeError as error:
+        return str(error)
     return None
 
 
@@ -106,12 +118,10 @@ def available() -> bool:
 
     The first call loads the code, and compiles it where that has not been done.
     """
-    try:
-        operations()
-    except RuntimeError as error:
+    if reason := why_not_loaded():
         if instructions() != "none":
             print(
-                f"moelab: no CPU kernels: {error}. Plain PyTorch computes instead; "
+                f"moelab: no CPU kernels: {reason}. Plain PyTorch computes instead; "
                 "training takes up to 2.4 times as long",
                 file=sys.stderr,
                 flush=True,
@@ -165,7 +175,7 @@ def _load(name: str) -> Any:
         raise RuntimeError(reason)
     library = _library(name)
     try:
-        if not os.path.exists(library):
+        if not _whole(library):
             _compile(name)
         torch.ops.load_library(str(library))
     except OSError as error:  # nothing can be written there, or be run
@@ -191,6 +201,23 @@ def _library(name: str) -> Path:
     return _folder() / f"moelab-kernels-{name}-{_key(name)[:16]}" / "library.so"
 
 
+def _whole(library: Path) -> bool:
+    """Return whether a library has the size and the digest that were written beside it when it was compiled."""
+    try:
+        return _beside(library).read_text() == _size_and_digest(library)
+    except (OSError, ValueError):  # it is not there, or what is beside it is no text
+        return False
+
+
+def _beside(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _size_and_digest(library: Path) -> str:
+    content = library.read_bytes()
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n"
+
+
 def _namespace(name: str) -> str:
     return f"moelab_{name}"
 
@@ -205,6 +232,7 @@ def _key(name: str) -> str:
     """Return the digest of what a library is made of."""
     sources = [path.read_bytes() for path in sorted(_HERE.iterdir()) if path.suffix in (".h", ".cpp")]
     parts = [*sources, " ".join(_flags(name) if name else _FLAGS).encode(), platform.machine().encode()]
+    parts += [b"digest beside it"] if name else []  # a folder without one is of an earlier version
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
@@ -219,7 +247,7 @@ def _compile(name: str) -> None:
     lock = FileLock(_folder() / f"moelab-kernels-{name}.lock")
     # It binds the processes of one node; others compile at the same time, and so do all where files have no locks.
     with contextlib.suppress(Timeout, NotImplementedError), _acquired(lock):
-        if not os.path.exists(_library(name)):
+        if not _whole(_library(name)):
             _compile_now(name)
         return
     _compile_now(name)
@@ -234,6 +262,9 @@ def _acquired(lock: FileLock) -> AcquireReturnProxy:
 
 
 def _compile_now(name: str) -> None:
+    library = _library(name)
+    if library.exists() and not _whole(library):
+        print(f"moelab: {library} is damaged: its size or digest is another than when it was made", file=sys.stderr)
     print(
         f"moelab: compiling the CPU kernels for {name} with {compiler()}, once (some 15 s on two cores)",
         file=sys.stderr,
@@ -247,21 +278,24 @@ def _compile_now(name: str) -> None:
             for source, to in zip(SOURCES, objects, strict=True)
         ]
         _run(commands)
-        library = _library(name)
         made = Path(work, "made", library.name)
         made.parent.mkdir()
         libraries = f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch"
         _run([[*compiler().split(), "-shared", *objects, "-o", str(made), *libraries]])
-        with made.open("rb") as file:  # on the disk before it has its name
-            os.fsync(file.fileno())
+        _beside(made).write_text(_size_and_digest(made))
+        for file in (made, _beside(made)):  # on the disk before it has its name
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         if _key.__wrapped__(name) != _key(name):
             raise RuntimeError("the sources of the CPU kernels changed while they were compiled; start again")
         try:
             # Unlike a file, a folder that is not empty cannot be replaced: where nodes share files, that would end the
             # processes of a node that has loaded its library.
+            if library.parent.exists() and not _whole(library):
+                os.rename(library.parent, Path(work, "damaged"))
             os.rename(made.parent, library.parent)
         except OSError:
-            if not os.path.exists(library):
+            if not _whole(library):
                 raise
 
 

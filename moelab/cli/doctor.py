@@ -63,7 +63,7 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
     from moelab import kernels
 
     try:
-        if reason := kernels.why_not():
+        if reason := kernels.why_not_loaded():
             slowly = "plain PyTorch computes instead; training takes up to 2.4 times as long"
             yield None, f"CPU kernels: {reason}; {slowly}"
         else:

@@ -286,6 +286,17 @@ def test_doctor_goes_on_where_an_instruction_set_is_none_of_this_processor(monke
     assert kernels[0] is False and "MOELAB_INSTRUCTIONS must be one of" in kernels[1] and found[-1] != kernels
 
 
+def test_doctor_loads_the_cpu_kernels_and_says_why_that_fails(monkeypatch):
+    from moelab.kernels import _cpp
+
+    def refused():
+        raise RuntimeError("the compiled code cannot be kept in /x (Operation not permitted)")
+
+    monkeypatch.setattr(_cpp, "operations", refused)
+    (kernels,) = ((ok, text) for ok, text in doctor.checks() if text.startswith("CPU kernels: "))
+    assert kernels[0] is None and "cannot be kept in /x (Operation not permitted); plain PyTorch" in kernels[1]
+
+
 def test_doctor_says_that_a_workspace_is_not_writable_and_that_git_names_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "mine"))
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "theirs"))

@@ -79,7 +79,8 @@ def test_it_is_compiled_once_with_one_line(place, monkeypatch, capfd):
     assert line.startswith(f"moelab: compiling the CPU kernels for {NAME} with {place.root}")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert place.load() == path and place.calls() == ONCE and capfd.readouterr() == ("", "")
-    assert [p for p in place.folder.rglob("*") if p.suffix != ".lock"] == [path.parent, path]
+    made = {p for p in place.folder.rglob("*") if p.suffix != ".lock"}
+    assert made == {path.parent, path, path.with_suffix(".sha256")}
     assert place.folder.stat().st_mode & 0o077 == 0
 
 
@@ -102,6 +103,24 @@ def test_what_was_removed_is_compiled_again(place, remove):
     path = place.load()
     remove(path)
     assert place.load() == path and path.exists() and place.calls() == 2 * ONCE
+
+
+@pytest.mark.parametrize("damage", ["library.so", "library.sha256"])
+def test_a_damaged_library_is_not_loaded_but_compiled_again_and_said(place, monkeypatch, capfd, damage):
+    path = place.load()
+    file = path.with_name(damage)
+    file.write_text(file.read_text()[:-2])
+    loaded = len(place.loaded)
+    with monkeypatch.context() as other:
+        other.setenv("CXX", "no-such-compiler")
+        with pytest.raises(RuntimeError, match=f"{path} is damaged, and there is no C\\+\\+ compiler"):
+            place.load()
+    assert len(place.loaded) == loaded
+    capfd.readouterr()
+    assert place.load() == path and place.calls() == 2 * ONCE
+    said = capfd.readouterr().err.splitlines()
+    assert said[0].startswith(f"moelab: {path} is damaged: ") and "compiling" in said[1]
+    assert [p for p in place.folder.iterdir() if p.suffix != ".lock"] == [path.parent], "nothing is left over"
 
 
 def test_what_another_node_compiled_meanwhile_is_not_replaced(place):
