@@ -109,16 +109,16 @@ def run(
         print(line, flush=True)
     from moelab.notebook.watch import GO_ON, execute_watched
 
-    if len(wanted) > 1:
-        from moelab.lab import Lab
+    try:
+        if len(wanted) > 1:
+            from moelab.lab import Lab
 
-        try:
             good = batch.run_all(wanted, Lab().run, publish=publish)
-        except KeyboardInterrupt:
-            print(GO_ON)
-            raise
-    else:
-        good = execute_watched(wanted[0].experiment, wanted[0].given, publish=publish)
+        else:
+            good = execute_watched(wanted[0].experiment, wanted[0].given, publish=publish)
+    except KeyboardInterrupt:
+        print(GO_ON, flush=True)
+        raise typer.Exit(130) from None
     if not good:
         raise typer.Exit(1)
 

@@ -62,7 +62,10 @@ def _publish(
         os.dup2(file.fileno(), 2)
     from moelab.notebook.watch import execute_watched
 
-    sys.exit(0 if execute_watched(EXPERIMENTS[name], values, publish=publish, page=False) else 1)
+    try:
+        sys.exit(0 if execute_watched(EXPERIMENTS[name], values, publish=publish, page=False) else 1)
+    except KeyboardInterrupt:  # the terminal's, which the command answers
+        sys.exit(130)
 
 
 def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs], *, publish: bool = False) -> bool:

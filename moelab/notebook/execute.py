@@ -166,7 +166,7 @@ def run(
                     parameters=dict(values or {}),
                     engine_name=_engine(),
                     kernel_name="python3",
-                    kernel_manager_class=_kernel_manager(codes),
+                    kernel_manager_class=_kernel_manager(codes, log),
                     progress_bar=False,
                     start_timeout=600,  # the first start compiles every module, on a network's disk perhaps
                     iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
@@ -238,7 +238,7 @@ def _engine() -> str:
     return "moelab"
 
 
-def _kernel_manager(codes: list[int]) -> type:
+def _kernel_manager(codes: list[int], log: TextIO | None = None) -> type:
     """Return a kernel manager that uses Unix sockets where possible: no races for ports, nothing on the network.
 
     Its clients look for a reply every second besides waiting for it. A widget's output makes nbclient send to the
@@ -249,6 +249,8 @@ def _kernel_manager(codes: list[int]) -> type:
 
     Args:
         codes: gets the exit code of a kernel that is found dead; negative for a signal.
+        log: gets what the kernel's process prints outside of cells, as it starts and ends; without a file behind it,
+            this process's own output does.
     """
     from jupyter_client.asynchronous import AsyncKernelClient
     from jupyter_client.channels import AsyncZMQSocketChannel
@@ -288,6 +290,11 @@ def _kernel_manager(codes: list[int]) -> type:
         def _place(self) -> str:
             """Return where the sockets lie as well: by default that is the kernel's working folder."""
             return str(Path(sockets) / "kernel.json")
+
+        async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
+            with contextlib.suppress(OSError, AttributeError):  # no file: io.UnsupportedOperation is an OSError
+                options |= {"stdout": log.fileno(), "stderr": log.fileno()} if log else {}
+            await super()._async_launch_kernel(kernel_cmd, **options)
 
         async def _async_is_alive(self) -> bool:
             alive = await super()._async_is_alive()

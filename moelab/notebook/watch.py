@@ -22,7 +22,7 @@ from moelab.runs import records
 from moelab.runs.progress import Estimate, Snapshot, table
 from moelab.runs.store import Run, RunStore
 
-GO_ON = "stopped; the same command goes on, with unfinished runs from their last checkpoints"
+GO_ON = "stopped; run the same command again to go on, with unfinished runs from their last checkpoints"
 
 
 def execute_watched(
@@ -33,6 +33,9 @@ def execute_watched(
     Args:
         publish: into the published results instead of the user's own.
         page: bring the results' page up to date.
+
+    Raises:
+        KeyboardInterrupt: stopped; `GO_ON` is what to say of it.
     """
     console = Console()
     console.print(f"[bold]{escape(experiment.title)}[/] · {escape(experiment.paper)}")
@@ -43,8 +46,6 @@ def execute_watched(
             result = notebooks.execute(experiment, values, plan, publish=publish)
         except notebooks.NotebookFailed as error:
             failure = f"[red]failed:[/] {escape(str(error))}"
-        except KeyboardInterrupt:
-            failure = GO_ON
     if failure:
         console.print(failure, soft_wrap=True)
         return False

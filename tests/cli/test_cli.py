@@ -338,9 +338,12 @@ def test_several_experiments_are_one_batch(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batch, "run_all", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        experiments.run(["half-moe", "top2-vs-residual"], scale="smoke")
-    assert capsys.readouterr().out.splitlines()[-1] == watch.GO_ON
+    monkeypatch.setattr(notebooks, "execute", interrupted)
+    for names in (["half-moe", "top2-vs-residual"], ["half-moe"]):
+        monkeypatch.setattr(sys, "argv", ["moelab", "run", *names, "--scale", "smoke"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 130 and capsys.readouterr().out.splitlines()[-1] == watch.GO_ON
     with pytest.raises(ValueError, match=r"^run: give experiments' names or --all"):
         experiments.run(["half-moe"], all_=True)
 

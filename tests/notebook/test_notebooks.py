@@ -18,7 +18,7 @@ from moelab.design.parameters import resolve
 from moelab.experiments import pr_moe
 from moelab.files import write_json
 from moelab.notebook import execute as notebooks
-from moelab.notebook.watch import GO_ON, execute_watched
+from moelab.notebook.watch import execute_watched
 from moelab.runs import records
 from moelab.runs.measurements import file_digest
 from moelab.runs.store import RunStore
@@ -155,11 +155,13 @@ def test_a_failure_leaves_the_executed_copy_with_the_error_on_top(place, interru
 
 def test_a_kernel_that_dies_before_it_is_ready_says_how(place, monkeypatch):
     (place / "sitecustomize.py").write_text(
-        "import os, sys\nif 'ipykernel_launcher' in sys.orig_argv:\n    os._exit(4)\n"
+        "import os, sys\nif 'ipykernel_launcher' in sys.orig_argv:\n    os.write(2, b'no luck\\n')\n    os._exit(4)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(place))
     with pytest.raises(notebooks.NotebookFailed, match=r"cell 0: the kernel ended with exit code 4 \("):
         notebooks.execute(EXPERIMENT, given(), place / "plan.json")
+    (log,) = (place / "home" / "publishing").glob("*.log")
+    assert log.read_text() == "no luck\n", "and not in the terminal, where it would come after the last line"
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -241,15 +243,6 @@ def test_a_reply_whose_signal_was_taken_is_found():
 
     with ThreadPoolExecutor(1) as own:  # the browser's tests leave a loop running in this thread
         assert own.submit(lambda: asyncio.run(wait())).result()["msg_type"] == "execute_reply"
-
-
-def test_an_interrupt_ends_with_one_line(monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(notebooks, "execute", interrupted)
-    assert not execute_watched(EXPERIMENT, {})
-    assert GO_ON in capsys.readouterr().out.splitlines()
 
 
 def test_who_publishes_hears_of_runs_whose_records_lack_numbers(tmp_path, monkeypatch, capsys, result):
