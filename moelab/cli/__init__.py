@@ -5,11 +5,12 @@ Heavy modules are imported inside the commands, so that `moelab --help` is quick
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -62,12 +63,20 @@ def main() -> None:
     """Run the command line.
 
     Errors that a user can mend become one line on standard error. The exit code is 2 for bad input and for a text or a
-    checkpoint that cannot be had, and 1 for what the system refuses (a folder that is read-only, a full disk).
+    checkpoint that cannot be had, and 1 for what the system refuses (a folder that is read-only, a full disk). It is
+    130 after Ctrl-C, and 141 where what reads the output has ended.
     """
     try:
         code = app(standalone_mode=False)  # else Typer prints usage errors itself, as a box
+        sys.stdout.flush()  # here, where a reader that has gone is noticed
         if code:
             sys.exit(code)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # for which click exits with 1
+            _end_without_reader()
+        raise
+    except BrokenPipeError:
+        _end_without_reader()
     except _UsageError as error:
         if message := _one_line(error):
             _complain(message)
@@ -92,6 +101,12 @@ def main() -> None:
             raise
         _complain(str(error))
         sys.exit(2)
+
+
+def _end_without_reader() -> NoReturn:
+    """End as shells expect of a program that is killed by SIGPIPE: what reads the output, `head` say, wants no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter fails to write the rest as it ends
+    sys.exit(128 + 13)
 
 
 def _variable_of(file: str) -> str:
@@ -142,7 +157,7 @@ def _one_line(error: Any) -> str:
         elif error.possibilities:
             hint = f"did you mean {' or '.join(sorted(error.possibilities))}?"
         elif takes_parameters:
-            hint = f"parameters are given as -p {_as_parameter(error.option_name, sys.argv[1:])}"
+            hint = f"parameters are given as {_as_parameter(error.option_name, sys.argv[1:])}"
     elif takes_parameters and (pair := re.search(r"\((\w[\w.]*=\S*)\)$", message)):
         hint = f"parameters are given as -p {pair[1]}"
     where = f"{' '.join(names)}: " if names else ""
@@ -150,11 +165,16 @@ def _one_line(error: Any) -> str:
 
 
 def _as_parameter(option: str, arguments: Sequence[str]) -> str:
-    """Return an option of the command line, such as ``--first-seed 3``, in the form of a parameter: first_seed=3."""
+    """Return an option of the command line, such as ``--first-seed 3``, as a parameter: ``-p first_seed=3``.
+
+    What follows an option of one letter may be the parameter already: ``-y seeds=3`` is ``-p seeds=3``.
+    """
     value = "VALUE"
     for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument.startswith(f"{option}="):
             value = argument.partition("=")[2]
         elif argument == option and after and not after.startswith("-"):
             value = after
-    return f"{option.lstrip('-').replace('-', '_')}={value}"
+    if len(option) == 2:
+        return f"-p {value}" if "=" in value else "-p NAME=VALUE"
+    return f"-p {option.lstrip('-').replace('-', '_')}={value}"

@@ -92,7 +92,7 @@ def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str
     for item in items or ():
         key, separator, value = item.partition("=")
         if not separator:
-            raise ValueError(f"-p {item}: expected NAME=VALUE")
+            raise ValueError(f"-p {item}: expected NAME=VALUE, such as -p {item or 'seeds'}=3")
         given[key.strip()] = value.strip()
     if scale is not None and given.setdefault("scale", scale) != scale:
         raise ValueError(f"-p scale={given['scale']} and --scale {scale} are two scales; give one of them")

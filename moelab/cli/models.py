@@ -73,9 +73,11 @@ def generate(
     if len(prompts) == 1 and mesh is None and not as_json:
         pieces = writer.stream(prompts, sampling)  # a prompt that is too long is refused, not printed
         print(prompts[0], end="", flush=True)
-        for _, text in pieces:
-            print(text, end="", flush=True)
-        print()
+        try:
+            for _, text in pieces:
+                print(text, end="", flush=True)
+        finally:  # an error has a line of its own
+            print()
         return
     completions = writer.generate(prompts, sampling)
     if mesh is None or mesh.rank == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from moelab.report.publication import SUMMARY
 from moelab.report.site import convert
 from moelab.runs.collection import NoResult
 from moelab.terminal import one_line
+
+_KEPT_S = 7 * 24 * 3600.0
 
 
 class NotebookFailed(RuntimeError):
@@ -50,13 +53,13 @@ def execute(
         values: parameters, the scale among them, see `moelab.design.parameters.Request`.
         plan: file in which the notebook lists the runs it waits for, for whoever shows progress.
         log: where what the notebook prints goes while it runs, cell by cell; by default a file beside the executed
-            copy.
+            copy, which is removed when there is a result.
         publish: move it into the published results instead.
         progress: file that says which cell runs: ``{"cell": 3, "cells": 12, "started": seconds since the epoch}``.
 
     Raises:
         NotebookFailed: a cell raised, or the kernel died; the executed copy, with the error on top, stays in
-            `.moelab/publishing/`.
+            `.moelab/publishing/` for a week.
         KeyboardInterrupt: stopped; the executed copy says where.
     """
     import papermill
@@ -65,12 +68,14 @@ def execute(
     scale = values["scale"]
     name = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     (publishing := paths.home() / "publishing").mkdir(parents=True, exist_ok=True)
+    _clear_out(publishing)
     # Notebooks of a sweep start in the same second, on several machines.
     staging = Path(tempfile.mkdtemp(prefix=f"{experiment.name}-{scale}-{name}-", dir=publishing))
     staging.chmod(0o755)
     copy = staging / "notebook.ipynb"
     at = [0]
 
+    own_log = log is None
     with contextlib.ExitStack() as stack:
         if log is None:
             log = stack.enter_context(
@@ -127,7 +132,25 @@ def execute(
             if not target.exists():
                 raise
             target = target.with_name(target.name + "x")
+    if own_log:
+        (publishing / f"{staging.name}.log").unlink(missing_ok=True)  # the executed notebook has all that it has
+    later = [path.name for path in target.parent.glob("[0-9]*") if path.name > target.name]
+    if later:
+        print(
+            f"{target}: dated by this machine's clock, before the result {max(later)}; has the clock gone back? The "
+            "later date counts as the newer result",
+            file=sys.stderr,
+        )
     return target
+
+
+def _clear_out(publishing: Path) -> None:
+    """Remove what notebooks that failed or were killed left more than a week ago."""
+    before = time.time() - _KEPT_S
+    for entry in publishing.iterdir():
+        with contextlib.suppress(OSError):
+            if entry.stat().st_mtime < before:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def run(

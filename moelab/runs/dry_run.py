@@ -126,8 +126,8 @@ def show(runs: Sequence[PlannedRun]) -> None:
 def on_this_machine(runs: Sequence[PlannedRun]) -> list[str]:
     """Return in a line each how long unfinished runs on a CPU take, how many train a trunk again, which are published.
 
-    The time of a run is that of the FLOPs it has left, at the rate of finished runs here of nearly its cost, or of
-    published ones where there are none.
+    If they will train without the CPU kernels, a line says why. The time of a run is that of the FLOPs it has left, at
+    the rate of finished runs here of nearly its cost, or of published ones where there are none.
     """
     left = [run for run in runs if run.gpu_hours is None and run.state != "finished"]
     known = records.published()
@@ -139,12 +139,23 @@ def on_this_machine(runs: Sequence[PlannedRun]) -> list[str]:
         hours = sum((run.spec.cost * (1 - run.done) + run.again) / rates[run.spec.cost] for run in left) / 3600
         took = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.0f} minutes" if hours > 1 / 60 else "a minute"
         lines.append(f"about {took} on one core, at the speed of {whose}")
+    if left and (slower := _without_kernels()):
+        lines.append(slower)
     if again := sum(run.again > 0 for run in runs):
         lines.append(f"{again} of these train their trunk again first: it has no checkpoint of the branch point here")
     if there:
         arms = ", ".join(dict.fromkeys(spec.title for spec in there if spec.start is None))
         lines.append(f"{len(there)} of these are published ({arms}): `moelab runs import` takes their numbers over")
     return lines
+
+
+def _without_kernels() -> str:
+    """Return in one line why plain PyTorch will compute on this CPU; empty where it will not, or is asked for."""
+    from moelab import kernels
+
+    if kernels.instructions() == "none" or not (reason := kernels.why_not()):
+        return ""
+    return f"no CPU kernels: {reason}; plain PyTorch computes instead, and training takes up to 2.4 times as long"
 
 
 def _timed(known: Mapping[str, records.Archive]) -> tuple[list[tuple[RunSpec, float]], str]:

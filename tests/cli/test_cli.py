@@ -126,6 +126,9 @@ def test_bad_input_is_one_line_and_starts_nothing_and_wrong_arguments_load_nothi
         (("submit", "pr-moe", "--first-seed=3"), "no option --first-seed; parameters are given as -p first_seed=3\n"),
         (("sweep", "pr-moe", "--train.lr", "-g", "x=1"), "--train.lr; parameters are given as -p train.lr=VALUE\n"),
         (("run", "pr-moe", "--sclae", "cpu"), "moelab: run: no option --sclae; did you mean --scale?\n"),
+        (("run", "pr-moe", "-y", "seeds=3"), "moelab: run: no option -y; parameters are given as -p seeds=3\n"),
+        (("run", "pr-moe", "-y"), "moelab: run: no option -y; parameters are given as -p NAME=VALUE\n"),
+        (("run", "pr-moe", "-p", "seeds", "x"), "-p seeds: expected NAME=VALUE, such as -p seeds=3\n"),
         (("run", "pr-moe", "seeds=3"), "(seeds=3); parameters are given as -p seeds=3\n"),
         (("submit", "pr-moe", "seeds=3"), "(seeds=3); parameters are given as -p seeds=3\n"),
         (("status", "--nosuch"), "moelab: status: no option --nosuch; see `moelab status --help`\n"),
@@ -277,6 +280,33 @@ def test_what_commands_print_fits_a_terminal_of_80_columns(command, tmp_path, mo
     assert max(map(len, out.splitlines())) <= 80, out
     if command.startswith("run pr-moe"):
         assert "PR-MoE-32/64 (sum) ·" in out and "seeds 0-2" in out
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    for command in ("list", "list --json", "list nosuch", "--help"):
+        reads, writes = os.pipe()
+        os.close(reads)
+        called = [sys.executable, "-m", "moelab", *command.split()]
+        done = subprocess.run(called, stdout=writes, stderr=subprocess.PIPE, text=True)
+        os.close(writes)
+        wrong = command == "list nosuch"
+        assert done.returncode == (2 if wrong else 141) and bool(done.stderr.strip()) == wrong, (command, done.stderr)
+
+
+def test_an_error_while_text_is_printed_has_a_line_of_its_own(tmp_path, monkeypatch, capsys):
+    from moelab.inference import text
+
+    def stream(*_):
+        yield 0, "Once upon"
+        raise ValueError("the context is full")
+
+    monkeypatch.setattr(text, "open_text", lambda *_, **__: SimpleNamespace(stream=stream))
+    monkeypatch.setattr(text, "join_ranks", lambda *_, **__: None)
+    monkeypatch.setattr(models.RunStore, "find", lambda *_: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moelab", "generate", "x"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr() == ("Once upon\n", "moelab: the context is full\n")
 
 
 def test_doctor_goes_on_where_an_instruction_set_is_none_of_this_processor(monkeypatch):

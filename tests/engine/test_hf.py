@@ -115,6 +115,21 @@ def test_the_end_of_a_text_goes_along(tmp_path):
         hf.load_tokenizer(folder)
 
 
+def test_weights_that_are_no_numbers_and_a_damaged_tokenizer_are_not_converted(tmp_path):
+    model = made(DENSE)
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model.get_parameter("position_embedding.weight")[3, 4] = value
+        folder = hf.export(model, tmp_path / f"out-{value}")
+        with pytest.raises(ValueError, match=r"1 of 768 numbers of position_embedding\.weight are NaN or infinite"):
+            hf.convert(folder, tmp_path / "converted")
+    folder = hf.export(made(DENSE), tmp_path / "out")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer of the `tokenizers` library \(") as error:
+        hf.convert(folder, tmp_path / "converted")
+    assert "\n" not in str(error.value) and not (tmp_path / "converted").exists()
+
+
 def test_bad_directories(tmp_path):
     with pytest.raises(ValueError, match="no model here"):
         hf.load(tmp_path)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -130,6 +132,19 @@ def test_what_it_prints_shows_while_it_runs_and_which_cell_it_is_at(place, inter
     assert not (place / "results").exists(), "publishing is asked for"
     public = notebooks.execute(EXPERIMENT, values, place / "plan.json", publish=True)
     assert public.parent == place / "results" / "x" / "smoke" and not interrupts
+
+
+def test_what_failed_stays_a_week_and_a_clock_that_went_back_is_named(place, capsys):
+    publishing, week = place / "home" / "publishing", 7 * 24 * 3600
+    for name, age in (("x-old", week + 60), ("x-new", week - 3600)):
+        (publishing / name).mkdir(parents=True)
+        for entry in (publishing / f"{name}.log", publishing / name):
+            entry.touch()
+            os.utime(entry, (time.time() - age,) * 2)
+    (place / "home" / "results" / "x" / "smoke" / "20990101-000000").mkdir(parents=True)
+    notebooks.execute(EXPERIMENT, given(), place / "plan.json")
+    assert {entry.name for entry in publishing.iterdir()} == {"x-new", "x-new.log"}, "a result needs no log"
+    assert "dated by this machine's clock, before the result 20990101-000000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

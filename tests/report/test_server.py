@@ -2,12 +2,13 @@
 
 import http.client
 import os
+import socket
 import threading
 
 import pytest
 
 from moelab.report.site.sanitize import OF_FILES, POLICY
-from moelab.report.site.server import ResultsServer
+from moelab.report.site.server import ResultsServer, _Handler
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,14 @@ def test_what_cannot_be_read_is_not_found_and_answered_at_once(server, method, c
 def test_pages_run_their_own_scripts_and_other_files_nothing(server):
     found = [ask(server, path)[2] for path in ("/", "/index.html?a=1", "/figure.svg")]
     assert found == [POLICY, POLICY, OF_FILES] and "sandbox" in OF_FILES and "script-src" not in OF_FILES
+
+
+def test_a_silent_client_does_not_hold_a_thread(server, monkeypatch):
+    assert 0 < _Handler.timeout <= 60
+    monkeypatch.setattr(_Handler, "timeout", 0.1)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as silent:
+        silent.sendall(b"GET / HTTP/1.1\r\n")
+        assert silent.recv(1) == b"", "the server closes it"
 
 
 def test_a_port_in_use_is_one_line(server):

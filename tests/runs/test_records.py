@@ -41,6 +41,15 @@ def finished(store, result):
     return run
 
 
+def test_runs_that_will_train_without_the_cpu_kernels_say_so_before_they_begin(tiny_spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    said = [line for line in on_this_machine([tiny_spec]) if line.startswith("no CPU kernels: ")]
+    assert len(said) == 1 and "no C++ compiler 'no-such-compiler'" in said[0] and "2.4 times as long" in said[0]
+    monkeypatch.setenv("MOELAB_INSTRUCTIONS", "none")
+    assert not [line for line in on_this_machine([tiny_spec]) if "kernels" in line], "as was asked for"
+
+
 def test_a_pack_has_the_runs_of_a_model_and_keeps_what_it_has(store, finished, result, tmp_path, theirs):
     other = store.run(pr_moe.EXPERIMENT.specs("smoke", 2, arms=["PR-MoE-32/64"])[-1])
     write_json(other.path / "result.json", result(4.4))

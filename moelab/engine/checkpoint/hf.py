@@ -91,7 +91,7 @@ def convert(source: Path, directory: Path, model_type: str = "moelab", name: str
         name: the model's name; the default keeps that of the source.
 
     Raises:
-        ValueError: as `load` and `export`.
+        ValueError: as `load` and `export`; or a weight is no finite number, or the tokenizer is damaged.
     """
     kind, config, record = _read_config(source)
     config = replace(config, name=name or config.name)
@@ -99,13 +99,35 @@ def convert(source: Path, directory: Path, model_type: str = "moelab", name: str
     with Files(source, kind) as files, _new(directory) as new:
         _check(files, kind, config)
         tensors = _tensors(
-            target, config, ((name, files.whole(name, shape, config)) for name, shape in _shapes(config))
+            target,
+            config,
+            ((name, _finite(name, files.whole(name, shape, config), source)) for name, shape in _shapes(config)),
         )
         _write(new, target, config, eot, tensors)
         for name in _BESIDE:
             if (source / name).is_file():
                 shutil.copyfile(source / name, new / name)
+        _check_tokenizer(source / _TOKENIZER)
     return config
+
+
+def _finite(name: str, tensor: Tensor, source: Path) -> Tensor:
+    """Return a parameter; ValueError, one line, where it has a NaN or an infinity."""
+    wrong = int((~torch.isfinite(tensor)).sum())
+    if wrong:
+        raise ValueError(f"{source}: {wrong} of {tensor.numel()} numbers of {name} are NaN or infinite")
+    return tensor
+
+
+def _check_tokenizer(path: Path) -> None:
+    """Read a tokenizer's file, if there is one; ValueError, one line, where it is damaged."""
+    import tokenizers
+
+    try:
+        if path.is_file():
+            tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no class of its own
+        raise ValueError(f"{path}: not a tokenizer of the `tokenizers` library ({error})") from None
 
 
 def _end_of_text(record: dict[str, Any], where: Path) -> int | None:

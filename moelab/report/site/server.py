@@ -47,6 +47,7 @@ class ResultsServer(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
     server: ResultsServer
+    timeout = 20.0  # seconds for a request, after which a client that is silent no longer holds a thread
 
     def send_head(self) -> Any:
         """Refuse what is asked of another host, and files outside the folder, where a symbolic link may lead."""
