@@ -1,0 +1,66 @@
+"""Files of a stopped run that are cut short, emptied, changed in a byte or removed: never other numbers without a word.
+
+`pytest tests/runs/test_damage.py --kills 100 -s` damages 200 files and prints each file with the outcome. A failure names
+the seed; PYTEST_SEED draws the same again.
+"""
+
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from moelab.runs.execute import execute
+from moelab.runs.store import Run, RunStore
+from moelab.training.loop import TrainingStopped
+from tests.conftest import numbers, stop_after
+from tests.runs.test_kills import ELSEWHERE
+
+pytestmark = pytest.mark.slow
+
+
+def damage(file: Path, draw: random.Random) -> str:
+    """Damage a file in one of four ways, and return which."""
+    content = file.read_bytes()
+    how = draw.choice(["cut", "emptied", "changed", "removed"]) if content else "removed"
+    at = draw.randrange(len(content)) if content else 0
+    if how == "removed":
+        file.unlink()
+    elif how == "changed":
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :])
+    else:
+        file.write_bytes(content[: at if how == "cut" else 0])
+    return how
+
+
+def files(run: Run) -> list[Path]:
+    """Return what a stopped run goes on from; its logs and its spec, whose digest is its name, are not drawn."""
+    found = (file for file in sorted(run.path.rglob("*")) if file.is_file() and not file.is_symlink())
+    return [file for file in found if file.name not in ELSEWHERE | {"spec.json"}]
+
+
+def test_a_damaged_run_ends_with_the_same_numbers_or_says_what_is_damaged(tiny_spec, tmp_path, request):
+    seed = int(os.environ.get("PYTEST_SEED") or random.SystemRandom().randrange(2**32))
+    draw, outcomes = random.Random(seed), Counter()
+    whole = RunStore(tmp_path / "whole").run(tiny_spec)
+    execute(whole)
+    wanted = numbers(whole.path)
+    for round in range(2 * request.config.getoption("--kills")):
+        run = RunStore(tmp_path / str(round)).run(tiny_spec)
+        with pytest.raises(TrainingStopped):
+            execute(run, should_stop=stop_after(draw.randint(6, 20)))
+        file = draw.choice(files(run))
+        how = damage(file, draw)
+        where = f"seed {seed}, round {round}: {file.relative_to(run.path)} {how}"
+        try:
+            execute(run)
+        except (ValueError, RuntimeError, OSError) as error:
+            outcome = "said"
+            assert "\n" not in str(error), (where, error)
+        else:
+            outcome = "same numbers"
+            assert numbers(run.path) == wanted, where
+        outcomes[outcome] += 1
+        print(f"{where}: {outcome}")
+    print(f"seed {seed}: {dict(outcomes)}")
