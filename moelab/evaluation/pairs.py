@@ -1,0 +1,286 @@
+"""Make minimal pairs from held-out text: a context, the continuation that stands there, and a wrong one.
+
+    items = minimal_pairs(data, context=128, count=2000)
+
+| kind            | the text has                                | the wrong form                                          |
+|-----------------|---------------------------------------------|---------------------------------------------------------|
+| subject-verb    | is, was or has after a noun, or the plural  | the other number                                        |
+| determiner-noun | this, these, each or all before a noun      | the determiner of the other number                      |
+| brackets        | a closing bracket after a letter or digit   | one of another shape                                    |
+| names           | a name that the context has                 | a name of the same form from elsewhere, not in it       |
+
+The first two are from prose, the others from code. All items are from validation text, and their tokens are those of
+the text. Items come in couples: what is right in the first is wrong in the second. A model that pays no attention to
+the context therefore scores exactly 50 % and a margin of 0, whatever it prefers by itself.
+
+What is chosen follows from the text alone, by hashes: the same text and tokenizer give the same items.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from moelab.data import TokenData
+from moelab.data.tokenizer import Tokenizer
+
+CODE = ("science", "home", "web", "automation")
+"""Domains of mix15 that are code."""
+
+ROOM = 8
+"""Tokens of a model's context that are left for the continuation."""
+
+SHORTEST = 16
+"""Tokens that a context has at least."""
+
+VERBS = (("is", "are"), ("was", "were"), ("has", "have"))
+DETERMINERS = (("this", "these"), ("each", "all"))
+BRACKETS = (")]", ")}", "]}")
+_OPENS = {")": "(", "]": "[", "}": "{"}
+
+_NO_SUBJECT = frozenset(
+    "that which what there where here when this these those they than such could would should might must will shall "
+    "cannot".split()
+)
+"""Words before a verb that do not tell its number, or after which it is an infinitive."""
+
+_NO_NOUN = frozenset("will must might should would could shall were have when where with from into such then".split())
+_PLURAL = re.compile(r"\w+(?<![sui])s")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Hold a context and two continuations, in tokens.
+
+    Attributes:
+        kind: what it tests.
+        domain: of the text; empty for made-up items.
+        context: tokens that stand before.
+        right, wrong: the continuations.
+    """
+
+    kind: str
+    domain: str
+    context: tuple[int, ...]
+    right: tuple[int, ...]
+    wrong: tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """A stretch of a held-out text that may be asked for: what it is, where, and its tokens."""
+
+    form: str
+    domain: str
+    context: tuple[int, ...]
+    right: tuple[int, ...]
+    text: str
+    """The context as text, a character a byte."""
+
+
+class HeldOut:
+    """Hold a validation document as tokens and as text in which each character is one byte.
+
+    Attributes:
+        domain, tokens: of the document, with the end of the text before it.
+        text: the bytes as Latin-1.
+        starts: offset in `text` of each token, and the length of the text.
+    """
+
+    def __init__(self, domain: str, tokens: Sequence[int], pieces: Sequence[bytes]) -> None:
+        self.domain, self.tokens = domain, tuple(int(token) for token in tokens)
+        parts = [pieces[token] for token in self.tokens]
+        self.text = b"".join(parts).decode("latin-1")
+        self.starts = [0, *itertools.accumulate(map(len, parts))]
+
+    def place(self, form: str, start: int, end: int, context: int) -> Place | None:
+        """Return the stretch of text from `start` to `end`.
+
+        It is None where these are no borders of tokens, where the stretch is longer than `ROOM`, or where fewer than
+        `SHORTEST` tokens stand before it.
+
+        Args:
+            context: tokens that a model sees.
+        """
+        first = bisect.bisect_left(self.starts, start)
+        last = bisect.bisect_left(self.starts, end)
+        whole = self.starts[first] == start and self.starts[last] == end
+        if not whole or not 0 < last - first <= ROOM or first < SHORTEST:
+            return None
+        begin = max(0, first - (context - ROOM))
+        before = self.text[self.starts[begin] : start]
+        return Place(form, self.domain, self.tokens[begin:first], self.tokens[first:last], before)
+
+
+def held_out(data: TokenData) -> Iterator[HeldOut]:
+    """Yield the validation documents, domains in sorted order."""
+    pieces = token_bytes(data.tokenizer())
+    for domain, stored in sorted(data.validation.items()):
+        tokens = np.asarray(stored)
+        edges = [0, *(np.flatnonzero(tokens == data.eot) + 1), tokens.size]
+        for start, end in itertools.pairwise(edges):
+            if end > start:
+                yield HeldOut(domain, [data.eot, *tokens[start : end - (tokens[end - 1] == data.eot)]], pieces)
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """Return the bytes of each token of a byte-level tokenizer; none for the end of a text."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    value = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    texts = [tokenizer.backend.id_to_token(token) or "" for token in range(tokenizer.vocab_size)]
+    return [b"" if i == tokenizer.eot else bytes(value[c] for c in text) for i, text in enumerate(texts)]
+
+
+def minimal_pairs(data: TokenData, context: int, count: int) -> list[Pair]:
+    """Return `count` pairs of each kind, or as many as the text has, couple by couple.
+
+    Args:
+        context: tokens that a model sees; context and continuation together are not longer.
+        count: an even number.
+    """
+    documents = list(held_out(data))
+    code = [one for one in documents if one.domain in CODE] or documents
+    prose = [one for one in documents if one.domain not in CODE] or documents
+    encode = data.tokenizer().encode
+    return [
+        *_two_forms("subject-verb", _verbs(prose, context), VERBS, encode, count),
+        *_two_forms("determiner-noun", _determiners(prose, context), DETERMINERS, encode, count),
+        *_two_forms("brackets", _brackets(code, context), BRACKETS, encode, count),
+        *_names(code, context, count),
+    ]
+
+
+def rank(*parts: object) -> bytes:
+    """Return what sorts items in an order that looks random and never changes."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+
+
+def _verbs(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
+    forms = "|".join(itertools.chain(*VERBS))
+    pattern = re.compile(rf"(?<= )([a-z]{{4,}})( (?:{forms}))(?= [a-z])")
+    for one in documents:
+        for found in pattern.finditer(one.text):
+            if found[1] not in _NO_SUBJECT and (place := one.place(found[2].strip(), *found.span(2), context)):
+                yield place
+
+
+def _determiners(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
+    plural = {form for _, form in DETERMINERS}
+    pattern = re.compile(rf" ({'|'.join(itertools.chain(*DETERMINERS))}) ([a-z]{{4,}})(?![\w'-])")
+    for one in documents:
+        for found in pattern.finditer(one.text):
+            noun, many = found[2], bool(_PLURAL.fullmatch(found[2]))
+            fits = many == (found[1] in plural) and noun not in _NO_NOUN and (many or not noun.endswith("s"))
+            if fits and (place := one.place(found[1], *found.span(), context)):
+                yield place
+
+
+def _brackets(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
+    pattern = re.compile(r"(?<=\w)[)\]}](?=\s)")
+    for one in documents:
+        for found in pattern.finditer(one.text):
+            place = one.place(found[0], *found.span(), context)
+            if place and _opened(place.text, found[0]):
+                yield place
+
+
+def _opened(text: str, closing: str) -> bool:
+    """Return whether the innermost open bracket of a text is the one that `closing` closes; no quotes after it."""
+    waiting = [closing]
+    for character in reversed(text):
+        if character in _OPENS:
+            waiting.append(character)
+        elif character in "([{":
+            if character != _OPENS[waiting.pop()]:
+                return False
+            if not waiting:
+                return True
+        elif character in "\"'#":
+            return False
+    return False
+
+
+def _two_forms(
+    kind: str,
+    places: Iterator[Place],
+    forms: Sequence[Sequence[str]],
+    encode: Callable[[str], list[int]],
+    count: int,
+) -> list[Pair]:
+    """Return couples of places that differ in which of two forms stands there.
+
+    The form is the beginning of the continuation, after a space but for brackets.
+    """
+    by_form: dict[str, list[Place]] = defaultdict(list)
+    for place in _distinct(places):
+        by_form[place.form].append(place)
+    space = "" if kind == "brackets" else " "
+    couples: list[tuple[bytes, Pair, Pair]] = []
+    for one, other in forms:
+        tokens = {form: tuple(encode(space + form)) for form in (one, other)}
+        if len(tokens[one]) != len(tokens[other]):
+            continue
+        for i, couple in enumerate(zip(by_form[one], by_form[other], strict=False)):
+            pairs = [
+                Pair(kind, p.domain, p.context, p.right, tokens[wrong] + p.right[len(tokens[wrong]) :])
+                for p, wrong in zip(couple, (other, one), strict=True)
+            ]
+            couples.append((rank(kind, one, other, i), pairs[0], pairs[1]))
+    return [pair for _, *couple in sorted(couples)[: count // 2] for pair in couple]
+
+
+_NAME = re.compile(r"(?<=[ (.])(?:[A-Za-z]\w*_\w+|[a-z]+[A-Z]\w+|[A-Z][a-z]+[A-Z]\w+)(?!\w)")
+
+
+def _names(documents: Sequence[HeldOut], context: int, count: int) -> list[Pair]:
+    """Return couples of names, each of which only the context of its own place has.
+
+    Two names of a couple have the same domain, style, number of tokens and character before them.
+    """
+    groups: dict[tuple[str, ...], list[Place]] = defaultdict(list)
+    for place in _distinct(_named(documents, context)):
+        name = place.form
+        style = "upper" if name.isupper() else "camel" if "_" not in name else "snake"
+        before = "" if place.text[-1:] in "(." else " "
+        groups[place.domain, style, str(len(place.right)), before or place.text[-1]].append(place)
+    couples = []
+    for group, places in groups.items():
+        waiting: Place | None = None
+        for place in places:
+            if waiting is None:
+                waiting = place
+            elif waiting.form not in place.text and place.form not in waiting.text:
+                pairs = [
+                    Pair("names", a.domain, a.context, a.right, b.right)
+                    for a, b in ((waiting, place), (place, waiting))
+                ]
+                couples.append((rank(*group, waiting.form, place.form), pairs[0], pairs[1]))
+                waiting = None
+    return [pair for _, *couple in sorted(couples, key=lambda c: c[0])[: count // 2] for pair in couple]
+
+
+def _named(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
+    """Yield the places of names that their context has; a name of a document once, not at its first place."""
+    for number, one in enumerate(documents):
+        found: dict[str, list[Place]] = defaultdict(list)
+        for match in _NAME.finditer(one.text):
+            start = match.start() - (one.text[match.start() - 1] == " ")
+            place = one.place(match[0], start, match.end(), context)
+            if place and re.search(rf"(?<!\w){re.escape(match[0])}(?!\w)", place.text):
+                found[match[0]].append(place)
+        for name, places in found.items():
+            yield min(places, key=lambda place, name=name: rank(number, name, place.context))
+
+
+def _distinct(places: Iterator[Place]) -> list[Place]:
+    """Return the places in the order of their rank, those with equal last words once."""
+    by_end = {(place.context[-ROOM:], place.right): place for place in places}
+    return sorted(by_end.values(), key=lambda place: rank(place.form, place.domain, place.context))
