@@ -114,7 +114,7 @@ def eval_(
 ) -> None:
     """Evaluate a model on zero-shot tasks (the paper's Table 2).
 
-    Prints accuracy beside chance and bits per byte; an interrupted evaluation continues. With --losses: what rounding
+    Prints accuracy beside chance, bits per byte and margins; an interrupted evaluation continues. With --losses: what rounding
     changes.
     """
     check_device(device)
@@ -126,7 +126,7 @@ def eval_(
             )
         _losses(RunStore().find(run), limit, as_json, out)
         return
-    from moelab.experiments.zero_shot import REFERENCE, save
+    from moelab.experiments.zero_shot_reference import REFERENCE, save
 
     directory = None if run == REFERENCE else RunStore().find(run)
     from moelab.evaluation.models import reference_directory
@@ -147,7 +147,7 @@ def eval_(
 
 def _show(scores: Sequence[Score]) -> None:
     """Print scores as a table."""
-    view = terminal.table("task", "accuracy %", "chance %", "always %", "n", "bits/byte", "cut")
+    view = terminal.table("task", "accuracy %", "chance %", "always %", "n", "bits/byte", "margin", "cut")
     for s in scores:
         view.add_row(
             s.task + ("*" if s.stand_in else ""),
@@ -156,14 +156,16 @@ def _show(scores: Sequence[Score]) -> None:
             "–" if s.majority is None else f"{100 * s.majority:.1f}",
             str(s.n),
             f"{s.bits_per_byte:.3f}",
+            "–" if s.margin is None else f"{s.margin:+.3f}",
             "–" if s.cut is None else f"{s.cut / s.requests:.0%}",
         )
     console = terminal.console()
     console.print(view)
     console.print(
         "±: one standard error over the items. Always: accuracy of always choosing the place that is right most often. "
-        "Bits per byte: of the right answers, given their questions. Cut: share of requests whose beginning was cut "
-        "off to fit the model's context. *: stands in for the paper's data set."
+        "Bits per byte: of the right answers, given their questions. Margin: bits per byte by which these are likelier "
+        "than the wrong ones. Cut: share of requests whose beginning was cut off to fit the model's context. "
+        "*: stands in for the paper's data set."
     )
 
 

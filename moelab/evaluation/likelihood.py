@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
-from moelab.data import TokenData
+from moelab.config import DataConfig
+from moelab.data import TokenData, prepare
 from moelab.evaluation.pairs import Pair, minimal_pairs
 from moelab.evaluation.recall import copying, memory
 from moelab.models import GPT
@@ -64,10 +67,23 @@ def all_pairs(data: TokenData, context: int, count: int) -> list[Pair]:
     return [*minimal_pairs(data, context, count), *copying(data, context, count), *memory(data, context, count)]
 
 
+@functools.lru_cache(maxsize=2)
+def pairs_of(config: DataConfig, cache: Path, count: int) -> tuple[Pair, ...]:
+    """Return `all_pairs` of the text that runs are trained on, the same for runs that read a part of it.
+
+    A process makes them once: counting what 100 M training tokens repeat takes half a minute.
+
+    Args:
+        cache: directory of prepared tokens.
+    """
+    return tuple(all_pairs(prepare(replace(config, part="whole"), cache), config.context, count))
+
+
 def score(
     model: GPT,
     pairs: Sequence[Pair],
     *,
+    vocab_size: int,
     batch: int = 64,
     on_progress: Callable[[str, int, int], None] = lambda kind, done, total: None,
 ) -> list[PairScore]:
@@ -76,6 +92,7 @@ def score(
     Args:
         model: in evaluation mode and drop-free, see `moelab.inference.modes.set_mode`.
         pairs: couple by couple.
+        vocab_size: of the tokenizer; the model's own may be padded beyond it.
         batch: number of sequences at a time.
         on_progress: called with (kind, sequences done, all sequences).
     """
@@ -86,7 +103,11 @@ def score(
             continue
         requests = [(pair.context, continuation) for pair in asked for continuation in (pair.right, pair.wrong)]
         found = continuations(
-            model, requests, batch=batch, on_progress=lambda *state, kind=kind: on_progress(kind, *state)
+            model,
+            requests,
+            vocab_size=vocab_size,
+            batch=batch,
+            on_progress=lambda *state, kind=kind: on_progress(kind, *state),
         )
         right, wrong = found[::2], found[1::2]
         margins = [w - r for (r, _), (w, _) in zip(right, wrong, strict=True)]
@@ -124,12 +145,13 @@ def continuations(
     model: GPT,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
+    vocab_size: int,
     batch: int = 64,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[float, bool]]:
     """Return, of each (context, continuation), the continuation's bits and whether each of its tokens is the likeliest.
 
-    Requests with the same input, such as two continuations of one token, take one pass.
+    Requests with the same input, such as two continuations of one token, take one pass. Arguments as of `score`.
     """
     by_input: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
@@ -148,7 +170,7 @@ def continuations(
         wanted = torch.tensor([token for _, i in asked for token in requests[i][1]], device=device)
         with torch.no_grad():
             x_BTM, _ = model.hidden_states(tokens_BT)
-            logits = model.head(x_BTM[rows, places]).float()
+            logits = model.head(x_BTM[rows, places])[:, :vocab_size].float()
         nats = -logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double()
         likeliest = logits.argmax(-1) == wanted
         at = 0

@@ -2,16 +2,16 @@
 
     items = minimal_pairs(data, context=128, count=2000)
 
-| kind            | the text has                                | the wrong form                                          |
-|-----------------|---------------------------------------------|---------------------------------------------------------|
-| subject-verb    | is, was or has after a noun, or the plural  | the other number                                        |
-| determiner-noun | this, these, each or all before a noun      | the determiner of the other number                      |
-| brackets        | a closing bracket after a letter or digit   | one of another shape                                    |
-| names           | a name that the context has                 | a name of the same form from elsewhere, not in it       |
+| kind            | the text has                               | wrong is                              |
+|-----------------|--------------------------------------------|---------------------------------------|
+| subject-verb    | is, was or has after a noun, or the plural | the other number                      |
+| determiner-noun | this, these, each or all before a noun     | the determiner of the other number    |
+| brackets        | a closing bracket after a letter or digit  | one of another shape                  |
+| names           | the rest of a name that the context has    | that of another name of the context   |
 
-The first two are from prose, the others from code. All items are from validation text, and their tokens are those of
-the text. Items come in couples: what is right in the first is wrong in the second. A model that pays no attention to
-the context therefore scores exactly 50 % and a margin of 0, whatever it prefers by itself.
+Subjects and verbs are from prose, brackets and names from code. All items are from validation text, and their tokens
+are those of the text. Items come in couples: the form that is right in the first is wrong in the second. A model that
+prefers a form without regard to what stands around it therefore scores exactly 50 %.
 
 What is chosen follows from the text alone, by hashes: the same text and tokenizer give the same items.
 """
@@ -44,15 +44,18 @@ SHORTEST = 16
 VERBS = (("is", "are"), ("was", "were"), ("has", "have"))
 DETERMINERS = (("this", "these"), ("each", "all"))
 BRACKETS = (")]", ")}", "]}")
+FAR = 12
+"""Characters between a bracket and the one that closes it, at least. Of all brackets a dense twin of the 350M base got
+93 % right, of those within 16 characters 96 %."""
+
 _OPENS = {")": "(", "]": "[", "}": "{"}
 
-_NO_SUBJECT = frozenset(
-    "that which what there where here when this these those they than such could would should might must will shall "
-    "cannot".split()
+_NO_SUBJECT = re.compile(
+    "that|which|what|there|where|here|when|this|these|those|they|than|such|could|would|should|might|must|will|shall|cannot"
 )
 """Words before a verb that do not tell its number, or after which it is an infinitive."""
 
-_NO_NOUN = frozenset("will must might should would could shall were have when where with from into such then".split())
+_NO_NOUN = re.compile("will|must|might|should|would|could|shall|were|have|when|where|with|from|into|such|then")
 _PLURAL = re.compile(r"\w+(?<![sui])s")
 
 
@@ -152,7 +155,7 @@ def minimal_pairs(data: TokenData, context: int, count: int) -> list[Pair]:
     encode = data.tokenizer().encode
     return [
         *_two_forms("subject-verb", _verbs(prose, context), VERBS, encode, count),
-        *_two_forms("determiner-noun", _determiners(prose, context), DETERMINERS, encode, count),
+        *_two_forms("determiner-noun", _determiners(documents, context), DETERMINERS, encode, count),
         *_two_forms("brackets", _brackets(code, context), BRACKETS, encode, count),
         *_names(code, context, count),
     ]
@@ -168,7 +171,7 @@ def _verbs(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
     pattern = re.compile(rf"(?<= )([a-z]{{4,}})( (?:{forms}))(?= [a-z])")
     for one in documents:
         for found in pattern.finditer(one.text):
-            if found[1] not in _NO_SUBJECT and (place := one.place(found[2].strip(), *found.span(2), context)):
+            if not _NO_SUBJECT.fullmatch(found[1]) and (place := one.place(found[2].strip(), *found.span(2), context)):
                 yield place
 
 
@@ -178,7 +181,7 @@ def _determiners(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
     for one in documents:
         for found in pattern.finditer(one.text):
             noun, many = found[2], bool(_PLURAL.fullmatch(found[2]))
-            fits = many == (found[1] in plural) and noun not in _NO_NOUN and (many or not noun.endswith("s"))
+            fits = many == (found[1] in plural) and not _NO_NOUN.fullmatch(noun) and (many or not noun.endswith("s"))
             if fits and (place := one.place(found[1], *found.span(), context)):
                 yield place
 
@@ -193,16 +196,16 @@ def _brackets(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
 
 
 def _opened(text: str, closing: str) -> bool:
-    """Return whether the innermost open bracket of a text is the one that `closing` closes; no quotes after it."""
+    """Return whether `closing` closes the innermost open bracket of a text, `FAR` away and with no quotes between."""
     waiting = [closing]
-    for character in reversed(text):
+    for distance, character in enumerate(reversed(text)):
         if character in _OPENS:
             waiting.append(character)
         elif character in "([{":
             if character != _OPENS[waiting.pop()]:
                 return False
             if not waiting:
-                return True
+                return distance >= FAR
         elif character in "\"'#":
             return False
     return False
@@ -234,50 +237,49 @@ def _two_forms(
                 for p, wrong in zip(couple, (other, one), strict=True)
             ]
             couples.append((rank(kind, one, other, i), pairs[0], pairs[1]))
-    return [pair for _, *couple in sorted(couples)[: count // 2] for pair in couple]
-
-
-_NAME = re.compile(r"(?<=[ (.])(?:[A-Za-z]\w*_\w+|[a-z]+[A-Z]\w+|[A-Z][a-z]+[A-Z]\w+)(?!\w)")
-
-
-def _names(documents: Sequence[HeldOut], context: int, count: int) -> list[Pair]:
-    """Return couples of names, each of which only the context of its own place has.
-
-    Two names of a couple have the same domain, style, number of tokens and character before them.
-    """
-    groups: dict[tuple[str, ...], list[Place]] = defaultdict(list)
-    for place in _distinct(_named(documents, context)):
-        name = place.form
-        style = "upper" if name.isupper() else "camel" if "_" not in name else "snake"
-        before = "" if place.text[-1:] in "(." else " "
-        groups[place.domain, style, str(len(place.right)), before or place.text[-1]].append(place)
-    couples = []
-    for group, places in groups.items():
-        waiting: Place | None = None
-        for place in places:
-            if waiting is None:
-                waiting = place
-            elif waiting.form not in place.text and place.form not in waiting.text:
-                pairs = [
-                    Pair("names", a.domain, a.context, a.right, b.right)
-                    for a, b in ((waiting, place), (place, waiting))
-                ]
-                couples.append((rank(*group, waiting.form, place.form), pairs[0], pairs[1]))
-                waiting = None
     return [pair for _, *couple in sorted(couples, key=lambda c: c[0])[: count // 2] for pair in couple]
 
 
-def _named(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
-    """Yield the places of names that their context has; a name of a document once, not at its first place."""
+_NAME = re.compile(r"(?<!\w)([A-Za-z][A-Za-z0-9]*_)(\w*[A-Za-z0-9])(?!\w)")
+
+
+def _names(documents: Sequence[HeldOut], context: int, count: int) -> list[Pair]:
+    """Return couples of names such as `find_user` and `get_host`: after `find_`, `user` is right and `host` wrong.
+
+    Both contexts have both names, and neither has a name that is put together wrongly.
+    """
+    couples = []
     for number, one in enumerate(documents):
-        found: dict[str, list[Place]] = defaultdict(list)
-        for match in _NAME.finditer(one.text):
-            start = match.start() - (one.text[match.start() - 1] == " ")
-            place = one.place(match[0], start, match.end(), context)
-            if place and re.search(rf"(?<!\w){re.escape(match[0])}(?!\w)", place.text):
-                found[match[0]].append(place)
-        for name, places in found.items():
-            yield min(places, key=lambda place, name=name: rank(number, name, place.context))
+        waiting: dict[int, list[tuple[str, str, Place]]] = defaultdict(list)
+        for place in _distinct(_named(one, context)):
+            begin, rest = place.form[: place.form.index("_") + 1], place.form[place.form.index("_") + 1 :]
+            others = waiting[len(place.right)]
+            found = next(
+                (o for o in others if o[0] != begin and o[1] != rest and _mixed(o, (begin, rest, place))), None
+            )
+            if found is None:
+                others.append((begin, rest, place))
+                continue
+            others.remove(found)
+            other = found[2]
+            pairs = [Pair("names", a.domain, a.context, a.right, b.right) for a, b in ((other, place), (place, other))]
+            couples.append((rank(number, other.form, place.form, place.context), pairs[0], pairs[1]))
+    return [pair for _, *couple in sorted(couples, key=lambda c: c[0])[: count // 2] for pair in couple]
+
+
+def _named(one: HeldOut, context: int) -> Iterator[Place]:
+    """Yield the places of the second parts of a document's names that their context has already."""
+    for match in _NAME.finditer(one.text):
+        place = one.place(match[0], *match.span(2), context)
+        if place and match[0] in place.text:
+            yield place
+
+
+def _mixed(one: tuple[str, str, Place], other: tuple[str, str, Place]) -> bool:
+    """Return whether both contexts have both names, and neither the beginning of one with the rest of the other."""
+    texts = (one[2].text, other[2].text)
+    right, wrong = (one[0] + one[1], other[0] + other[1]), (one[0] + other[1], other[0] + one[1])
+    return all(n in text for n in right for text in texts) and not any(n in text for n in wrong for text in texts)
 
 
 def _distinct(places: Iterator[Place]) -> list[Place]:

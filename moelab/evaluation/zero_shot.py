@@ -2,14 +2,16 @@
 
     scores = evaluate(run_directory, PACKAGED, cache=..., limit=200)
 
-A score has the accuracy with its standard error and that of guessing, and the bits per byte of the right answers. Tasks
-are lm-eval's (by name, with a network: `lambada_openai`, `piqa`, `boolq`, `race`, `triviaqa`, `webqs`) or the packaged
-ones of `moelab.evaluation.items`, defined in `tasks/*.yaml`. Both give the same `Score`. Files:
+A score has the accuracy with its standard error and that of guessing, the bits per byte of the right answers, and by
+how much these are likelier than the wrong ones. Tasks are lm-eval's (by name, with a network: `lambada_openai`, `piqa`,
+`boolq`, `race`, `triviaqa`, `webqs`) or the packaged ones of `moelab.evaluation.items`, defined in `tasks/*.yaml`. Both
+give the same `Score`. Files:
 
-    <directory>/evaluation/<weights>/requests.jsonl         each answer of the model, appended when computed
-                                     <task>[-first-N].json  the score
+    <directory>/evaluation/<weights>/requests-<version>.jsonl  each answer of the model, appended when computed
+                                     <task>[-first-N].json     the score
 
-`<weights>` is a hash of the model's weights and tokenizer, so that a run is evaluated again after further training.
+`<weights>` is a hash of the model's weights and tokenizer, so that a run is evaluated again after further training;
+`<version>` is `SCORING`, so that it is evaluated again after a change of the code that scores.
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 
 PACKAGED = tuple(READERS)
 """The tasks that need no data set hub, in the paper's order."""
+
+SCORING = 2
+"""Version of the code that asks and scores: raise it with each change that gives other numbers. Stored answers and
+scores of another version are not used. 2 has margins."""
 
 PAPER_TASKS = {
     "lambada": ("packaged_lambada", "lambada_openai"),
@@ -78,8 +84,11 @@ class Score:
             `RunLM`.
         requests: number of the task's requests.
         stand_in: whether the data set differs from the paper's.
-        version: versions of the task and of lm-eval.
+        version: versions of the task, of our scoring and of lm-eval.
         seconds: wall time.
+        margin: bits per byte by which the right answer is likelier than the wrong ones, mean over items; None for free
+            answers. Of several wrong answers their mean counts.
+        margin_error: its standard error over the items.
     """
 
     task: str
@@ -95,6 +104,8 @@ class Score:
     stand_in: bool
     version: str
     seconds: float
+    margin: float | None = None
+    margin_error: float | None = None
 
 
 def evaluate(
@@ -131,7 +142,7 @@ def evaluate(
 
     evaluated = open_evaluated(directory, cache=cache, dtype=dtype, device=device)
     folder = directory / "evaluation" / evaluated.weights
-    lm = RunLM(evaluated, batch=batch, answers=Answers(folder / "requests.jsonl"))
+    lm = RunLM(evaluated, batch=batch, answers=Answers(folder / f"requests-{SCORING}.jsonl"))
     scores: list[Score] = []
     refused = ""
     for task in tasks:
@@ -184,6 +195,7 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
     chosen = kind == "multiple_choice" and metric == "acc"
     gold = [_gold(loaded["tasks"][task], row) if kind == "multiple_choice" else 0 for row in rows]
     nats, size = _nats(lm, rows, kind, gold)
+    margins = [_margin(row, place) for row, place in zip(rows, gold, strict=True)] if chosen else []
     return Score(
         task=task,
         metric=metric,
@@ -198,6 +210,8 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
         stand_in=task in STAND_INS,
         version=version(task),
         seconds=round(time.monotonic() - started, 1),
+        margin=statistics.fmean(margins) if margins else None,
+        margin_error=statistics.stdev(margins) / math.sqrt(len(margins)) if margins else None,
     )
 
 
@@ -240,13 +254,13 @@ def definition(task: str) -> dict[str, Any]:
 
 
 def version(task: str) -> str:
-    """Return the versions of a packaged task's definition and of lm-eval as one text."""
+    """Return the versions of a packaged task's definition, of lm-eval and of our scoring as one text."""
     ours = f"{task} {definition(task)['metadata']['version']}, " if task in PACKAGED else ""
-    return f"{ours}lm-eval {metadata.version('lm_eval')}"
+    return f"{ours}lm-eval {metadata.version('lm_eval')}, scoring {SCORING}"
 
 
 def _read(file: Path, task: str) -> Score | None:
-    """Return a stored score, or None if there is none or the task's version has changed."""
+    """Return a stored score, or None if there is none or the task or the scoring has changed."""
     record = read_json(file)
     if not isinstance(record, dict) or record.get("version") != version(task):
         return None
@@ -264,6 +278,15 @@ def _gold(task: Any, row: dict[str, Any]) -> int:
     """
     right = _first(task.doc_to_text(row["doc"]) if task.multiple_input else row["target"])
     return task.doc_to_choice(row["doc"]).index(right) if isinstance(right, str) else int(right)
+
+
+def _margin(row: dict[str, Any], gold: int) -> float:
+    """Return the bits per byte of a question's wrong answers, their mean, minus those of the right one."""
+    bits = [
+        -answer[0] / math.log(2) / len(text.encode())
+        for (_, text), answer in zip(row["arguments"], row["filtered_resps"], strict=True)
+    ]
+    return statistics.fmean(bits[:gold] + bits[gold + 1 :]) - bits[gold]
 
 
 def _nats(lm: LM, rows: list[dict[str, Any]], kind: str, gold: list[int]) -> tuple[float, int]:

@@ -1,25 +1,25 @@
-"""Score zero-shot tasks (paper Tables 2, 4 and 5).
+"""Score zero-shot tasks, minimal pairs and recall (paper Tables 2, 4 and 5).
 
-Shows: for the trained twins the right answers' bits per byte, over the tasks whose requests fit the context (the
-headline: they change long before accuracy does); accuracy on six tasks beside chance, with n and standard errors; and
-the paper's table.
+Shows: for the trained twins the bits per byte of the right answers of six tasks, over those whose requests fit the
+context, by which the claims on twins are judged; by how many bits the right answers are likelier than the wrong ones;
+accuracy on minimal pairs of held-out text and in recalling facts, from the context and from the training text; and
+accuracy on the six tasks beside chance, with the paper's table.
 
 Fixed before the first run: 3 seeds, all arms on each; at `cpu` seeds 3 to 5, because of the seeds before only numbers
-were kept (decided before any was scored). Expect: accuracy at chance, because twins of 0.2 to 17 M parameters that
-read 16 M or 102 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from a package,
-so no network is needed; other data sets replace RACE-h and WebQs, under their own names.
+were kept (decided before any was scored). Expect: accuracy on the six tasks at chance, because twins of 0.2 to 17 M
+parameters that read 16 M or 102 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come
+from a package, so no network is needed; other data sets replace RACE-h and WebQs, under their own names.
 
-At `full` the larger models of `scaling` (Table 2) and the students of `distillation` (Table 5) are scored as well.
-Fixed before any run of an arm was scored: its pairs in `PAIRS`, 200 items of each task, seeds 0 to 2.
+At `full` the larger models of `scaling` (Table 2), PR-MoE on the 1.3B base (Table 4) and the students of `distillation`
+on both bases (Table 5) are scored as well, on all items of each task, in looks at 3, 6 and 9 seeds. The three claims on
+bits, and the pairs of arms in `PAIRS`, were fixed before any run of the 1.3B base was scored so.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper, paths
@@ -28,41 +28,53 @@ from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.experiments import distillation
-from moelab.files import write_json, write_text
 from moelab.lazy import pd
 from moelab.runs import evaluations
-from moelab.runs.provenance import provenance
 from moelab.runs.spec import RunSpec
 from moelab.terminal import task_progress
 
 if TYPE_CHECKING:
-    from moelab.evaluation.zero_shot import OnProgress, Score
+    from moelab.evaluation.zero_shot import OnProgress
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run, RunStore
 
 ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
-LARGER = {name: name for name in ("1.3B", "1.3B+MoE-128", "6.7B")}
-"""Further arms of Table 2, at `full`."""
-STUDENTS = ("L21 alone", "L21 + KD", "L21 + staged KD")
-"""Arms of the experiment `distillation` that are scored at `full`; their teacher is PR-MoE-32/64."""
+LARGER = {name: name for name in ("1.3B", "1.3B+MoE-128", "1.3B+PR-MoE-64/128", "6.7B")}
+"""Further arms of Tables 2 and 4, at `full`."""
+STUDENTS = {
+    f"{prefix}{student}": distillation.names(base)[student]
+    for base, prefix in (("350M", ""), ("1.3B", "1.3B "))
+    for student in ("L21 alone", "L21 + KD", "L21 + staged KD")
+}
+"""Arms of the experiment `distillation`, at `full`; their teachers are PR-MoE-32/64 and 1.3B+PR-MoE-64/128."""
+NAMES = ARMS | LARGER | STUDENTS
+"""Arm -> the paper's name of its run."""
 PAIRS = (
-    ("MoE-128", "Dense"),
-    ("PR-MoE-32/64", "Dense"),
-    ("PR-MoE-32/64", "MoE-128"),
-    ("MoE-128", "1.3B"),
     ("1.3B+MoE-128", "1.3B"),
     ("1.3B+MoE-128", "6.7B"),
+    ("1.3B+PR-MoE-64/128", "1.3B+MoE-128"),
+    ("1.3B L21 alone", "1.3B+PR-MoE-64/128"),
+    ("1.3B L21 + staged KD", "1.3B+PR-MoE-64/128"),
+    ("1.3B L21 + staged KD", "1.3B L21 alone"),
+    ("1.3B L21 + staged KD", "1.3B L21 + KD"),
+    ("MoE-128", "Dense"),
+    ("MoE-128", "1.3B"),
+    ("PR-MoE-32/64", "Dense"),
+    ("PR-MoE-32/64", "MoE-128"),
     ("L21 alone", "PR-MoE-32/64"),
     ("L21 + staged KD", "PR-MoE-32/64"),
-    ("L21 + KD", "L21 alone"),
     ("L21 + staged KD", "L21 alone"),
     ("L21 + staged KD", "L21 + KD"),
 )
-"""Pairs of arms whose bits per byte are compared: those of Table 2, Table 4 and Table 5."""
-REFERENCE = "smollm2"
-"""What `moelab eval` calls the real model that checks the pipeline, see `moelab.evaluation.models`."""
-LIMITS = {"smoke": 8, "quick": 50, "cpu": 200, "full": 200, "gpu": 1000, "paper": 0}
+"""Pairs of arms whose bits per byte are compared: those of Table 2, Table 4 and Table 5, the 1.3B base first."""
+BITS = "bits per byte of the right answers"
+"""What the claims on twins are judged by."""
+LIMITS = {"smoke": 8, "quick": 50, "cpu": 200, "full": 0, "gpu": 1000, "paper": 0}
 """Items of each task by scale; 0 is all."""
+
+COUNTS = {"smoke": 40}
+"""Minimal pairs of each kind by scale, and items of recall; elsewhere `COUNT`."""
+COUNT = 2000
 
 MAX_CUT = 0.1
 """Largest share of a task's requests that may lose their beginning, if the task is to count in the average of bits."""
@@ -79,20 +91,30 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings
     specs = [settings.spec(name, **given, label=arm) for arm, name in ARMS.items()]
     if scale == "full":
         specs += [settings.spec(name, **given, label=name) for name in LARGER]
-        specs += [spec for spec in distillation.build(**given) if spec.label in STUDENTS]
+        for base in distillation.TEACHERS:
+            for spec in distillation.build(**given, base=base):
+                label = spec.label if base == "350M" else f"{base} {spec.label}"
+                specs += [replace(spec, label=label)] if label in STUDENTS else []
     return specs
 
 
-def require(specs: Sequence[RunSpec], store: RunStore, limit: int) -> None:
+def require(specs: Sequence[RunSpec], store: RunStore, limit: int, count: int) -> None:
     """Check that finished runs have weights or scores; ValueError, one line. Called before the others are trained."""
     evaluations.require_of_finished(specs, store, score, limit, _versions())
+    evaluations.require_of_finished(specs, store, score_pairs, count, _pairs_version())
 
 
 def _versions() -> dict[str, str]:
-    """Return the packaged tasks and the versions of their definitions."""
-    from moelab.evaluation.zero_shot import PACKAGED, definition
+    """Return the packaged tasks and the versions of their definitions and of the code that scores them."""
+    from moelab.evaluation.zero_shot import PACKAGED, SCORING, definition
 
-    return {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
+    return {task: f"{definition(task)['metadata']['version']}, scoring {SCORING}" for task in PACKAGED}
+
+
+def _pairs_version() -> int:
+    from moelab.evaluation.likelihood import VERSION
+
+    return VERSION
 
 
 def measure(runs: Runs, limit: int) -> list[dict]:
@@ -107,23 +129,37 @@ def measure(runs: Runs, limit: int) -> list[dict]:
     from moelab.evaluation.zero_shot import PAPER_TASKS
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
-    versions = _versions()
+    found = _of_each(runs, score, limit, _versions())
+    return [{"arm": arm, "seed": seed, "paper": columns.get(s["task"], ""), **s} for arm, seed, s in found]
+
+
+def measure_pairs(runs: Runs, count: int) -> list[dict]:
+    """Score every finished run on minimal pairs and recall, a row per run and kind; stored scores are read back.
+
+    Args:
+        count: items of each kind.
+
+    Returns:
+        Rows of arm, seed, and the fields of `moelab.evaluation.likelihood.PairScore`.
+    """
+    found = _of_each(runs, score_pairs, count, _pairs_version())
+    return [{"arm": arm, "seed": seed, **s} for arm, seed, s in found]
+
+
+def _of_each(runs: Runs, function: Callable[..., list[dict]], *arguments: Any) -> list[tuple[str, int, dict]]:
+    """Return (arm, seed, score) of each score that a function finds for each finished run."""
     for run in runs.finished:  # before the first takes its time
-        evaluations.require(run, score, limit, versions)
+        evaluations.require(run, function, *arguments)
     rows = []
     with task_progress() as show:
         for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed
-            scores = evaluations.measure(
-                run,
-                score,
-                limit,
-                versions,
-                on_progress=lambda task, done, total, arm=arm, seed=seed: show(
-                    f"{arm}, seed {seed}: {task}", done, total
-                ),
-            )
-            rows += [{"arm": arm, "seed": seed, "paper": columns.get(s["task"], ""), **s} for s in scores]
+
+            def progress(what: str, done: int, total: int, run: str = f"{arm}, seed {seed}") -> None:
+                show(f"{run}: {what}", done, total)
+
+            found = evaluations.measure(run, function, *arguments, on_progress=progress)
+            rows += [(arm, seed, one) for one in found]
     return rows
 
 
@@ -151,9 +187,33 @@ def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProg
             list(versions),
             cache=paths.home() / "data",
             limit=limit,
+            batch=64,
             device=train.device,
             on_progress=on_progress,
         )
+    return [asdict(s) for s in scores]
+
+
+def score_pairs(run: Run, count: int, version: int, on_progress: OnProgress) -> list[dict[str, Any]]:
+    """Return the fields of a run's `PairScore` in each kind of minimal pairs and recall.
+
+    Args:
+        count: items of each kind.
+        version: of items and scores; stored ones of another are not read back.
+        on_progress: called with (kind, sequences done, all sequences).
+    """
+    from moelab.bench.harness import torch_threads
+    from moelab.data import prepare
+    from moelab.evaluation import likelihood
+    from moelab.inference.modes import set_mode
+    from moelab.inference.text import load_run
+
+    spec, cache = run.spec, paths.home() / "data"
+    data = prepare(spec.data, cache)
+    with torch_threads(spec.train.threads):
+        model = set_mode(load_run(run.path, data=data, device=spec.train.device))
+        pairs = likelihood.pairs_of(spec.data, cache, count)
+        scores = likelihood.score(model, pairs, vocab_size=data.vocab_size, on_progress=on_progress)
     return [asdict(s) for s in scores]
 
 
@@ -161,72 +221,8 @@ def scored(rows: Sequence[dict]) -> pd.DataFrame:
     """Return the rows that `measure` found as a frame."""
     from moelab.evaluation.zero_shot import Score
 
-    return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
-
-
-def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str, Any]) -> Path:
-    """Write `zero-shot-<name>.jsonl`, one line per task, and its provenance beside it; return the former's path.
-
-    Args:
-        name: the model's: `REFERENCE`, a run's id or a directory's name.
-        options: the evaluation's: limit, batch, dtype, device.
-    """
-    from moelab.evaluation.models import SMOLLM2
-
-    about = {"model": name, "source": ""}
-    if name == REFERENCE:
-        about = {"model": "SmolLM2-135M-Instruct", "source": str(SMOLLM2)}
-    about |= {key: options[key] for key in ("limit", "dtype", "device")}
-    file = folder / f"zero-shot-{name}.jsonl"
-    write_text(file, "".join(json.dumps({**about, **asdict(score)}) + "\n" for score in scores))
-    write_json(folder / f"zero-shot-{name}.provenance.json", {"title": _title(about["model"], scores), **provenance()})
-    return file
-
-
-def _title(model: str, scores: Sequence[Score]) -> str:
-    """Return the scores in one line, those furthest above chance first."""
-    parts = [
-        f"{s.task.removeprefix('packaged_')} {100 * s.accuracy:.1f} ± {100 * s.standard_error:.1f}"
-        for s in sorted(scores, key=lambda s: max(s.chance, s.majority or 0) - s.accuracy)
-    ]
-    return f"{model} through our zero-shot pipeline, percent: {', '.join(parts)}"
-
-
-def reference() -> pd.DataFrame:
-    """Return scores of a real model, the user's or published ones, computed by the same code, in the form of `scored`.
-
-    The command is `moelab eval smollm2 --limit 200 --out .moelab/results/benchmarks`. The arm is the model's name, the
-    seed -1. The frame is empty where there are no such scores, or where the tasks have changed since.
-    """
-    from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, definition, version
-
-    def unchanged(task: str, stored: str) -> bool:
-        """Return whether a packaged task has its stored definition, for which lm-eval need not be installed."""
-        own = f"{task} {definition(task)['metadata']['version']}" if task in PACKAGED else version(task)
-        return stored.partition(",")[0] == own
-
-    columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
-    files = [root / "benchmarks" / f"zero-shot-{REFERENCE}.jsonl" for root in reversed(paths.all_results())]
-    file = next((file for file in files if file.exists()), None)
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file else []
-    current = [row for row in rows if unchanged(row["task"], row["version"])]
-    made = [{**row, "arm": row["model"], "seed": -1, "paper": columns.get(row["task"], "")} for row in current]
-    return scored(made)
-
-
-def reference_headline(rows: pd.DataFrame) -> str:
-    """Return a real model's scores in one line, from `reference`."""
-    if not len(rows):
-        return (
-            "No scores of a real model at hand: "
-            "`moelab eval smollm2 --limit 200 --out .moelab/results/benchmarks` makes them"
-        )
-    table = over_chance(rows)
-    best = [
-        f"{row.task.removeprefix('packaged_')} {100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f} %"
-        for row in table[table["sigmas"] > 3].itertuples()
-    ]
-    return f"{table['arm'].iloc[0]}, a real model, is above knowing nothing on {', '.join(best) or 'no task'}"
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
+    return frame.astype({"majority": float, "margin": float, "margin_error": float})  # also where all are None
 
 
 def paper_table() -> pd.DataFrame:
@@ -247,13 +243,14 @@ def our_table(scores: pd.DataFrame) -> pd.DataFrame:
 def over_chance(scores: pd.DataFrame) -> pd.DataFrame:
     """Return, a row per arm and task, the mean over seeds of accuracy and its distance from what no knowledge gives.
 
-    Columns: accuracy, standard_error, chance, reference, sigmas, n, bits_per_byte. reference is the accuracy without
-    knowledge: chance, or that of always choosing the commonest answer's place, whichever is higher. sigmas is the
-    distance of accuracy from it in standard errors. The standard error is that of one model's items: seeds answer the
-    same questions, so more seeds do not make it smaller.
+    Columns: accuracy, standard_error, chance, reference, sigmas, n, bits_per_byte, margin, margin_error. reference is
+    the accuracy without knowledge: chance, or that of always choosing the commonest answer's place, whichever is
+    higher. sigmas is the distance of accuracy from it in standard errors. The standard errors are those of one model's
+    items: seeds answer the same questions, so more seeds do not make them smaller.
     """
     groups = scores.groupby(["arm", "task"], sort=False)
-    table = groups[["accuracy", "standard_error", "chance", "majority", "n", "bits_per_byte"]].mean().reset_index()
+    means = ["accuracy", "standard_error", "chance", "majority", "n", "bits_per_byte", "margin", "margin_error"]
+    table = groups[means].mean().reset_index()
     table["reference"] = table[["chance", "majority"]].max(axis=1)
     distance = table["accuracy"] - table["reference"]
     table["sigmas"] = [
@@ -269,16 +266,22 @@ def tasks_that_fit(scores: pd.DataFrame) -> dict[str, float]:
     return (parts["cut"] / parts["requests"]).fillna(0.0).to_dict()
 
 
-def answer_bits(scores: pd.DataFrame) -> pd.DataFrame:
+def answer_bits(scores: pd.DataFrame, value: str = "bits_per_byte") -> pd.DataFrame:
     """Return one arm's bits per byte of the right answers minus another's, for the pairs of `PAIRS` that are there.
 
-    The mean over the tasks of which at most `MAX_CUT` of the requests lost their beginning. Columns as of
-    `comparison.pairs`.
+    Columns as of `comparison.pairs`.
+
+    Args:
+        value: bits_per_byte, or margin: how much likelier the right answers are than the wrong ones.
     """
+    return comparison.pairs(_means_of_fitting(scores, value), PAIRS, value)
+
+
+def _means_of_fitting(scores: pd.DataFrame, value: str = "bits_per_byte") -> pd.DataFrame:
+    """Return, by arm and seed, the mean over the tasks of which at most `MAX_CUT` of the requests were cut."""
     fitting = [task for task, share in tasks_that_fit(scores).items() if share <= MAX_CUT]
     part = scores[scores["task"].isin(fitting)]
-    means = part.groupby(["arm", "seed"], sort=False)["bits_per_byte"].mean().reset_index()
-    return comparison.pairs(means, PAIRS, "bits_per_byte")
+    return part.groupby(["arm", "seed"], sort=False)[value].mean().reset_index()
 
 
 def bits_headline(scores: pd.DataFrame) -> str:
@@ -309,23 +312,54 @@ def headline(table: pd.DataFrame) -> str:
     return f"Above a guess without knowledge by 3 standard errors: {', '.join(above)} ({models})"
 
 
-def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims on Tables 2 and 4: percentage points of the six tasks' average, paired by seed.
+def pairs_table(rows: Sequence[dict]) -> pd.DataFrame:
+    """Return means over seeds of what `measure_pairs` found: a row per kind and arm, and the fields of a `PairScore`.
 
-    An equality needs the arms of the gain that it is about: for PR-MoE that is MoE-32, which is not among these.
+    The standard errors are those of one model's items, as in `over_chance`.
+    """
+    from moelab.evaluation.likelihood import PairScore
+
+    fields = [name for name in PairScore.__dataclass_fields__ if name not in ("kind", "items")]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "kind", *fields])
+    return frame.groupby(["kind", "arm"], sort=False)[fields].mean().reset_index()
+
+
+def pairs_headline(table: pd.DataFrame) -> str:
+    """Return, from `pairs_table`, who recalls what from memory and by copying, in one line."""
+    shares = table.set_index(["kind", "arm"])["accuracy"]
+    arms = [arm for arm in ("1.3B", "1.3B+MoE-128", "Dense", "MoE-128") if ("memory", arm) in shares][:2]
+    if len(arms) < 2 or any(("copying", arm) not in shares for arm in arms):
+        return "No two arms have scores in both kinds of recall"
+    said = [
+        f"{where} {' and '.join(f'{arm} {shares[kind, arm]:.0%}' for arm in arms)}"
+        for kind, where in (("memory", "from memory"), ("copying", "from the context"))
+    ]
+    return f"Facts recalled, of two alternatives: {', '.join(said)}"
+
+
+def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
+    """Judge the claims on Tables 2, 4 and 5, paired by seed.
+
+    Those on the average of six tasks are in percentage points; twins cannot test them. Those on `BITS` are judged like
+    losses. An equality needs the arms of the gain that it is about: for PR-MoE on the 350M base that is MoE-32, which
+    is not among these.
     """
     part = scores[scores["paper"] != ""]
     whole = part.groupby(["arm", "seed"]).filter(lambda g: set(g["paper"]) == set(paper.TASKS))
-    note = f"{comparison.TWINS} Stand-ins for RACE-h and WebQs." if scores["stand_in"].any() else comparison.TWINS
-    if not len(whole):
-        return [judge(claim, [], scale=scale) for claim in paper.claims("zero-shot")]
-    table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy")
-    table = table.reindex(sorted(part["seed"].unique()))
-    samples = {
-        claim: comparison.compared(claim, table, ARMS | LARGER, lower_is_better=False)
-        for claim in paper.claims("zero-shot")
-    }
-    return [judge(claim, **sample, note=note, scale=scale) for claim, sample in samples.items()]
+    points = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy")
+    points = points.reindex(sorted(part["seed"].unique()) if len(whole) else [])
+    bits = comparison.by_arm(_means_of_fitting(scores), "bits_per_byte") if len(scores) else points
+    stand_in = " Stand-ins for RACE-h and WebQs." if len(scores) and scores["stand_in"].any() else ""
+    judged = []
+    for claim in paper.claims("zero-shot"):
+        if claim.quantity == BITS:
+            sample = comparison.compared(claim, bits, NAMES)
+            note = f"{comparison.TWINS} Mean over the tasks whose requests fit the context."
+            judged.append(judge(claim, **sample, note=note, scale=scale, looks=EXPERIMENT.looks_at(scale)))
+        else:
+            sample = comparison.compared(claim, points, NAMES, lower_is_better=False)
+            judged.append(judge(claim, **sample, note=f"{comparison.TWINS}{stand_in}", scale=scale))
+    return judged
 
 
 EXPERIMENT = Experiment(
@@ -344,8 +378,8 @@ EXPERIMENT = Experiment(
             "half a minute a run beyond the training",
         ),
         "full": Scale(
-            "the twins of `scaling`, PR-MoE and the students of `distillation`; 200 items of each task",
-            "seven seconds of processor time a run beyond the training",
+            "the twins of `scaling`, PR-MoE and the students of `distillation` on both bases; all items",
+            "two to six minutes of a core a run beyond the training",
         ),
         "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),
     },
