@@ -114,8 +114,8 @@ def eval_(
 ) -> None:
     """Evaluate a model on zero-shot tasks (the paper's Table 2).
 
-    Prints accuracy beside chance, bits per byte and margins; an interrupted evaluation continues. With --losses: what rounding
-    changes.
+    Prints accuracy beside chance, bits per byte and margins; an interrupted evaluation continues. With --losses: what
+    rounding changes.
     """
     check_device(device)
     check_dtypes([dtype])

@@ -85,6 +85,11 @@ def arms(scale: str) -> list[str]:
     return [*ARMS, *((*LARGER, *STUDENTS) if scale == "full" else ())]
 
 
+def drawn(scale: str) -> list[str]:
+    """Return the arms that figures by task show: without the students, which are too many colours; tables have all."""
+    return [arm for arm in arms(scale) if arm not in STUDENTS]
+
+
 def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
     """Return the runs of one seed: every arm of `arms`, the students as `distillation` has them."""
     given: dict[str, Any] = {"scale": scale, "seed": seed, "overrides": overrides, "rate": rate}

@@ -21,7 +21,7 @@ top2-vs-residual 3df32537ea 3996098de6 a94c22f7ca 6c45d430bf 6ca8647aac 2e859c27
 pr-moe           c5d5234ee9 ea2a9350f4 ff97bad5fd 65fb5bf15c f33176081c 9c92bc5a14
 distillation     096ab2b263 4b31bca5d0 b91ca88044 6d7a270e54 ffc6ee3999 0ed24215a1
 throughput       e3dac82197 -          aa90976859 -          737db46bc6 -
-zero-shot        7b633e6514 -          7fa782540e 882f98f04f 37ee8a07f6 -
+zero-shot        7b633e6514 -          7fa782540e af781cc703 37ee8a07f6 -
 expert-count     9d95d1b174 5246c04780 5ad91496e6 18ed8461a5 b4cbeb0665 -
 capacity         b8937d103e 73d7fd4dd3 5e3047f4d7 78819a6bca a06d93db82 -
 specialisation   641c45f376 -          5ca7891e0f 46842699d1 4092c19b23 -

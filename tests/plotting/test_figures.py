@@ -25,7 +25,7 @@ def test_an_arm_has_one_colour_in_every_figure():
     every["350M+MoE-128"] = every["MoE-128"]
     for arms in (
         pr_moe.ARMS,
-        zero_shot.arms("full"),
+        zero_shot.drawn("full"),
         top2_vs_residual.ARMS,
         scaling.ARMS,
         ["MoE-128", "Dense"],
