@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from moelab.runs.store import Run, RunStore
 
 ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
-LARGER = {name: name for name in ("1.3B", "1.3B+MoE-128", "1.3B+PR-MoE-64/128", "6.7B")}
+LARGER = {name: name for name in ("1.3B", "1.3B+MoE-128", "6.7B", "1.3B+PR-MoE-64/128")}
 """Further arms of Tables 2 and 4, at `full`."""
 STUDENTS = {
     f"{prefix}{student}": distillation.names(base)[student]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,6 +254,7 @@ def test_a_model_scores_as_in_lm_evals_own_wrapper(lm_eval, exported, llama, cac
         for name in ("accuracy", "n", "standard_error", "chance", "majority"):
             assert getattr(ours[task], name) == getattr(reference, name), (task, name)
         assert ours[task].bits_per_byte == pytest.approx(reference.bits_per_byte, rel=1e-4), task
+        assert ours[task].margin == pytest.approx(reference.margin, abs=1e-4), task
     before = ours["packaged_piqa"].seconds
     assert evaluate(folder, ["packaged_piqa"], cache=cache)[0].seconds == before, "read back"
 
@@ -283,7 +286,7 @@ def test_a_killed_evaluation_goes_on_and_a_finished_one_is_read_back(RunLM, expo
     (few,) = evaluate(folder, ["packaged_history"], cache=cache, limit=4)
     assert few.n == 4 and few.stand_in and few.chance == 0.25
     files = sorted(p.name for p in (folder / "evaluation").glob("*/*"))
-    assert files == ["packaged_boolq.json", "packaged_history-first-4.json", "packaged_trivia.json", "requests.jsonl"]
+    assert files == ["packaged_boolq.json", "packaged_history-first-4.json", "packaged_trivia.json", "requests-2.jsonl"]
 
 
 def test_other_weights_are_evaluated_anew(exported, tokenizer):
@@ -296,6 +299,39 @@ def test_other_weights_are_evaluated_anew(exported, tokenizer):
     with torch.no_grad():
         model.blocks[1].ffn.up.bias[3] += 1e-6
     assert ours(model, tokenizer).weights != before
+
+
+def test_the_margin_is_that_of_the_right_over_the_wrong_answers(RunLM, exported, cache, tokenizer):
+    """By the plain model, token by token."""
+    from moelab.engine.checkpoint import hf
+
+    folder = exported(context=256)
+    model = hf.load(folder).eval()
+    (score,) = evaluate(folder, ["packaged_piqa"], cache=cache)
+    margins = []
+    for item in items("packaged_piqa", cache):
+        context = tokenizer.encode(f"Question: {item.question}\nAnswer:")
+        bits = []
+        for answer in item.answers:
+            tokens = tokenizer.encode(f"Question: {item.question}\nAnswer: {answer}")[len(context) :]
+            bits.append(-naive(model, context, tokens, 256)[0] / math.log(2) / len(f" {answer}".encode()))
+        margins.append(bits[1 - item.gold[0]] - bits[item.gold[0]])
+    assert score.margin == pytest.approx(statistics.fmean(margins), abs=1e-4)
+    assert score.margin_error == pytest.approx(statistics.stdev(margins) / math.sqrt(len(margins)), abs=1e-4)
+    (free,) = evaluate(folder, ["packaged_lambada"], cache=cache)
+    assert free.margin is None and free.margin_error is None
+
+
+def test_stored_answers_and_scores_are_not_used_after_a_change_of_the_scoring(RunLM, exported, cache, monkeypatch):
+    folder, answered = exported(), []
+    store = RunLM.add_partial
+    monkeypatch.setattr(RunLM, "add_partial", lambda self, kind, *of: answered.append(kind) or store(self, kind, *of))
+    (before,) = evaluate(folder, ["packaged_piqa"], cache=cache)
+    asked = len(answered)
+    assert evaluate(folder, ["packaged_piqa"], cache=cache) == [before] and len(answered) == asked
+    monkeypatch.setattr(zero_shot, "SCORING", zero_shot.SCORING + 1)
+    (after,) = evaluate(folder, ["packaged_piqa"], cache=cache)
+    assert len(answered) == 2 * asked and after.version != before.version
 
 
 def test_the_command(lm_eval, exported, place, monkeypatch):

@@ -370,7 +370,8 @@ def test_what_needs_weights_says_at_once_that_there_are_none(finished, tmp_path,
         lambda: open_text(taken.path, cache=tmp_path),
         lambda: specialisation.measure(Runs([finished, taken])),
         lambda: zero_shot.measure(Runs([finished, taken]), 1),
-        lambda: zero_shot.require([finished.spec], theirs, 1),  # before others are trained
+        lambda: zero_shot.measure_pairs(Runs([finished, taken]), 40),
+        lambda: zero_shot.require([finished.spec], theirs, 1, 40),  # before others are trained
         lambda: specialisation.require([finished.spec], theirs, 20_000),
     ):
         with pytest.raises(ValueError, match=r"numbers only, .* to train it here") as error:
@@ -378,7 +379,7 @@ def test_what_needs_weights_says_at_once_that_there_are_none(finished, tmp_path,
         assert "\n" not in str(error.value) and str(taken.path) in str(error.value)
     assert not home.exists(), "no text was prepared, no other run routed"
     new = replace(finished.spec, train=replace(finished.spec.train, seed=9))
-    zero_shot.require([new], theirs, 1)
+    zero_shot.require([new], theirs, 1, 40)
 
 
 @pytest.mark.parametrize(
