@@ -289,18 +289,23 @@ def _means_of_fitting(scores: pd.DataFrame, value: str = "bits_per_byte") -> pd.
     return part.groupby(["arm", "seed"], sort=False)[value].mean().reset_index()
 
 
-def bits_headline(scores: pd.DataFrame) -> str:
-    """Return the result in one line: how many bits fewer MoE-128 needs for the right answers than the dense base."""
-    gaps = answer_bits(scores).query("left == 'MoE-128' and right == 'Dense'")["gap"] if len(scores) else []
-    left_out = [task for task, share in tasks_that_fit(scores).items() if share > MAX_CUT] if len(scores) else []
-    if not len(gaps):
+def bits_headline(scores: pd.DataFrame, looks: Sequence[int] = ()) -> str:
+    """Return the result in one line: how many bits fewer MoE-128 needs for the right answers than its dense base.
+
+    Args:
+        looks: the plan, see `moelab.design.sequential`.
+    """
+    pairs = answer_bits(scores) if len(scores) else pd.DataFrame(columns=["left", "right", "gap"])
+    for moe, dense in (("1.3B+MoE-128", "1.3B"), ("MoE-128", "Dense")):
+        if gaps := list(pairs.loc[(pairs["left"] == moe) & (pairs["right"] == dense), "gap"]):
+            break
+    else:
         return "MoE-128 and Dense have no task in common whose requests fit the context"
-    without = (
-        f"; without {', '.join(task.removeprefix('packaged_') for task in left_out)}, which do not fit the context"
-    )
+    left_out = [task.removeprefix("packaged_") for task, share in tasks_that_fit(scores).items() if share > MAX_CUT]
+    without = f"; without {', '.join(left_out)}, which do not fit the context" if left_out else ""
     return (
-        f"MoE-128's bits per byte of the right answers, minus Dense's: {sum(gaps) / len(gaps):+.3f} "
-        f"({comparison.interval_text(list(gaps))}{without if left_out else ''})"
+        f"{moe}'s bits per byte of the right answers, minus {dense}'s: {sum(gaps) / len(gaps):+.3f} "
+        f"({comparison.interval_text(gaps, looks)}{without})"
     )
 
 

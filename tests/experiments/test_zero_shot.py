@@ -46,6 +46,8 @@ def test_bits_of_right_answers_count_only_tasks_that_fit():
     assert gaps["PR-MoE-32/64", "MoE-128", 1] == pytest.approx(0.08) and len(gaps) == 6
     assert zero_shot.tasks_that_fit(rows)["packaged_boolq"] == 0.5
     line = zero_shot.bits_headline(rows)
+    of_larger = rows[rows["arm"] != "PR-MoE-32/64"].replace({"arm": {"Dense": "1.3B", "MoE-128": "1.3B+MoE-128"}})
+    assert zero_shot.bits_headline(pd.concat([rows, of_larger])).startswith("1.3B+MoE-128's bits per byte"), "first"
     larger = pd.concat([rows, rows[rows["arm"] == "Dense"].assign(arm="1.3B")])
     assert zero_shot.bits_headline(larger) == line, "MoE-128 minus 1.3B is another pair"
     assert "-0.190 (95 % interval" in line and "without boolq, which do not fit" in line
@@ -161,6 +163,14 @@ def test_bits_are_judged_like_losses():
     cut.loc[cut["task"] == "packaged_boolq", "bits_per_byte"] = 99.0
     (verdict,) = (v for v in zero_shot.verdicts(cut, "full") if v.claim == names[0])
     assert verdict.ours == pytest.approx(0.15, abs=0.01), "only tasks whose requests fit the context"
+
+
+def test_stored_scores_of_another_scoring_are_not_asked_for(monkeypatch):
+    from moelab.evaluation import zero_shot as scoring
+
+    before = zero_shot._versions()
+    monkeypatch.setattr(scoring, "SCORING", scoring.SCORING + 1)
+    assert all(now != before[task] for task, now in zero_shot._versions().items())
 
 
 def test_the_new_claims_name_arms_of_the_experiment():
