@@ -34,7 +34,7 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def copying(data: TokenData, context: int, count: int) -> list[Pair]:
-    """Return `count` items about facts of their own context, fewer than two words in the vocabulary give none."""
+    """Return `count` items about facts of their own context; none where vocabulary or context are too small for them."""
     tokenizer = data.tokenizer()
     words = [i for i, piece in enumerate(token_bytes(tokenizer)) if _is_word(piece)]
     comma = tokenizer.encode(",")

@@ -389,7 +389,7 @@ EXPERIMENT = Experiment(
         ),
         "full": Scale(
             "the twins of `scaling`, PR-MoE and the students of `distillation` on both bases; all items",
-            "two to six minutes of a core a run beyond the training",
+            "about five minutes of a core a run beyond the training, 15 for 6.7B (estimated)",
         ),
         "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),
     },
