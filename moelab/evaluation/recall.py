@@ -34,7 +34,7 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def copying(data: TokenData, context: int, count: int) -> list[Pair]:
-    """Return `count` items about facts of their own context; none where vocabulary or context are too small for them."""
+    """Return `count` items about facts of the context; none where these do not fit it or the vocabulary."""
     tokenizer = data.tokenizer()
     words = [i for i, piece in enumerate(token_bytes(tokenizer)) if _is_word(piece)]
     comma = tokenizer.encode(",")
