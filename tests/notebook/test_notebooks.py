@@ -235,7 +235,7 @@ def test_a_reply_whose_signal_was_taken_is_found():
     import zmq.asyncio
     from jupyter_client.session import Session
 
-    manager = notebooks._kernel_manager()()
+    manager = notebooks._kernel_manager([])()
     channel_class, session = type(manager.client().shell_channel), Session(key=b"key")
 
     async def wait():
