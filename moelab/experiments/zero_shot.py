@@ -310,7 +310,7 @@ def headline(table: pd.DataFrame) -> str:
 
 
 def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims on Tables 2 and 4: percentage points of the six tasks' average, paired by seed.
+    """Judge the claims on Tables 2 and 4: percentage points of the six tasks' average.
 
     An equality needs the arms of the gain that it is about: for PR-MoE that is MoE-32, which is not among these.
     """
@@ -318,14 +318,12 @@ def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
     whole = part.groupby(["arm", "seed"]).filter(lambda g: set(g["paper"]) == set(paper.TASKS))
     note = f"{comparison.TWINS} Stand-ins for RACE-h and WebQs." if scores["stand_in"].any() else comparison.TWINS
     if not len(whole):
-        return [judge(claim, [], scale=scale) for claim in paper.claims("zero-shot")]
-    table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy")
-    table = table.reindex(sorted(part["seed"].unique()))
-    samples = {
-        claim: comparison.compared(claim, table, ARMS | LARGER, lower_is_better=False)
+        return [judge(claim, scale=scale) for claim in paper.claims("zero-shot")]
+    rows = whole.groupby(["arm", "seed"])["accuracy"].mean().mul(100).reset_index()
+    return [
+        judge(claim, arms=comparison.samples(claim, rows, ARMS | LARGER, "accuracy"), note=note, scale=scale)
         for claim in paper.claims("zero-shot")
-    }
-    return [judge(claim, **sample, note=note, scale=scale) for claim, sample in samples.items()]
+    ]
 
 
 EXPERIMENT = Experiment(
