@@ -291,7 +291,7 @@ def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] 
     how = f"({interval_text(found, looks)}{without})"
     low, high = found.interval(sequential.level(found.samples, tuple(looks)))
     if low <= 0 <= high and left != right:
-        return f"Whether {left} ends below {right} cannot be told: {found.mean:+.3f} nats {how}"
+        return f"{left} minus {right}: {found.mean:+.3f} nats; which of them ends lower cannot be told {how}"
     where = f"{abs(found.mean):.3f} nats {'below' if found.mean < 0 else 'above'}" if found.mean else "level with"
     return f"{left} ends {where} {right} {how}"
 

@@ -99,12 +99,10 @@ def judge(
 
     - An order, a difference or a ratio holds when the interval lies on the claimed side of "no effect"; it does not
       when it lies on the other side, or within the claim's smallest effect of interest on either side. Where the paper
-      has a number, the size is a statement of its own: larger or smaller where the interval lies wholly beyond or short
-      of the paper's range, alike where it meets the range and is narrower than `NARROW` of the paper's effect, else
-      open.
+      has a number, the size is said apart: larger or smaller where the interval lies wholly beyond or short of the
+      paper's range, the paper's where it meets the range and is narrower than `NARROW` of the effect, else open.
     - A bound, or two of them, holds when the interval keeps it, and does not when the interval lies wholly outside. A
-      value that is censored, because it did not come by the end of the training, counts as the end: with one, the claim
-      can be refuted, but cannot hold.
+      censored value counts as the end of the training: with one, the claim can be refuted, but cannot hold.
     - Two arms are equal when they differ by less than `MARGIN` of the gain that the claim is about, and that gain is
       above zero: an equivalence test (two one-sided tests, each at 2.5 %). They are not when they differ by more. Both
       are contrasts of arms, difference -+ margin x gain, so the gain's own spread counts.
@@ -116,20 +114,25 @@ def judge(
         arms: in place of values: by the paper's name of a run and by seed, those of both sides, and of both arms of the
             gain. A seed that an arm lacks, but has a later one than, has no value.
         exact: the values are arithmetic, without spread.
-        scale: the experiment's; a claim that needs a larger one is shown with our values but not judged. None judges in
-            any case.
+        scale: the experiment's; a claim that needs a larger one is shown, but not judged. None judges in any case.
         share: of the paper's training that the runs reach, None where that is not known.
         looks: the plan of the comparison.
         decides_from: the first seed that decides; what earlier ones say is noted.
         lost: seed -> why it has no value. With a seed without a value, nothing is judged.
         censored: seeds whose value is only known to be larger than the one given.
-        within: standard error of each value by itself, for timings.
+        within: standard error of each value alone, for timings.
     """
     given = values if isinstance(values, Mapping) else dict(enumerate(values))
-    samples: Samples = {name: dict(of) for name, of in arms.items()} if arms else {VALUE: dict(given)} if given else {}
+    samples = arms or ({VALUE: given} if given else {})
     every = sorted({seed for of in samples.values() for seed in of})
     filled = {name: {s: of.get(s, math.nan) for s in every if s <= max(of)} for name, of in samples.items() if of}
     kept = {name: {s: float(v) for s, v in of.items() if math.isfinite(v)} for name, of in filled.items()}
+    without = [
+        (f"seed {seed}" if arm == VALUE else f"seed {seed} of {arm}")
+        + (f": {lost[seed]}" if lost and seed in lost else "")
+        for arm, of in deciding(filled, looks, decides_from).items()
+        for seed in of.keys() - kept[arm].keys()
+    ]
     row = Verdict(
         claim=claim.id,
         statement=claim.statement,
@@ -143,7 +146,7 @@ def judge(
         share=share,
         looks=tuple(looks),
         decides_from=decides_from,
-        missing=tuple(_missing(deciding(filled, looks, decides_from), lost or {})),
+        missing=tuple(sorted(without)),
         censored=tuple(sorted(censored)),
         within=within,
     )
@@ -151,16 +154,6 @@ def judge(
     if exact and able:
         return _exact(claim, replace(row, kind=COUNTED, ours=statistics.fmean(given.values())))
     return _measured(claim, replace(row, arms=kept), scale, able)
-
-
-def _missing(samples: Samples, lost: Mapping[int, str]) -> list[str]:
-    """Return the names of seeds without a value."""
-    return [
-        (f"seed {seed}" if arm == VALUE else f"seed {seed} of {arm}") + (f": {lost[seed]}" if seed in lost else "")
-        for arm, of in samples.items()
-        for seed, value in of.items()
-        if not math.isfinite(value)
-    ]
 
 
 def judge_timing(
@@ -176,17 +169,15 @@ def judge_timing(
         sessions: per session (a process of its own), the claim's ratio round by round.
         note, scale: as for `judge`.
     """
-    timed = [[float(ratio) for ratio in session] for session in sessions if len(session)]
+    timed = [list(map(float, session)) for session in sessions if len(session)]
     spread = ", ".join(f"{min(s):.3g} to {max(s):.3g} over {len(s)} rounds" for s in timed)
     if timed:
         note = f"{note} Spread within {'the one session' if len(timed) == 1 else 'each session'}: {spread}.".strip()
-    finite = [all(map(math.isfinite, s)) for s in timed]
+    finite = [s for s in timed if all(map(math.isfinite, s))]
     # The variance of a median is pi / 2 times that of a mean, for normal samples.
-    variances = [
-        math.pi / 2 * statistics.variance(s) / len(s) for s, ok in zip(timed, finite, strict=True) if ok and len(s) > 1
-    ]
+    variances = [math.pi / 2 * statistics.variance(s) / len(s) for s in finite if len(s) > 1]
     within = math.sqrt(statistics.fmean(variances)) if variances else 0.0
-    medians = [statistics.median(s) if ok else math.nan for s, ok in zip(timed, finite, strict=True)]
+    medians = [statistics.median(s) if s in finite else math.nan for s in timed]
     return judge(claim, medians, note=note, scale=scale, within=within)
 
 
@@ -230,36 +221,32 @@ def restate(claim: Claim, stored: Verdict, scale: str | None = None) -> Verdict:
     if not stored.arms:
         lacks = _too_small(claim, scale, stored.share) if stored.verdict == CANNOT_TEST else NO_VALUE
         return stored if stored.why or stored.ours is not None else replace(stored, why=lacks)
+    scale = scale if claim.testable_at in SCALES else None  # what is mostly simulated may be measured, too
     return _measured(claim, stored, scale, can_test(claim, scale, stored.share))
 
 
 def _exact(claim: Claim, row: Verdict) -> Verdict:
     """Return the verdict on a value without spread; a simulation has a tolerance, arithmetic has none."""
-    ours = row.ours or 0.0
-    ends = {} if row.simulated else {"low": ours, "high": ours}
-    of, size = _rule(
-        claim, ours, ours, stated.paper_range(claim, exact=not row.simulated, wide=row.simulated), exact=True
-    )
-    return replace(row, verdict=of, size=size, **ends)
+    ours, paper = row.ours or 0.0, stated.paper_range(claim, exact=not row.simulated, wide=row.simulated)
+    of, size = _rule(claim, ours, ours, paper, exact=True)
+    return replace(row, verdict=of, size=size, **{} if row.simulated else {"low": ours, "high": ours})
 
 
 def _measured(claim: Claim, row: Verdict, scale: str | None, able: bool) -> Verdict:
     """Return the verdict on samples, the rest of `row` as it is."""
     samples = deciding(row.arms, row.looks, row.decides_from)
     difference, gain = contrasts(claim, samples)
-    row = replace(row, kind=MEASURED if difference else "", verdict=CANNOT_TELL, p=None, why="", size="")
-    estimate = _estimate(samples, difference, row.within) if difference else None
     n = min((len(samples[arm]) for arm in difference | gain), default=0)
-    level = sequential.level(n, row.looks) if n else 1.0
-    low, high = estimate.interval(level) if estimate else (0.0, 0.0)
-    ends = (low, high) if estimate and estimate.samples > 1 else (None, None)
-    row = replace(row, ours=estimate and estimate.mean, low=ends[0], high=ends[1], samples=n)
+    row = replace(row, kind=MEASURED if n else "", verdict=CANNOT_TELL, p=None, why="", size="", samples=n)
+    if n:
+        estimate, level = estimated(samples, difference, row.within), sequential.level(n, row.looks)
+        low, high = estimate.interval(level)
+        ends = (low, high) if estimate.samples > 1 else (None, None)
+        row = replace(row, ours=estimate.mean, low=ends[0], high=ends[1])
     if not able:
         return replace(row, verdict=CANNOT_TEST, why=_too_small(claim, scale, row.share))
-    if row.missing:
-        return replace(row, why=f"Without a value: {', '.join(row.missing)}.")
-    if estimate is None:
-        return replace(row, why=NO_VALUE)
+    if row.missing or not n:
+        return replace(row, why=f"Without a value: {', '.join(row.missing)}." if row.missing else NO_VALUE)
     if n < (least := max((MIN_SAMPLES, *row.looks[:1]))):
         what = f"{'session' if claim.timed else 'seed'}{'s' * (n != 1)}"
         return replace(row, why=f"There {'is' if n == 1 else 'are'} {n} {what}; it takes {least}.")
@@ -270,11 +257,10 @@ def _measured(claim: Claim, row: Verdict, scale: str | None, able: bool) -> Verd
         censored = any(not set(row.censored).isdisjoint(of) for of in samples.values())
         of, size = _rule(claim, low, high, stated.paper_range(claim), share=row.share, censored=censored)
         p, why = _p(claim, estimate, low, high, of), ""
-        if of == FAILS and low <= stated.neutral(claim) <= high and claim.smallest:
-            smallest = f"{claim.smallest:g}{stated.unit(claim)} ({claim.smallest_why})"
-            why = f"Within the smallest effect of interest, {smallest}."
+        if of == FAILS and claim.smallest and low <= stated.neutral(claim) <= high:
+            why = f"Within the smallest effect of interest, {claim.smallest:g} ({claim.smallest_why})."
     p = None if p is None else sequential.repeated_p(p, n, row.looks)
-    whys = (why, _waiting(row, samples), _earlier(claim, row), _progress(claim, row, samples, of, estimate))
+    whys = (why, *_other_seeds(claim, row, n), _progress(claim, row, samples, of, estimate))
     return replace(row, verdict=of, p=p, size=size, why=" ".join(text for text in whys if text))
 
 
@@ -288,7 +274,7 @@ def _too_small(claim: Claim, scale: str | None, share: float | None) -> str:
 def contrasts(claim: Claim, samples: Samples) -> tuple[Weights, Weights]:
     """Return what the claim compares, and the gain of an equality, as contrasts; empty where an arm is not there."""
     if VALUE in samples:
-        return {VALUE: 1.0}, {GAIN: 1.0} if len(samples.get(GAIN, ())) == len(samples[VALUE]) else {}
+        return {VALUE: 1.0}, {GAIN: 1.0} if GAIN in samples and len(samples[GAIN]) == len(samples[VALUE]) else {}
     if not {claim.left, claim.right} <= samples.keys():
         return {}, {}
     sign = -1.0 if claim.lower_is_better else 1.0
@@ -296,13 +282,7 @@ def contrasts(claim: Claim, samples: Samples) -> tuple[Weights, Weights]:
     return {claim.left: 1.0, claim.right: -1.0}, {claim.gain_of: sign, claim.gain_over: -sign} if both else {}
 
 
-def spread(claim: Claim, verdict: Verdict) -> float:
-    """Return the standard deviation of what a claim compares, from one seed (of each arm) to the next."""
-    samples = deciding(verdict.arms, verdict.looks, verdict.decides_from)
-    return _estimate(samples, contrasts(claim, samples)[0], verdict.within).spread
-
-
-def _estimate(samples: Samples, weights: Weights, within: float = 0.0) -> Estimate:
+def estimated(samples: Samples, weights: Weights, within: float = 0.0) -> Estimate:
     """Return the estimate of a contrast: values of one seed are summed first, arms have independent seeds."""
     if VALUE in samples:
         seeds = samples[next(iter(weights))]
@@ -373,37 +353,29 @@ def _equality(
     what, zero = f"{claim.gain_of} over {claim.gain_over}", stated.neutral(claim)
     if not gain:
         return CANNOT_TELL, None, f"It is about what {what} gains, which these runs do not have."
-    gained = _estimate(samples, gain)
-    low, high = gained.interval(level)
+    gained, *edges = (estimated(samples, weights) for weights in (gain, *beyond(difference, gain)))
+    (low, high), over, under = gained.interval(level), *(edge.interval(level) for edge in edges)
+    p = max(edges[0].p(zero), edges[1].p(zero), gained.p() if gained.mean > 0 else 1.0)
     measured = f"{what} gains {gained.mean:.3g} ({low:.3g} to {high:.3g})."
-    if low <= 0:
-        why = f"It is about a gain that these runs do not show: {measured}"
-        return CANNOT_TELL, gained.p() if gained.mean > 0 else 1.0, why
     margin = f"{MARGIN:.0%} of the gain ({MARGIN * gained.mean:.2g}{stated.unit(claim)}): {measured}"
-    over, under = (_estimate(samples, weights) for weights in beyond(difference, gain))
-    (over_low, over_high), (under_low, under_high) = over.interval(level), under.interval(level)
-    if over_low > zero or under_high < zero:
-        return FAILS, max(over.p(zero) if over_low > zero else under.p(zero), gained.p()), f"Margin: {margin}"
-    p = max(over.p(zero), under.p(zero), gained.p())
-    return (
-        (HOLDS, p, f"Equal within {margin}") if over_high < zero < under_low else (CANNOT_TELL, p, f"Margin: {margin}")
-    )
+    if low <= 0:
+        return CANNOT_TELL, p, f"It is about a gain that these runs do not show: {measured}"
+    if over[0] > zero or under[1] < zero:
+        return FAILS, max(edges[over[0] <= zero].p(zero), gained.p()), f"Margin: {margin}"
+    equal = over[1] < zero < under[0]
+    return (HOLDS, p, f"Equal within {margin}") if equal else (CANNOT_TELL, p, f"Margin: {margin}")
 
 
-def _waiting(row: Verdict, samples: Samples) -> str:
-    """Say how many seeds are there beyond the last planned look."""
-    there = deciding(row.arms, (), row.decides_from)
-    n, more = (min(map(len, of.values())) for of in (samples, there))
-    return f"Judged by the first {n} of {more} seeds, the last planned look." if more > n else ""
-
-
-def _earlier(claim: Claim, row: Verdict) -> str:
-    """Say what the seeds before the first that decides give."""
+def _other_seeds(claim: Claim, row: Verdict, n: int) -> list[str]:
+    """Say which seeds beyond the last planned look wait, and what those before the first that decides give."""
+    said, there = [], min(map(len, deciding(row.arms, (), row.decides_from).values()))
+    if there > n:
+        said.append(f"Judged by the first {n} of {there} seeds, the last planned look.")
     early = {arm: {s: v for s, v in of.items() if s < row.decides_from} for arm, of in row.arms.items()}
-    if not all(early.values()):
-        return ""
-    estimate = _estimate(early, contrasts(claim, early)[0])
-    return f"Seeds before {row.decides_from} do not decide; they give {estimate.mean:+.3g}{stated.unit(claim)}."
+    if all(early.values()):
+        mean = estimated(early, contrasts(claim, early)[0]).mean
+        said.append(f"Seeds before {row.decides_from} do not decide; they give {mean:+.3g}{stated.unit(claim)}.")
+    return said
 
 
 def _progress(claim: Claim, row: Verdict, samples: Samples, of: str, estimate: Estimate) -> str:
@@ -433,10 +405,10 @@ def _chance(claim: Claim, samples: Samples, estimate: Estimate, looks: tuple[int
     difference, gain = contrasts(claim, samples)
     if not gain:
         return 1.0
-    gained = _estimate(samples, gain)
+    gained = estimated(samples, gain)
     if (margin := MARGIN * gained.mean) <= 0:
         return 0.0
-    over, under = (_estimate(samples, weights) for weights in beyond(difference, gain))
+    over, under = (estimated(samples, weights) for weights in beyond(difference, gain))
     needed = ((over, -margin), (under, margin), (gained, gained.mean))
     equal = min(sequential.chance(part, effect, looks) for part, effect in needed)
     outer = over if seen > 0 else under

@@ -139,11 +139,8 @@ def plan(spreads: Mapping[str, float], gains: Mapping[str, float] | None = None)
         if not claim.role:
             continue
         alpha, gained = ALPHA / PRIMARIES if claim.role == PRIMARY else ALPHA, (gains or {}).get(claim.id, 0.0)
-        names = (
-            [VALUE]
-            if claim.id in spreads
-            else [n for n in (claim.left, claim.right, claim.gain_of, claim.gain_over) if n]
-        )
+        sides = (claim.left, claim.right, claim.gain_of, claim.gain_over)
+        names = [VALUE] if claim.kind == "bound" or claim.id in spreads else [name for name in sides if name]
         known = {name: _spread(spreads, claim.id if name == VALUE else name) for name in names}
         need, effect, why = None, None, "no spread given"
         if None not in known.values():
@@ -164,6 +161,12 @@ def _spread(spreads: Mapping[str, float], name: str) -> float | None:
         return spreads.get(settings.family(name.replace("+KD", "").replace("+MoS", "")))
     except ValueError:  # no model's name
         return None
+
+
+def spread(claim: Claim, verdict: Verdict) -> float:
+    """Return the standard deviation of what a claim compares, from one seed (of each arm) to the next."""
+    samples = judging.deciding(verdict.arms, verdict.looks, verdict.decides_from)
+    return judging.estimated(samples, judging.contrasts(claim, samples)[0], verdict.within).spread
 
 
 def outlook(claim: Claim, verdict: Verdict) -> str:

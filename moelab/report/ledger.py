@@ -42,16 +42,8 @@ OPEN = "open"
 _BY_STRENGTH = (paper.SCALES[0], "simulated", *paper.SCALES[1:])
 """Scales and simulation, from the weakest evidence to the strongest."""
 
-_DISPUTED = frozenset(
-    (
-        "dense-equivalent-ratio",
-        "mos-350m-average",
-        "mos-350m-gains",
-        "sc22-8-gpu-bar",
-        "fig11-1t-ratio",
-        "early-10x-headline",
-    )
-)
+_DISPUTED = {"dense-equivalent-ratio", "mos-350m-average", "mos-350m-gains"}
+_DISPUTED |= {"sc22-8-gpu-bar", "fig11-1t-ratio", "early-10x-headline"}
 """Conflicts (`moelab.paper.conflicts`) between two numbers for the claimed quantity; others concern settings."""
 
 
@@ -213,19 +205,11 @@ class Family:
     failed: int
     withdrawn: dict[str, str]
 
-    @property
-    def counts(self) -> str:
-        """The note without the claims whose verdicts are withdrawn."""
+    def __str__(self) -> str:
         return (
             f"{self.tests} tests of measured values. Of the {self.primaries} primary claims, one a figure, {self.held} "
             f"hold and {self.failed} do not after Holm’s adjustment, which keeps the chance that any of these is wrong "
             "below 5 %; a figure’s other claims are tested only where its primary one holds"
-        )
-
-    def __str__(self) -> str:
-        text = self.counts
-        return (
-            f"{text}. Decided alone, but not after adjustment: {', '.join(self.withdrawn)}" if self.withdrawn else text
         )
 
 
@@ -247,14 +231,14 @@ def _adjusted(entries: list[Entry]) -> list[Entry]:
 
     def adjust(claims: Sequence[paper.Claim], what: str) -> None:
         for claim, p in zip(claims, holm([alone.get(c.id, 1.0) for c in claims]), strict=True):
-            entry = found[claim.id]
             if claim.id not in alone:
                 continue
-            lost = entry.verdict in DECIDED and p >= ALPHA
-            why = f"Its p-value is {alone[claim.id]:.2g} and, adjusted for {what}, {p:.2g}; it must be below {ALPHA}."
-            found[claim.id] = replace(
-                entry, adjusted=CANNOT_TELL if lost else entry.verdict, p=p, why=why if lost else entry.why
-            )
+            entry = found[claim.id] = replace(found[claim.id], p=p)
+            if entry.verdict in DECIDED and p >= ALPHA:
+                why = (
+                    f"Its p-value is {alone[claim.id]:.2g} and, adjusted for {what}, {p:.2g}; it must be below {ALPHA}."
+                )
+                found[claim.id] = replace(entry, adjusted=CANNOT_TELL, why=why)
 
     primaries = [claim for claim in paper.claims() if claim.role == paper.PRIMARY]
     adjust(primaries, f"the {len(primaries)} primary claims")
@@ -334,8 +318,10 @@ def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
         verdict, why = CANNOT_TEST, "The paper gives its number twice and differently, and no result judges it."
     elif evidence or claim.testable_at in ("gpu", "paper") or claim.from_share:
         verdict = CANNOT_TEST
-        why = evidence[0].note if evidence else f"It needs the scale {claim.testable_at}."
-        if not evidence and claim.from_share:
+        why = f"It needs the scale {claim.testable_at}."
+        if evidence:
+            why = "" if evidence[0].ours is not None else evidence[0].note
+        elif claim.from_share:
             why = f"It needs runs of {claim.from_share:.0%} of the paper's training."
     return Entry(
         claim.id,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moelab import paper
 from moelab.design import comparison, power, rates
-from moelab.design.judging import restate, spread
+from moelab.design.judging import restate
 from moelab.design.verdicts import MEASURED
 from moelab.experiments import experiment as find
 from moelab.lazy import pd
@@ -109,7 +109,7 @@ def _claims(summaries: list[Summary]) -> list[list]:
                 both = [one for one in (verdict, verdict.other) if one and one.samples > 1]
                 plans = [(one, *power.of_claim(claim, one)) for one in both]
                 one, need, effect, why = max(plans, key=lambda plan: (plan[1] and plan[1].at_once) or power.MAX_SEEDS)
-                rows[claim.id] = [claim.id, one.samples, spread(claim, one), effect, why, *_numbers(need)]
+                rows[claim.id] = [claim.id, one.samples, power.spread(claim, one), effect, why, *_numbers(need)]
     return list(rows.values())
 
 

@@ -101,7 +101,7 @@ def test_claims_are_shown_at_this_scale_and_judged_at_the_papers():
     found = {v.claim: v for v in zero_shot.verdicts(scores(better), "cpu")}
     assert set(found) == {c.id for c in paper.claims("zero-shot")}
     pr = found["zero-shot-350m-pr-moe"]
-    assert pr.ours == pytest.approx((3 + 6) / 2 / 6) and pr.samples == 2 and pr.verdict == claims.NOT_TESTABLE
+    assert pr.ours == pytest.approx((3 + 6) / 2 / 6) and pr.samples == 2 and pr.verdict == claims.CANNOT_TEST
     assert "Stand-ins" in pr.note
     assert found["zero-shot-350m-moe128-vs-1.3b"].samples == 0
     three = {(arm, seed): {**SIX, "piqa": 0.8 + 0.01 * seed} for arm in ARMS for seed in (0, 1, 2)}
@@ -111,7 +111,7 @@ def test_claims_are_shown_at_this_scale_and_judged_at_the_papers():
     assert "350M+MoE-128 over 350M+MoE-32" in level.why
     lost = {key: value if key != ("MoE-128", 1) else {"piqa": 0.5} for key, value in three.items()}
     level = next(v for v in zero_shot.verdicts(scores(lost, stand_in=False), "paper") if v.claim == level.claim)
-    assert level.verdict == claims.INCOMPLETE and level.why == "Without a value: seed 1 of MoE-128."
+    assert level.verdict == claims.CANNOT_TELL and level.why == "Without a value: seed 1 of 350M+MoE-128."
     incomplete = {key: {"piqa": 0.5} for key in BOTH}
     assert all(v.samples == 0 for v in zero_shot.verdicts(scores(incomplete), "cpu"))
 
