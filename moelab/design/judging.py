@@ -138,7 +138,9 @@ def judge(
         statement=claim.statement,
         where=claim.where,
         paper=stated.paper_text(claim),
-        **dict.fromkeys(("ours", "low", "high"), None),
+        ours=None,
+        low=None,
+        high=None,
         unit=claim.unit,
         samples=0,
         verdict=CANNOT_TELL,
@@ -229,7 +231,8 @@ def _exact(claim: Claim, row: Verdict) -> Verdict:
     """Return the verdict on a value without spread; a simulation has a tolerance, arithmetic has none."""
     ours, paper = row.ours or 0.0, stated.paper_range(claim, exact=not row.simulated, wide=row.simulated)
     of, size = _rule(claim, ours, ours, paper, exact=True)
-    return replace(row, verdict=of, size=size, **{} if row.simulated else {"low": ours, "high": ours})
+    end = None if row.simulated else ours
+    return replace(row, verdict=of, size=size, low=end, high=end)
 
 
 def _measured(claim: Claim, row: Verdict, scale: str | None, able: bool) -> Verdict:

@@ -141,13 +141,14 @@ def plan(spreads: Mapping[str, float], gains: Mapping[str, float] | None = None)
         alpha, gained = ALPHA / PRIMARIES if claim.role == PRIMARY else ALPHA, (gains or {}).get(claim.id, 0.0)
         sides = (claim.left, claim.right, claim.gain_of, claim.gain_over)
         names = [VALUE] if claim.kind == "bound" or claim.id in spreads else [name for name in sides if name]
-        known = {name: _spread(spreads, claim.id if name == VALUE else name) for name in names}
+        found = {name: _spread(spreads, claim.id if name == VALUE else name) for name in names}
+        known = {name: spread for name, spread in found.items() if spread is not None}
         need, effect, why = None, None, "no spread given"
-        if None not in known.values():
+        if len(known) == len(names):
             # Only the gain's mean counts: the better of its two arms ends that much lower (or higher).
             means = dict.fromkeys(names, 0.0) | {claim.gain_of: -gained if claim.lower_is_better else gained}
-            found = {name: {0: 0.0} for name in names}
-            need, effect, why = _planned(claim, found, known, means, True, alpha)
+            arms = {name: {0: 0.0} for name in names}
+            need, effect, why = _planned(claim, arms, known, means, True, alpha)
         numbers = (need.at_once, need.looks, need.mean) if need else (None,) * 3
         rows.append([claim.id, claim.family, claim.role, effect, why, alpha, *numbers])
     head = ["claim", "figure", "role", "effect", "effect from", "alpha", "at once", "looks", "on average"]

@@ -250,8 +250,9 @@ def _adjusted(entries: list[Entry]) -> list[Entry]:
         why = f"It is tested only where the primary claim of {primary.family} holds: {primary.statement}"
         for entry in (found[claim.id] for claim in others):
             if entry.tested:
-                decided = {"adjusted": CANNOT_TELL, "why": why} if entry.verdict in DECIDED else {}
-                found[entry.claim] = replace(entry, p=None, **decided)
+                found[entry.claim] = entry = replace(entry, p=None)
+            if entry.tested and entry.verdict in DECIDED:
+                found[entry.claim] = replace(entry, adjusted=CANNOT_TELL, why=why)
     return list(found.values())
 
 
