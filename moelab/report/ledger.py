@@ -124,6 +124,14 @@ class Entry:
         """Whether its verdict is that of a statistical test."""
         return self.kind == MEASURED and self.deciding is not None and self.deciding.p is not None
 
+    @property
+    def tests(self) -> str:
+        """Its p-value alone and adjusted, and its q-value, in words: ``p = 0.003, 0.012 adjusted, q = 0.008``."""
+        if not self.tested or self.deciding is None or self.deciding.p is None:
+            return ""
+        adjusted = "" if self.p in (None, self.deciding.p) else f", {self.p:.2g} adjusted"
+        return f"p = {self.deciding.p:.2g}{adjusted}" + ("" if self.q is None else f", q = {self.q:.2g}")
+
 
 def ledger(*results: Path) -> list[Entry]:
     """Return an entry for every claim of the paper, in its order; results that cannot be read are passed over.
@@ -284,6 +292,8 @@ def _described(entry: Entry) -> tuple[Text, Text]:
     values.append(f" · {entry.adjusted}", "bold")
     if entry.adjusted != entry.verdict:
         values.append(f" ({entry.verdict} alone, before adjustment)")
+    if entry.tests:
+        values.append(f" · {entry.tests}")
     at = f" · {e.scale}, {f'n = {e.samples}' if e.samples else 'exact'}" if e else ""
     return values, Text(f"{entry.claim} · {entry.where}{at}", "dim")
 
@@ -324,18 +334,6 @@ def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
             why = "" if evidence[0].ours is not None else evidence[0].note
         elif claim.from_share:
             why = f"It needs runs of {claim.from_share:.0%} of the paper's training."
-    return Entry(
-        claim.id,
-        claim.experiment,
-        claim.where,
-        claim.statement,
-        paper_text(claim),
-        claim.testable_at,
-        conflicts,
-        claim.same_as,
-        evidence,
-        able.kind if able is not None and able.kind else OPEN,
-        verdict,
-        adjusted=verdict,
-        why=why,
-    )
+    said = (claim.id, claim.experiment, claim.where, claim.statement, paper_text(claim), claim.testable_at)
+    kind = able.kind if able is not None and able.kind else OPEN
+    return Entry(*said, conflicts, claim.same_as, evidence, kind, verdict, adjusted=verdict, why=why)

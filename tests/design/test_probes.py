@@ -149,3 +149,13 @@ def test_published_claims_are_readable_and_judged_by_their_stored_values():
                 assert twice == again, (path, stored.claim)
                 if stored.low is not None:  # processors round differently
                     assert again.low == pytest.approx(stored.low, rel=1e-9), (path, stored.claim)
+
+
+def test_the_order_of_the_runs_changes_no_verdict():
+    """Of a plan the first seeds decide, by their numbers, in whatever order the runs are."""
+    frame = final(fig4(0.3, 7))
+    frame.loc[(frame["arm"] == "MoE-128") & (frame["seed"] >= 5), "validation_loss"] += 9
+    first = pr_moe.verdicts(frame, "cpu")
+    assert {v.claim: v for v in first}["moe128-beats-moe32"].verdict == claims.HOLDS, "judged by five of seven seeds"
+    for mixed in (frame[::-1], frame.sample(frac=1, random_state=0)):
+        assert pr_moe.verdicts(mixed, "cpu") == first

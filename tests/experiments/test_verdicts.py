@@ -1,5 +1,7 @@
 """What experiments judge: PR-MoE's claims from final losses, and all claims about inference by simulation."""
 
+from dataclasses import replace
+
 import pytest
 
 from moelab import paper
@@ -97,3 +99,17 @@ def test_plans_are_named_before_the_runs():
             assert list(looks) == sorted(set(looks)) and looks[0] >= 3
     assert pr_moe.EXPERIMENT.looks_at("cpu") == (3, 5) and pr_moe.EXPERIMENT.looks_at("full") == (3, 6, 9)
     assert pr_moe.EXPERIMENT.looks_at("quick") == (3,)
+    assert pr_moe.EXPERIMENT.plan("cpu") == {"looks": (3, 5), "decides_from": 0}
+
+
+def test_a_plan_may_restrict_the_seeds_that_decide():
+    about = replace(pr_moe.EXPERIMENT, decides_from={"cpu": 2})
+    frame = final({"MoE-128": [9.0, 9.0, 4.8, 4.81, 4.8], "MoE-32": [5.0, 5.0, 5.0, 5.02, 5.01]})
+    models = {"MoE-128": "350M+MoE-128", "MoE-32": "350M+MoE-32"}
+    found = {v.claim: v for v in comparison.judge_losses("pr-moe", frame, models, "cpu", **about.plan("cpu"))}
+    order = found["moe128-beats-moe32"]
+    assert order.verdict == claims.HOLDS and order.samples == 3 and order.ours == pytest.approx(-0.207, abs=0.001)
+    assert "Seeds before 2 do not decide; they give +4 nats." in order.why
+    assert comparison.difference(frame, "MoE-128", "MoE-32", **about.plan("cpu")).startswith("MoE-128 ends 0.207 nats")
+    with pytest.raises(ValueError, match="decides_from of cpu must be a seed, got -1"):
+        replace(about, decides_from={"cpu": -1})

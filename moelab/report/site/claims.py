@@ -166,20 +166,11 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
                 note = f"{e.note} {entry.why or _outlook(claim, result, entry)}".strip()
                 alone = entry.verdict if entry.adjusted != entry.verdict else ""
                 row = replace(row, verdict=entry.adjusted, kind=entry.kind, note=note, alone=alone, decides=True)
-                row = replace(row, tests=_tests(entry))
+                row = replace(row, tests=entry.tests)
             rows.append(row)
         if not shown:
             rows.append(ClaimRow(claim, entry.adjusted, note=entry.why, decides=True))
     return rows
-
-
-def _tests(entry: Entry) -> str:
-    """Return the p-values of an entry in words: "p = 0.003, 0.012 adjusted, q = 0.008"."""
-    if not entry.tested or entry.deciding is None or entry.deciding.p is None:
-        return ""
-    adjusted = "" if entry.p in (None, entry.deciding.p) else f", {entry.p:.2g} adjusted"
-    q = "" if entry.q is None else f", q = {entry.q:.2g}"
-    return f"p = {entry.deciding.p:.2g}{adjusted}{q}"
 
 
 def _outlook(claim: paper.Claim, result: Result, entry: Entry) -> str:
