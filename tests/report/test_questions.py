@@ -82,7 +82,7 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
 def test_the_dense_size_of_both_pairs_leads_where_it_is_judged(scaling):
     row = ClaimRow(paper.claim("dense-equivalent-4-5x"), CANNOT_TELL, scaling, "cpu", 4.37, 4.0, 4.74, 3, decides=True)
     answer = questions.answers([scaling], [row])[1]
-    assert answer.line == "4.37× its base [4, 4.74] (paper 4 to 5×)" and answer.claims == [row]
+    assert answer.line == "4.37× its base [4, 4.74] (paper 4–5×)" and answer.claims == [row]
     assert answer.short.startswith(
         "4.37× its base [4, 4.74], mean of two pairs. 350M+MoE-128, times its base’s size: 1."
     )

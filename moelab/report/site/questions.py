@@ -35,7 +35,7 @@ STUDENT = {
     "mos-size-350m": "{} MoE-128’s parameters",
 }
 SERVED = {
-    "faster-than-6.7b": "Simulated: {} dense 6.7B’s speed",
+    "faster-than-6.7b": "Simulated: {} 6.7B’s speed",
     "1t-under-25ms": "a trillion parameters in {}",
     "kernels-6x": "measured: {} for the kernels",
 }
@@ -227,10 +227,10 @@ def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     beside = typeset(f"{MOE}: {here}{end:.1f}× at its end; against {LARGER} {_beside(result, LARGER)}")
     if both := decided.get(SIZE):  # what the verdict is about comes first
         of_both = f"{quantity(both.ours, both.claim)} its base [{both.interval.replace(' to ', ', ')}]"
-        line, short = _line(of_both, both.paper), f"{of_both}, mean of two pairs. {short}"
+        line, short = _line(of_both, both.paper.replace(" to ", "–")), f"{of_both}, mean of two pairs. {short}"
         beside = f"{both.paper}. {beside}"
     return Answer(
-        "Which dense size does it equal?",
+        "Which dense size equals it?",
         line,
         short,
         beside,
