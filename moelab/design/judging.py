@@ -223,7 +223,8 @@ def restate(claim: Claim, stored: Verdict, scale: str | None = None) -> Verdict:
     if not stored.arms:
         lacks = _too_small(claim, scale, stored.share) if stored.verdict == CANNOT_TEST else NO_VALUE
         return stored if stored.why or stored.ours is not None else replace(stored, why=lacks)
-    scale = scale if claim.testable_at in SCALES else None  # what is mostly simulated may be measured, too
+    if claim.testable_at not in SCALES and stored.verdict != CANNOT_TEST:
+        scale = None  # what is mostly simulated may be measured, too
     return _measured(claim, stored, scale, can_test(claim, scale, stored.share))
 
 

@@ -139,7 +139,7 @@ def plan(spreads: Mapping[str, float], gains: Mapping[str, float] | None = None)
         if not claim.role:
             continue
         alpha, gained = ALPHA / PRIMARIES if claim.role == PRIMARY else ALPHA, (gains or {}).get(claim.id, 0.0)
-        sides = (claim.left, claim.right, claim.gain_of, claim.gain_over)
+        sides = dict.fromkeys((claim.left, claim.right, claim.gain_of, claim.gain_over))
         names = [VALUE] if claim.kind == "bound" or claim.id in spreads else [name for name in sides if name]
         found = {name: _spread(spreads, claim.id if name == VALUE else name) for name in names}
         known = {name: spread for name, spread in found.items() if spread is not None}

@@ -25,6 +25,7 @@ intervals are as wide as that takes; we train no further ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -55,6 +56,7 @@ STATED = (
 """Pairs of arms whose difference at the end is drawn."""
 
 HALVES = "Teacher and student read different halves of the text."
+BRANCH = "Twins, seed by seed: until distillation stops, the two are one run."
 _SUFFIX = {"Teacher": "", "L21 alone": "+L21", "L21 + KD": "+L21+KD", "L21 + staged KD": "+L21+MoS"}
 
 
@@ -249,11 +251,21 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
             share = comparison.share_of_training((claim.left, claim.right), final, arms, scale)
             whole, pair = paper.training_settings(claim.left).steps, ("L21 alone", "L21 + KD")
             judged.append(shares.judge_crossing(claim, curves, pair, whole, share, scale=scale, **plan))
+        elif claim.id == "staged-kd-beats-full-kd":
+            share = comparison.share_of_training((claim.left, claim.right), final, arms, scale)
+            sides = comparison.samples(claim, final, arms)
+            values = by_seed(sides[claim.left], sides[claim.right]) if sides else {}
+            judged.append(judge(claim, values, note=BRANCH, scale=scale, share=share, **plan))
         else:
             halves = reads_halves(scale) and arms["Teacher"] in (claim.left, claim.right)
             note = f"{comparison.TWINS} {HALVES}" if halves else comparison.TWINS
             judged.append(comparison.judge_loss(claim, final, arms, scale, note=note, **plan))
     return judged
+
+
+def by_seed(left: Mapping[int, float], right: Mapping[int, float]) -> dict[int, float]:
+    """Return left - right of each seed; NaN where one of them is missing."""
+    return {s: left.get(s, math.nan) - right.get(s, math.nan) for s in sorted(left.keys() | right.keys())}
 
 
 def headline(final: pd.DataFrame, base: str = "350M", scale: str = "") -> str:

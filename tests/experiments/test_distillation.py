@@ -131,3 +131,19 @@ def test_where_distillation_turns_is_judged_in_the_papers_steps():
     one, other = (set(judged(base)) for base in ("350M", "1.3B"))
     assert one | other == {claim.id for claim in paper.claims("distillation")}
     assert not one & other and "staged-kd-matches-teacher-1.3b" in other, "a claim is about one base"
+
+
+def test_a_branch_is_compared_with_its_trunk_seed_by_seed():
+    """Staged and full distillation are one run until distillation stops: a seed's luck is in both."""
+    losses = {"L21 + KD": [5.0, 5.2, 5.4], "L21 + staged KD": [4.98, 5.185, 5.378]}
+    done = final(losses).assign(tokens=101_621_760)
+
+    def judged(table):
+        found = {v.claim: v for v in distillation.verdicts(table, curves({}), "full")}
+        return found["staged-kd-beats-full-kd"]
+
+    found = judged(done)
+    assert found.verdict == claims.HOLDS and found.note == distillation.BRANCH
+    assert list(found.arms["value"].values()) == pytest.approx([-0.02, -0.015, -0.022])
+    assert judged(done[(done["arm"] != "L21 + KD") | (done["seed"] != 1)]).why == "Without a value: seed 1."
+    assert judged(done[done["arm"] == "L21 + KD"]).ours is None
