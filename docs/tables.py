@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from moelab.bench.train import DEFAULT
-from moelab.design.verdicts import CANNOT_TELL, UNDECIDED
+from moelab.design.verdicts import CANNOT_TELL, today
 from moelab.paper import claim
 from moelab.report.site.template import number
 
@@ -203,15 +203,16 @@ BEFORE = ROOT / "docs" / "log" / "claims-at-16-percent.csv"
 
 def _said(row: Row) -> str:
     """Return a claim's value with interval and verdict, and on how many seeds or sessions it rests."""
+    verdict = today(row["adjusted"])
     if not row["ours"]:
-        return f"*{row['adjusted']}*"
+        return f"*{verdict}*"
     about = claim(row["claim"])
     ours, low, high = (number(float(row[name]), about) if row[name] else "" for name in ("ours", "low", "high"))
     interval = f" ({low} to {high})" if low and high else ""
     next_look = re.search(r"next look is at (\d+)", row.get("note", ""))
-    goes_on = next_look and row["adjusted"] in (UNDECIDED, CANNOT_TELL)  # else the plan has ended
+    goes_on = next_look and verdict == CANNOT_TELL  # else the plan has ended
     n = f"n = {row['samples']}" + (f", next look at {next_look[1]}" if goes_on else "")
-    return f"{ours}{interval}, {n}, {row['scale']}: *{row['adjusted']}*"
+    return f"{ours}{interval}, {n}, {row['scale']}: *{verdict}*"
 
 
 def before_and_after(rows: list[Row]) -> str:
@@ -224,21 +225,21 @@ def before_and_after(rows: list[Row]) -> str:
         now, about = at[row["claim"]], claim(row["claim"])
         paper = about.direction if about.value is None else f"{number(about.value, about)} {about.unit}"
         takes = re.search(r"With this spread it takes (.*?) with 80 %", now["note"])
-        adjusted = re.search(r"p-value is (\S+) and, adjusted for all tests, ([\d.e-]+)", now["note"])
-        shared = re.search(r"p-value adjusted for all tests is (\d[\d.e-]*\d)", now["note"])
+        adjusted = re.search(r"p-value is (\S+) and, adjusted for the .*?, ([\d.e-]+);", now["note"])
+        primary = re.search(r"It is tested only where the primary claim of (.*?) holds", now["note"])
         missing = re.search(r"Without a value: (.*)\.", now["note"])
         outlook = "–"
         if takes:
             outlook = takes[1]
         elif adjusted:
             outlook = f"p {adjusted[1]}, adjusted {adjusted[2]}"
-        elif shared:
-            outlook = f"adjusted p {shared[1]}, of the row that shares its claim"
+        elif primary:
+            outlook = f"that the primary claim of {primary[1]} holds"
         elif missing:
             outlook = missing[1]
         lines.append([f"{about.statement} ({about.where})", paper.strip(), _said(row), _said(now), outlook])
     table = _markdown(["claim", "paper", "at 16 % of the training", "now", "what it would take"], lines)
-    counted = [Counter(row["adjusted"] for row in of) for of in (before, [at[row["claim"]] for row in before])]
+    counted = [Counter(today(row["adjusted"]) for row in of) for of in (before, [at[row["claim"]] for row in before])]
     verdicts = [[name, str(counted[0][name] or "–"), str(counted[1][name] or "–")] for name in counted[0] | counted[1]]
     return _markdown(["verdict", "at 16 %", "now"], verdicts) + "\n" + table
 

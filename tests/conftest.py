@@ -237,6 +237,13 @@ def publish(tmp_path_factory, result):
     from moelab.runs.collection import Runs
     from moelab.runs.store import RunStore
 
+    def verdict(claim, values, gain=0.0):
+        if not gain or claim.direction != "equal":
+            return judge(claim, values)
+        arms = {claim.right: [0.0] * len(values), claim.left: values}  # the better arm is one of them
+        arms |= {claim.gain_over: [arms[claim.gain_of][0] + gain] * len(values)}
+        return judge(claim, arms={name: dict(enumerate(of)) for name, of in arms.items()})
+
     def publish(
         results: Path,
         experiment: str = "pr-moe",
@@ -281,12 +288,7 @@ def publish(tmp_path_factory, result):
             publication.figure(fig, "loss-curves", title="Curves", data=pd.DataFrame(curves))
             plt.close(fig)
         publication.table(data, "final", title="final losses")
-        publication.claims(
-            [
-                judge(paper.claim(id), values, gain=[gain] * len(values) if gain else ())
-                for id, values in (claims or {}).items()
-            ]
-        )
+        publication.claims([verdict(paper.claim(id), values, gain or 0.0) for id, values in (claims or {}).items()])
         publication.finish(Runs([store.run(spec) for spec in specs]), title=title)
         if finished:
             summary = json.loads((folder / "summary.json").read_text())

@@ -142,7 +142,9 @@ def _plan(specs: Sequence[RunSpec]) -> None:
 
 
 def claims(
-    name: Annotated[str | None, typer.Argument(help="only claims of this experiment, or whose id begins so")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="an experiment, or the start of a claim's id; default: all claims")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the paper's claims, our values and the verdicts."""
@@ -155,7 +157,7 @@ def claims(
     ledger = entries(summaries)
     shown = [e for e in ledger if name is None or e.experiment == name or e.claim.startswith(name)]
     if not shown:
-        raise ValueError(f"claims: none of experiment {name!r}, and no id begins so; see `moelab list`")
+        raise ValueError(f"claims: no experiment {name!r}, and no claim id starts with it; see `moelab list`")
     counted, together = counts(ledger), family(ledger)
     if as_json:
         print_json({"claims": shown, "counts": counted, "family": together})
@@ -166,16 +168,20 @@ def claims(
         console.print(
             f"{kind}: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}", markup=False, highlight=False
         )
-    console.print(str(together), markup=False, highlight=False)
+    console.print(f"{together}.", markup=False, highlight=False)
+    for claim, alone in together.withdrawn.items():
+        console.print(f"{claim}: {alone} alone, cannot be told after adjustment", markup=False, highlight=False)
     console.print(listing(shown), highlight=False)
 
 
 def power(
     name: Annotated[str, typer.Argument(help="experiment, see `moelab list`")],
-    scale: Annotated[str, typer.Option(help="whose result has the spread")] = "cpu",
-    against: Annotated[str | None, typer.Option(help="compare all other arms with this one")] = None,
+    scale: Annotated[str, typer.Option(help="scale whose published spread is used")] = "cpu",
+    against: Annotated[
+        str | None, typer.Option(help="arm with which all others are compared; default: the paper's claims")
+    ] = None,
     effect: Annotated[
-        float | None, typer.Option(help="difference of two arms that is to be seen, nats per token")
+        float | None, typer.Option(help="smallest difference of two arms to detect, nats per token; default: 0.01")
     ] = None,
 ) -> None:
     """Show how many seeds an experiment's comparisons need.

@@ -1,4 +1,4 @@
-"""Compare arms that were trained on the same seeds: paired differences, verdicts, one-line results.
+"""Compare arms by their losses over seeds: differences of means, verdicts, one-line results.
 
 Frames named `final` are `Runs.final()`: a row per run, with columns arm, seed, validation_loss (nats per token) and
 more.
@@ -7,7 +7,6 @@ more.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -15,9 +14,9 @@ from moelab.design import sequential, settings
 from moelab.design.judging import MIN_SAMPLES, judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
-from moelab.statistics import ALPHA, interval
+from moelab.statistics import ALPHA, Estimate
 
-TWINS = "Twins, paired by seed."
+TWINS = "Twins; each arm's mean over its seeds."
 RAISED = (
     f"{TWINS} Judged with three seeds as planned, and once more with five, which was decided after seeing the first; "
     "the interval allows for both."
@@ -106,19 +105,6 @@ def _missing(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
     return [f"seed {seed} of {arm}" for seed, lost in table.isna().iterrows() for arm in arms if lost[arm]]
 
 
-def planned(rows: pd.DataFrame, looks: Sequence[int]) -> pd.DataFrame:
-    """Return the rows of the seeds that a plan judges by now: what a later seed lacks matters at the next look only.
-
-    All rows before the first look, and without a plan.
-
-    Args:
-        rows: with a column seed.
-        looks: the plan, see `moelab.design.sequential`.
-    """
-    seeds = sorted(rows["seed"].unique())
-    return rows[rows["seed"].isin(seeds[: max((n for n in looks if n <= len(seeds)), default=len(seeds))])]
-
-
 def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return columns arm, seed and gap: final loss minus the reference arm's of the same seed, nats per token.
 
@@ -164,6 +150,7 @@ def judge_losses(
     scale: str,
     looks: Sequence[int] = (),
     note: str = TWINS,
+    decides_from: int = 0,
 ) -> list[Verdict]:
     """Judge the claims about final validation losses and total parameters; the others are not tested.
 
@@ -172,8 +159,10 @@ def judge_losses(
         arms: arm -> the paper's name of its run (a model, or with +KD, +MoS).
         looks: the plan, see `moelab.design.sequential`.
         note: how the arms are compared.
+        decides_from: the first seed that decides.
     """
-    return [judge_loss(claim, final, arms, scale, looks, note) for claim in paper.claims(experiment)]
+    claims = paper.claims(experiment)
+    return [judge_loss(claim, final, arms, scale, looks, note, decides_from) for claim in claims]
 
 
 def judge_loss(
@@ -183,54 +172,45 @@ def judge_loss(
     scale: str,
     looks: Sequence[int] = (),
     note: str = TWINS,
+    decides_from: int = 0,
 ) -> Verdict:
-    """Judge one claim, see `judge_losses`.
-
-    An equality is judged by the gain that the claim names, where both of its arms are there.
-    """
+    """Judge one claim, see `judge_losses`."""
     if claim.quantity == "total parameters":
         models = [name.replace("+KD", "").replace("+MoS", "") for name in (claim.left, claim.right)]
         left, right = (ModelConfig.parse(model).parameters() for model in models)
         return judge(claim, [left / right], exact=True, note="Arithmetic at the paper's size.")
     share = share_of_training([claim.left, claim.right], final, arms, scale)
     if claim.quantity != "final validation loss" or not len(final):
-        return judge(claim, [], scale=scale, share=share)
-    table = by_arm(final)
-    values = compared(claim, table, arms)
-    if values.get("missing"):
-        values = compared(claim, table[table.index.isin(planned(final, looks)["seed"])], arms)
-    return judge(claim, **values, note=note, scale=scale, share=share, looks=looks)
+        return judge(claim, scale=scale, share=share)
+    sides = samples(claim, final, arms)
+    return judge(claim, arms=sides, note=note, scale=scale, share=share, looks=looks, decides_from=decides_from)
 
 
-def compared(
-    claim: paper.Claim, table: pd.DataFrame, arms: Mapping[str, str], *, lower_is_better: bool = True
-) -> dict[str, Any]:
-    """Return what `judge` compares: values, gain and missing; no values where the table lacks a side of the claim.
+def samples(
+    claim: paper.Claim, rows: pd.DataFrame, arms: Mapping[str, str], value: str = "validation_loss"
+) -> dict[str, dict[int, float]]:
+    """Return the arms of a claim as `judge` takes them: by the paper's name and seed; none where a side is not there.
 
-    The gain is there where the table has both arms of it.
+    An equality also has the arms of its gain where both are there.
 
     Args:
-        table: a row per seed, a column per arm.
+        rows: columns arm, seed and `value`, a row per run.
         arms: arm -> the paper's name of its run.
 
     Raises:
-        ValueError: one line: two of the table's arms have one name.
+        ValueError: one line: two of the arms have one name, or an arm has several runs of one seed.
     """
-    columns: dict[str, str] = {}
+    _check_labels(rows)
+    labels: dict[str, str] = {}
     for arm, name in arms.items():
-        if arm in table and (other := columns.setdefault(name, arm)) != arm:
+        if arm in set(rows["arm"]) and (other := labels.setdefault(name, arm)) != arm:
             raise ValueError(f"arms {other!r} and {arm!r} both stand for {name}; name one of them")
-    left, right, better, worse = (columns.get(n) for n in (claim.left, claim.right, claim.gain_of, claim.gain_over))
-    if not left or not right:
-        return {"values": []}
-    sides = list(dict.fromkeys([left, right, *([better, worse] if better and worse else [])]))
-    whole = table[sides].dropna()
-    gain = whole[worse] - whole[better] if better and worse else whole[left].iloc[:0]
-    return {
-        "values": list(whole[left] - whole[right]),
-        "gain": list(gain if lower_is_better else -gain),
-        "missing": _missing(table, sides),
-    }
+    sides, gain = ({*pair} for pair in ((claim.left, claim.right), (claim.gain_of, claim.gain_over)))
+    if not sides <= labels.keys():
+        return {}
+    names = sides | (gain if gain <= labels.keys() else set())
+    by_arm = {name: rows[rows["arm"] == labels[name]].sort_values("seed") for name in sorted(names)}
+    return {name: dict(zip(of["seed"].map(int), of[value].map(float), strict=True)) for name, of in by_arm.items()}
 
 
 def share_of_training(names: Collection[str], final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> float | None:
@@ -266,40 +246,61 @@ def alpha(final: pd.DataFrame, looks: Sequence[int]) -> float:
     return sequential.level(max(1, final["seed"].nunique()), tuple(looks))
 
 
-def interval_text(values: Sequence[float], looks: Sequence[int] = ()) -> str:
+def estimated(final: pd.DataFrame, left: str, right: str) -> Estimate | None:
+    """Return the mean loss of one arm minus another's, each over all its seeds; None where one of them has none.
+
+    Raises:
+        ValueError: as `paired`.
+    """
+    _check_text(final, left, right)
+    table = by_arm(final)
+    sides = [list(table[arm].dropna()) if arm in table else [] for arm in (left, right)]
+    return Estimate.contrast([(1.0, sides[0]), (-1.0, sides[1])]) if all(sides) else None
+
+
+def interval_text(values: Sequence[float] | Estimate, looks: Sequence[int] = ()) -> str:
     """Return the 95 % interval of a mean, the repeated one of a plan's look, and the number of seeds, in words.
 
     An interval that is wider because all of a plan's looks are right together says over how many, this one included.
     """
-    if len(values) < 2:
+    found = values if isinstance(values, Estimate) else Estimate.of(values)
+    if found.samples < 2:
         return "1 seed, no spread"
-    level = sequential.level(len(values), tuple(looks))
-    _, low, high = interval(values, level)
-    over = f" over {len({*looks, min(len(values), looks[-1])})} looks" if level < ALPHA else ""
-    return f"95 % interval{over} {low:+.3f} to {high:+.3f}, {len(values)} seeds"
+    level = sequential.level(found.samples, tuple(looks))
+    low, high = found.interval(level)
+    over = f" over {len({*looks, min(found.samples, looks[-1])})} looks" if level < ALPHA else ""
+    return f"95 % interval{over} {low:+.3f} to {high:+.3f}, {found.samples} seeds"
 
 
-def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] = ()) -> str:
-    """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of the arms is missing.
+def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] = (), decides_from: int = 0) -> str:
+    """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", that it cannot be told, or which arm is missing.
 
-    Seeds of which one arm has no result are named. Where the two have no finished pair, it is said of the last and the
-    first arm that have one.
+    Seeds of which one arm has no result are named. Where one of the two has none at all, it is said of the last and the
+    first arm that have some.
+
+    Args:
+        looks: the plan, see `moelab.design.sequential`.
+        decides_from: the first seed that counts.
     """
-    values = paired(final, left, right)
-    if not values:
+    final = final[final["seed"] >= decides_from]
+    found = estimated(final, left, right)
+    if found is None:
         return _of_those_there(final, looks) or f"{left} and {right} have no finished pair"
-    mean, lost = sum(values) / len(values), missing(final, left, right)
-    where = f"{abs(mean):.3f} nats {'below' if mean < 0 else 'above'}" if abs(mean) >= 0.0005 else "level with"
+    lost = missing(final, left, right)
     without = f"; without {', '.join(lost)}" if lost else ""
-    return f"{left} ends {where} {right} ({interval_text(values, looks)}{without})"
+    how = f"({interval_text(found, looks)}{without})"
+    low, high = found.interval(sequential.level(found.samples, tuple(looks)))
+    if low <= 0 <= high and left != right:
+        return f"{left} minus {right}: {found.mean:+.3f} nats; which of them ends lower cannot be told {how}"
+    where = f"{abs(found.mean):.3f} nats {'below' if found.mean < 0 else 'above'}" if found.mean else "level with"
+    return f"{left} ends {where} {right} {how}"
 
 
 def _of_those_there(final: pd.DataFrame, looks: Sequence[int]) -> str:
-    """Return `difference` of the last and the first arm that have finished; empty where no seed is in common."""
+    """Return `difference` of the last and the first arm that have finished; empty where there are no two."""
     arms = list(dict.fromkeys(final["arm"]))
-    pair = next(
-        ((last, first) for first in arms for last in reversed(arms) if last != first and paired(final, last, first)), ()
-    )
+    done = [arm for arm in arms if final.loc[final["arm"] == arm, "validation_loss"].notna().any()]
+    pair = (done[-1], done[0]) if len(done) > 1 else ()
     return difference(final, *pair, looks) if pair else ""
 
 
@@ -330,13 +331,13 @@ def differences(
     """
     rows = []
     for left, right, where in expected:
-        if values := paired(final, left, right):
-            mean, low, high = interval(values, sequential.level(len(values), tuple(looks)))
+        if found := estimated(final, left, right):
+            low, high = found.interval(sequential.level(found.samples, tuple(looks)))
             outcome = "below" if high < 0 else "above" if low > 0 else "cannot tell"
-            outcome = outcome if len(values) >= MIN_SAMPLES else "too few seeds"
+            outcome = outcome if found.samples >= MIN_SAMPLES else "too few seeds"
             if lost := missing(final, left, right):  # it may have diverged, so that the others are a selection
                 outcome = f"without {', '.join(lost)}"
-            rows.append([left, right, mean, low, high, len(values), where, outcome])
+            rows.append([left, right, found.mean, low, high, found.samples, where, outcome])
     return pd.DataFrame(rows, columns=["left", "right", "mean", "low", "high", "seeds", "expected", "found"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moelab.design.verdicts import FITTED, MEASURED, NOT_JUDGED, PREDICTED, SIMULATED_CLOSE, Verdict, outcome
+from moelab.design.verdicts import CANNOT_TELL, FITTED, MEASURED, Verdict, outcome
 
 HERE = "It is about this machine and these shapes alone."
 
@@ -36,7 +36,7 @@ def conclude(
         scale: at `paper` models are not small.
     """
     lines = ["## Conclusion", "", f"**What was found.** {headline.rstrip('.')}."]
-    decided = [v for v in judged if v.verdict not in NOT_JUDGED]
+    decided = [v for v in judged if v.judged]
     lines += [
         f"- {outcome(v.verdict).sign} *{v.verdict}*: {v.statement} Ours {_value(v)}, the paper {v.paper or '–'}."
         for v in decided
@@ -65,12 +65,12 @@ def _sure(decided: Sequence[Verdict], seeds: int, simulated: bool, sure: str) ->
         samples = sorted({v.samples for v in decided if v.kind == MEASURED})
         count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
         parts.append(
-            f"Intervals are 95 % over {count} seeds or sessions, each claim by itself; the results pages adjust for "
-            "the number of claims, which turns some into undecided."
+            f"Intervals are 95 % over {count} seeds or sessions, each claim alone; the results pages adjust for the "
+            "number of tests, after which some cannot be told."
         )
     elif seeds and not sure:
         parts.append("One seed says nothing of chance." if seeds == 1 else f"Intervals are 95 % over {seeds} seeds.")
-    if simulated or kinds & {PREDICTED, FITTED}:
+    if simulated or any(v.simulated for v in decided):
         parts.append(
             "Simulated values have no spread: how far the simulator is off, notebook 11 shows number by number."
         )
@@ -95,8 +95,9 @@ def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, s
             f"{left} of the paper’s {len(judged)} claims here {'is' if left == 1 else 'are'} not judged"
             f"{'' if simulated else ' at this scale'}."
         )
-    if close := sum(v.verdict == SIMULATED_CLOSE for v in decided):
-        parts.append(f"Undecided: {close}; two simulated values are too near one another for their order to count.")
-    if open_ := sum(outcome(v.verdict).style == "open" for v in decided) - close:
-        parts.append(f"Undecided: {open_}; more seeds or longer runs could turn such a claim either way.")
+    unclear = [v.simulated for v in decided if v.verdict == CANNOT_TELL]
+    if close := sum(unclear):
+        parts.append(f"Not told: {close}, where two simulated values are too near each other for their order to count.")
+    if open_ := len(unclear) - close:
+        parts.append(f"Not told yet: {open_}, which more seeds or longer runs could turn either way.")
     return " ".join(parts) or HERE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from moelab.config import RoutingConfig
 from moelab.config.overrides import check_overrides
@@ -14,6 +14,13 @@ from moelab.runs.spec import RunSpec
 
 Measure = Callable[..., Any]
 """`Lab.measure`: calls a function with arguments, or reads back what the same call returned earlier on this machine."""
+
+
+class Plan(TypedDict):
+    """Hold the plan of an experiment's comparisons at a scale, as arguments of those who judge them."""
+
+    looks: tuple[int, ...]
+    decides_from: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,8 @@ class Experiment:
         looks: scale -> numbers of seeds at which its comparisons are judged, increasing, see
             `moelab.design.sequential`; other scales as `LOOKS` says. It is set before the first run, by what
             `moelab power` says, so that no verdict comes from adding seeds until it turns.
+        decides_from: scale -> the first seed that decides, where earlier ones were seen before the plan was made; they
+            are shown beside the verdict. Elsewhere all seeds decide.
     """
 
     name: str
@@ -112,8 +121,13 @@ class Experiment:
     measures: bool = False
     measures_on_gpu: tuple[str, ...] = ()
     looks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    decides_from: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for scale, first in self.decides_from.items():
+            self.scale(scale)
+            if first < 0:
+                raise ValueError(f"experiment {self.name}: decides_from of {scale} must be a seed, got {first}")
         for scale, looks in self.looks.items():
             self.scale(scale)
             if not isinstance(looks, tuple) or not looks or looks[0] < 1 or list(looks) != sorted(set(looks)):
@@ -141,6 +155,10 @@ class Experiment:
     def looks_at(self, scale: str) -> tuple[int, ...]:
         """Return the numbers of seeds at which comparisons are judged at a scale."""
         return self.looks.get(scale) or LOOKS.get(scale) or (3,)
+
+    def plan(self, scale: str) -> Plan:
+        """Return what judges and headlines of a scale take: its looks, and the first seed that decides."""
+        return {"looks": self.looks_at(scale), "decides_from": self.decides_from.get(scale, 0)}
 
     def specs(
         self,

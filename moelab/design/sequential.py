@@ -116,7 +116,7 @@ def chance(estimate: Estimate, effect: float, looks: tuple[int, ...], *, within:
     last, n, spread = looks[-1], estimate.samples, estimate.spread
     if n >= last or not spread:
         return 1.0
-    edge = float(t.isf(level(last, looks) / 2, last - 1))
+    edge = float(t.isf(level(last, looks) / 2, estimate.freedom * (last - 1) / max(n - 1, 1)))
     done, left = n / last, math.sqrt(1 - n / last)
     so_far = estimate.mean / spread * n / math.sqrt(last)  # of the z statistic of the last look
     there = abs(effect) / spread * math.sqrt(last)

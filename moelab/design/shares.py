@@ -7,6 +7,7 @@ ends before its curve would show what the rest of the paper's does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,8 +112,13 @@ def costs_to_equal_loss(
 
 
 def crossings(table: pd.DataFrame) -> pd.DataFrame:
-    """Return `crossing` for each pair and seed of `gaps`: columns pair, seed, share (missing where there is none)."""
-    rows = [[pair, seed, crossing(part)] for (pair, seed), part in table.groupby(["pair", "seed"], sort=False)]
+    """Return `crossing` for each pair and seed of `gaps`: columns pair, seed, share (missing where there is none).
+
+    Pairs keep their order; the seeds of each ascend.
+    """
+    order = list(dict.fromkeys(table["pair"]))
+    found = {of: crossing(part) for of, part in table.groupby(["pair", "seed"])}
+    rows = [[pair, seed, found[pair, seed]] for pair, seed in sorted(found, key=lambda of: (order.index(of[0]), of[1]))]
     return pd.DataFrame(rows, columns=["pair", "seed", "share"]).astype({"share": float})
 
 
@@ -121,9 +127,9 @@ def judge_crossing(
 ) -> Verdict:
     """Judge a claim on where two curves cross: in each seed from there on one arm stays below the other.
 
-    An arm that is below from the first evaluation on crosses there. A seed that one or both arms lack, and one in which
-    the arm does not end below the other, is missing. Runs that end before the claim's share of the training have no
-    value.
+    An arm that is below from the first evaluation on crosses there. Where it does not end below, the crossing is
+    censored: later than the end of the training, which is what counts. A seed that an arm lacks has no value. Runs that
+    end before the claim's share of the training have none at all.
 
     Args:
         curves: `Runs.curves()`.
@@ -134,17 +140,22 @@ def judge_crossing(
     """
     both = curves[curves["arm"].isin(arms)] if len(curves) else curves
     if not can_test(claim, how.get("scale"), share) or not len(both) or both["arm"].nunique() < 2:
-        return judge(claim, [], share=share, **how)
-    found, there = crossings(gaps(both, [arms])).set_index("seed")["share"], set(both["seed"])
-    missing = []
-    for seed in sorted(comparison.planned(curves, how.get("looks", ()))["seed"].unique()):
+        return judge(claim, share=share, **how)
+    found = crossings(gaps(both, [arms])).set_index("seed")["share"]
+    end, there = whole * min(1.0, share or 1.0), set(both["seed"])
+    values, lost, censored = {}, {}, []
+    for seed in map(int, sorted(curves["seed"].unique())):
+        values[seed] = end * found[seed] if seed in found.index else math.nan
         if seed not in found.index:
-            missing.append(f"seed {seed} of {'one arm' if seed in there else 'both arms'}")
+            lost[seed] = f"{'one arm' if seed in there else 'both arms'} did not finish"
         elif pd.isna(found[seed]):
-            missing.append(f"seed {seed}: {arms[0]} does not end below {arms[1]}")
-    note = f"{comparison.TWINS} The share of the training at which the curves cross (on a part of the validation text)."
-    values = list(whole * min(1.0, share or 1.0) * found.dropna())
-    return judge(claim, values, missing=missing, note=note, share=share, **how)
+            values[seed] = end
+            censored.append(seed)
+    note = "Where the curves cross, seed by seed, on a part of the validation text."
+    if censored:
+        seeds = f"seed{'s' * (len(censored) > 1)} {', '.join(map(str, censored))}"
+        note += f" {arms[0]} does not end below {arms[1]} in {seeds}, which counts as a crossing at the end."
+    return judge(claim, values, lost=lost, censored=censored, note=note, share=share, **how)
 
 
 def headline(table: pd.DataFrame) -> str:

@@ -5,17 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moelab.design import stated
-from moelab.design.verdicts import (
-    FITTED,
-    NOT_TESTED,
-    PREDICTED,
-    SIMULATED_CLOSE,
-    SIMULATED_DIRECTION,
-    SIMULATED_FAILS,
-    SIMULATED_HOLDS,
-    SIMULATED_WITHIN,
-    Verdict,
-)
+from moelab.design.judging import judge, restate
+from moelab.design.verdicts import CANNOT_TELL, FAILS, FITTED, HOLDS, SIMULATED, Verdict
 from moelab.paper.claims import Claim
 
 APART = 0.05
@@ -28,8 +19,8 @@ def judge_simulated(
 ) -> Verdict:
     """Return the verdict of a simulation, which has no seeds and no spread.
 
-    A number is within 15 % of the paper's value, or in its range, or else only its direction holds or not. Limits hold
-    or do not. An ordering does where the two values are `APART`, else it is within the simulator's error.
+    A number within 15 % of the paper's value, or in its range, is the paper's; else it is larger or smaller, or on the
+    other side. Limits hold or do not. An order counts where the two values are `APART`.
 
     Args:
         ours: None where it is not simulated.
@@ -39,30 +30,18 @@ def judge_simulated(
     Raises:
         ValueError: an ordering without `against`.
     """
+    row = judge(claim, note=note)
     if ours is None:
-        return stated.row(claim, None, NOT_TESTED, note, {})
-    if claim.kind == "ordering" or claim.value is None:
-        if not against:
-            raise ValueError(f"{claim.id}: the order of simulated values needs the value of the right side")
-        apart = abs(ours / against)
-        directed = (ours < stated.neutral(claim)) == (claim.direction == "lower")
-        of = SIMULATED_CLOSE if apart < APART else SIMULATED_HOLDS if directed else SIMULATED_FAILS
-        note = f"{note} {100 * apart:.2g} % apart; an order counts from {100 * APART:g} %.".strip()
-    else:
-        of = simulated(claim, ours)
-    how = "Simulated, from bars the constants were fitted on." if fitted else "Simulated, predicted."
-    row = stated.row(claim, None, of, f"{how} {note}".strip(), {"kind": FITTED if fitted else PREDICTED})
-    return replace(row, ours=ours)
-
-
-def simulated(claim: Claim, ours: float) -> str:
-    """Return the verdict on a simulated limit or number."""
-    lower, value = claim.direction == "lower", claim.number
-    if claim.kind == "bound" and claim.direction != "equal":
-        return SIMULATED_HOLDS if (ours <= value if lower else ours >= value) else SIMULATED_FAILS
-    near = abs(ours - value) <= stated.TOLERANCE * abs(value)
-    low, high = (value if v is None else v for v in (claim.value_low, claim.value_high))
-    if near or low <= ours <= high:
-        return SIMULATED_WITHIN
-    directed = ours < stated.neutral(claim) if lower else ours > stated.neutral(claim)
-    return SIMULATED_DIRECTION if directed and claim.direction != "equal" else SIMULATED_FAILS
+        return row
+    how = "from bars the constants were fitted on" if fitted else "on numbers that it was not fitted on"
+    row = replace(
+        row, ours=ours, kind=FITTED if fitted else SIMULATED, why="", note=f"Simulated, {how}. {note}".strip()
+    )
+    if claim.kind != "ordering" and claim.value is not None:
+        return restate(claim, row)
+    if not against:
+        raise ValueError(f"{claim.id}: the order of simulated values needs the value of the right side")
+    apart = abs(ours / against)
+    directed = (ours < stated.neutral(claim)) == (claim.direction == "lower")
+    why = f"The two are {100 * apart:.2g} % apart; an order counts from {100 * APART:g} %."
+    return replace(row, verdict=CANNOT_TELL if apart < APART else HOLDS if directed else FAILS, why=why)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moelab.lazy import pd
@@ -14,27 +14,12 @@ from moelab.lazy import pd
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
-REPRODUCED = "reproduced"
-DIRECTION = "direction only"
-EQUAL = "equal within the margin only"
-UNDECIDED = "undecided"
-CANNOT_TELL = "undecided: the runs cannot tell"
-NO_DIFFERENCE = "no difference that matters"
-NOT_REPRODUCED = "not reproduced"
-INCOMPLETE = "not judged: a seed has no value"
-FEW_SEEDS = "not judged: fewer than three seeds"
-FEW_SESSIONS = "not judged: fewer than three timing sessions"
-NOT_TESTED = "not tested at this scale"
-NOT_TESTABLE = "not testable at this scale"
-DISAGREES = "paper's own numbers disagree"
-NOT_YET = "not tested yet"
-
-# A simulation has no seeds and measures nothing: its verdicts say so.
-SIMULATED_HOLDS = "simulated: holds"
-SIMULATED_WITHIN = "simulated: within 15 %"
-SIMULATED_DIRECTION = "simulated: direction only"
-SIMULATED_CLOSE = "simulated: within the simulator's error"
-SIMULATED_FAILS = "simulated: does not hold"
+HOLDS = "holds"
+LARGER = "holds, but larger"
+SMALLER = "holds, but smaller"
+FAILS = "does not hold"
+CANNOT_TELL = "cannot tell yet"
+CANNOT_TEST = "cannot be tested here"
 
 
 @dataclass(frozen=True)
@@ -47,11 +32,11 @@ class Style:
 
 
 STYLES = {
-    "good": Style("ours, as the paper says", "#00558f", "#6fb7f5"),
-    "part": Style("in direction, or within the margin, only", "#0e6f86", "#7fd6ea"),
-    "open": Style("undecided", "#6b5b12", "#d9c56a"),
-    "bad": Style("contradicts the paper, or shows no difference that matters", "#b23a00", "#ff9560"),
-    "none": Style("not judged"),  # the colour of secondary text
+    "good": Style("holds", "#00558f", "#6fb7f5"),
+    "part": Style("holds, but larger or smaller", "#0e6f86", "#7fd6ea"),
+    "open": Style("cannot tell yet", "#6b5b12", "#d9c56a"),
+    "bad": Style("does not hold", "#b23a00", "#ff9560"),
+    "none": Style("cannot be tested here"),  # the colour of secondary text
 }
 """Class of verdicts -> its style; the class is that of the pages' style sheet."""
 
@@ -66,79 +51,71 @@ class Outcome:
 
 
 OUTCOMES = {
-    REPRODUCED: Outcome(
+    HOLDS: Outcome(
         "✓",
         "good",
-        "the interval excludes “no effect” on the paper’s side, our mean lies in the paper’s range, and the interval "
-        "is narrower than half the paper’s effect or lies wholly in the range. An order: our mean is at least the "
-        "smallest effect of interest. An equality: the arms differ by less than the margin, and by the paper’s number "
-        "if its text has one",
+        "our 95 % interval (or what we counted or simulated) lies where the paper says: on its side of “no effect”, "
+        "within its bounds, or, for two models said to be equal, within a quarter of the gain that the claim is about",
     ),
-    SIMULATED_HOLDS: Outcome("✓", "good", "the simulator’s value keeps the limit, or has the order"),
-    SIMULATED_WITHIN: Outcome("✓", "good", "the simulator’s value lies within 15 % of the paper’s"),
-    DIRECTION: Outcome(
-        "↗",
-        "part",
-        "the interval excludes “no effect” on the paper’s side, but does not show the paper’s size of effect; the "
-        "claim’s note says why",
-    ),
-    EQUAL: Outcome(
-        "↗",
-        "part",
-        "two arms are equal within the margin, but the paper’s number for their difference is not shown",
-    ),
-    SIMULATED_DIRECTION: Outcome("↗", "part", "the simulator’s value lies on the paper’s side, but not within 15 %"),
-    UNDECIDED: Outcome("?", "open", "the interval allows both"),
-    CANNOT_TELL: Outcome(
-        "?",
-        "open",
-        "whether two arms are equal cannot be told, because the arms that must differ do not differ in these runs",
-    ),
-    SIMULATED_CLOSE: Outcome("?", "open", "an order of two simulated values that are less than 5 % apart"),
-    NO_DIFFERENCE: Outcome(
-        "≈",
+    LARGER: Outcome("↑", "part", "it holds, and our effect is larger than the paper’s number allows"),
+    SMALLER: Outcome("↓", "part", "it holds, and our effect is smaller than the paper’s number allows"),
+    FAILS: Outcome(
+        "✗",
         "bad",
-        "the paper claims an order, and the interval lies within the smallest effect of interest on either side of “no "
-        "effect”: if there is a difference here, it is too small to matter",
+        "our interval lies on the other side of “no effect”, wholly outside the claimed bounds, or so near to “no "
+        "effect” that the difference would not matter",
     ),
-    NOT_REPRODUCED: Outcome("✗", "bad", "the interval shows the contrary of the claim, or lies wholly short of it"),
-    SIMULATED_FAILS: Outcome("✗", "bad", "the simulator’s value breaks the limit, or lies on the other side"),
-    DISAGREES: Outcome("≠", "open", "the paper gives this number twice and differently, and no result judges it"),
-    INCOMPLETE: Outcome(
-        "×",
-        "none",
-        "a seed has no result in one of the arms, one that is no number, or curves that never cross; the note names it",
-    ),
-    FEW_SEEDS: Outcome("×", "none", "one or two seeds do not tell an effect from chance"),
-    FEW_SESSIONS: Outcome("×", "none", "the rounds of one session share a process, so sessions are the samples"),
-    NOT_TESTED: Outcome("–", "none", "the result has no value for the claim"),
-    NOT_TESTABLE: Outcome(
+    CANNOT_TELL: Outcome("?", "open", "our values allow both, or there are too few of them; the note says which"),
+    CANNOT_TEST: Outcome(
         "–",
         "none",
-        "our models are too small, or trained on too small a share of the paper’s tokens, for the claim; the value is "
-        "shown without a verdict",
+        "our models or machines are too small for the claim, or the paper contradicts itself; the note says which",
     ),
-    NOT_YET: Outcome("–", "none", "no result says anything about the claim"),
 }
 """Verdict -> what it looks like and means, in the order of the tally."""
 
 _UNKNOWN = Outcome("•", "none", "a verdict of another version")
 
-SIMULATED = (SIMULATED_WITHIN, SIMULATED_HOLDS, SIMULATED_DIRECTION, SIMULATED_CLOSE, SIMULATED_FAILS)
-FEW = (FEW_SEEDS, FEW_SESSIONS, INCOMPLETE)
-NOT_JUDGED = (*FEW, NOT_TESTED, NOT_TESTABLE)
+HELD = (HOLDS, LARGER, SMALLER)
+DECIDED = (*HELD, FAILS)
 
 MEASURED = "measured"
 COUNTED = "counted"
-PREDICTED = "predicted"
+SIMULATED = "simulated"
 FITTED = "fitted"
-KINDS = (MEASURED, COUNTED, PREDICTED, FITTED)
+KINDS = (MEASURED, COUNTED, SIMULATED, FITTED)
 """What a verdict rests on: trained or timed; arithmetic; the simulator; the simulator on the bars it was fitted on."""
+
+_FORMER = {
+    HOLDS: ("reproduced", "direction only", "equal within the margin only"),
+    FAILS: ("not reproduced", "no difference that matters"),
+    CANNOT_TELL: (
+        *("undecided", "undecided: the runs cannot tell", "not judged: a seed has no value"),
+        *("not judged: fewer than three seeds", "not judged: fewer than three timing sessions"),
+        *("not tested at this scale", "not tested yet", "within the simulator's error"),
+    ),
+    CANNOT_TEST: ("not testable at this scale", "paper's own numbers disagree"),
+}
+_TODAY = {former: today for today, words in _FORMER.items() for former in words} | {"within 15 %": HOLDS}
+
+
+def today(verdict: str) -> str:
+    """Return the word for a verdict that results published before 2026-12-02 call otherwise."""
+    word = verdict.removeprefix("simulated: ")
+    return _TODAY.get(word, word)
 
 
 def outcome(verdict: str) -> Outcome:
     """Return what a verdict looks like and means; one of another version has a sign of its own."""
     return OUTCOMES.get(verdict, _UNKNOWN)
+
+
+VALUE, GAIN = "value", "gain"
+"""Names of samples that are no arm's: values that each belong to a seed or a session, and in results published before
+2026-12-02, for an equality, the gain of the same seeds."""
+
+Samples = dict[str, dict[int, float]]
+"""Arm, by the paper's name, or `VALUE` -> seed or session -> value."""
 
 
 @dataclass(frozen=True)
@@ -151,21 +128,23 @@ class Verdict:
         ours, low, high: our mean and its 95 % interval (of a plan with several looks: the repeated one), None where
             there is none.
         unit: of `ours`.
-        samples: seeds (for timings: sessions) behind it; 0 for arithmetic.
+        samples: seeds (for timings: sessions) behind it, of several arms those of the smallest; 0 for arithmetic.
         verdict: a key of `OUTCOMES`.
         note: how it was compared.
-        kind: one of `KINDS`; empty without a value of ours, and in summaries from before there were kinds.
+        kind: one of `KINDS`; empty without a value of ours.
         p: two-sided p-value, adjusted for the plan's looks, of the hypothesis that the verdict rejects ("no effect",
             "at the bound", "at the margin"); None where nothing was tested.
-        why: what decided, by the rule.
-        values: per seed, or per session the median of its rounds; empty in older summaries.
-        gain: per seed, the gain by which an equality is measured.
+        why: what decided, or why nothing could.
+        size: how our effect compares with the paper's number, of a claim that holds and has one.
+        arms: the samples that decide, and those of seeds before `decides_from`.
         within: standard error of a session's median from its rounds.
         share: of the paper's training that the runs reach, see `moelab.design.comparison.share_of_training`.
-        number: False where these runs cannot show the paper's number, only its direction.
         looks: the plan, see `moelab.design.sequential`.
+        decides_from: the first seed that decides.
         missing: seeds that have no value, by name.
+        censored: seeds whose value is only known to be larger than the one given.
         other: the verdict on the same comparison at other settings, with which this one must agree to decide.
+        values, gain: where results published before 2026-12-02 have the samples; they become `arms`.
     """
 
     claim: str
@@ -182,19 +161,41 @@ class Verdict:
     kind: str = ""
     p: float | None = None
     why: str = ""
-    values: tuple[float, ...] = ()
-    gain: tuple[float, ...] = ()
+    size: str = ""
+    arms: Samples = field(default_factory=dict)
     within: float = 0.0
     share: float | None = None
-    number: bool = True
     looks: tuple[int, ...] = ()
+    decides_from: int = 0
     missing: tuple[str, ...] = ()
+    censored: tuple[int, ...] = ()
     other: Verdict | None = None
+    values: tuple[float, ...] = ()
+    gain: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        named = {VALUE: self.values, GAIN: self.gain}
+        former: Samples = {name: dict(enumerate(values)) for name, values in named.items() if values}
+        kind = SIMULATED if self.kind == "predicted" else self.kind
+        changed = {"verdict": today(self.verdict), "kind": kind, "arms": self.arms or former, "values": (), "gain": ()}
+        for name, value in changed.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it rests on the simulator."""
+        return self.kind in (SIMULATED, FITTED)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there was what a verdict needs: enough values, of large enough models."""
+        able = self.ours is not None and self.verdict != CANNOT_TEST
+        return able and (self.kind != MEASURED or self.p is not None)
 
     @property
     def text(self) -> str:
-        """How it was compared, and what decided."""
-        return f"{self.note} {self.why}".strip()
+        """How it was compared, what decided, and the size of the effect."""
+        return " ".join(text for text in (self.note, self.why, self.size) if text)
 
 
 def table(verdicts: Sequence[Verdict]) -> Styler:

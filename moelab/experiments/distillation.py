@@ -25,6 +25,7 @@ intervals are as wide as that takes; we train no further ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -55,6 +56,7 @@ STATED = (
 """Pairs of arms whose difference at the end is drawn."""
 
 HALVES = "Teacher and student read different halves of the text."
+BRANCH = "Twins, seed by seed: until distillation stops, the two are one run."
 _SUFFIX = {"Teacher": "", "L21 alone": "+L21", "L21 + KD": "+L21+KD", "L21 + staged KD": "+L21+MoS"}
 
 
@@ -173,20 +175,28 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
     return loss
 
 
-def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
-    """Return the gap between the student with and without distillation early in training, per arm and seed.
+def early_losses(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
+    """Return the mean loss of each arm and seed over the evaluations up to a share of the tokens of a student alone.
 
-    It is the mean over the evaluations up to a share of the tokens. Columns: arm, seed, gap (negative where
-    distillation helps).
+    Columns: arm, seed, loss.
     """
     end = curves.loc[curves["arm"] == "L21 alone", "tokens"].max()  # the arm of equal cost is longer
     part = curves[(curves["tokens"] > 0) & (curves["tokens"] <= share * end)]
-    table = part.pivot_table(index=["seed", "tokens"], columns="arm", values="loss")
-    rows = []
-    for arm in ("L21 + KD", "L21 + staged KD"):
-        if arm in table and "L21 alone" in table:
-            for seed, value in (table[arm] - table["L21 alone"]).dropna().groupby("seed").mean().items():
-                rows.append({"arm": arm, "seed": seed, "gap": value})
+    return part.groupby(["arm", "seed"], sort=False)["loss"].mean().reset_index()
+
+
+def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
+    """Return the gap between the student with and without distillation early in training, per arm and seed.
+
+    Columns: arm, seed, gap (negative where distillation helps), of `early_losses`.
+    """
+    table = early_losses(curves, share).pivot(index="seed", columns="arm", values="loss")
+    rows = [
+        {"arm": arm, "seed": seed, "gap": value}
+        for arm in ("L21 + KD", "L21 + staged KD")
+        if {arm, "L21 alone"} <= set(table)
+        for seed, value in (table[arm] - table["L21 alone"]).dropna().items()
+    ]
     return pd.DataFrame(rows, columns=["arm", "seed", "gap"])
 
 
@@ -227,32 +237,41 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame, until: float) ->
 
 def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = "350M") -> list[Verdict]:
     """Judge the claims on distillation throughout and staged that are about one base."""
-    arms, looks = names(base), EXPERIMENT.looks_at(scale)
+    arms, plan = names(base), EXPERIMENT.plan(scale)
     judged = []
     for claim in paper.claims("distillation"):
         if settings.base_of(claim.left) != base:
             continue
         if claim.id == "full-kd-helps-early":
-            values = list(early(curves).query("arm == 'L21 + KD'")["gap"])
             peak = ", at the peak rate" if reads_halves(scale) else ""
-            note = f"Mean over the evaluations of the first half of training{peak}; twins, paired by seed."
-            lost = comparison.missing(comparison.planned(final, looks), "L21 + KD", "L21 alone") if values else ()
-            judged.append(judge(claim, values, note=note, scale=scale, looks=looks, missing=lost))
+            note = f"{comparison.TWINS} Means over the evaluations of the first half of training{peak}."
+            sides = comparison.samples(claim, early_losses(curves), arms, "loss")
+            judged.append(judge(claim, arms=sides, note=note, scale=scale, **plan))
         elif claim.id == "full-kd-turns-at-400k":
             share = comparison.share_of_training((claim.left, claim.right), final, arms, scale)
             whole, pair = paper.training_settings(claim.left).steps, ("L21 alone", "L21 + KD")
-            judged.append(shares.judge_crossing(claim, curves, pair, whole, share, scale=scale, looks=looks))
+            judged.append(shares.judge_crossing(claim, curves, pair, whole, share, scale=scale, **plan))
+        elif claim.id == "staged-kd-beats-full-kd":
+            share = comparison.share_of_training((claim.left, claim.right), final, arms, scale)
+            sides = comparison.samples(claim, final, arms)
+            values = by_seed(sides[claim.left], sides[claim.right]) if sides else {}
+            judged.append(judge(claim, values, note=BRANCH, scale=scale, share=share, **plan))
         else:
             halves = reads_halves(scale) and arms["Teacher"] in (claim.left, claim.right)
             note = f"{comparison.TWINS} {HALVES}" if halves else comparison.TWINS
-            judged.append(comparison.judge_loss(claim, final, arms, scale, looks, note))
+            judged.append(comparison.judge_loss(claim, final, arms, scale, note=note, **plan))
     return judged
+
+
+def by_seed(left: Mapping[int, float], right: Mapping[int, float]) -> dict[int, float]:
+    """Return left - right of each seed; NaN where one of them is missing."""
+    return {s: left.get(s, math.nan) - right.get(s, math.nan) for s in sorted(left.keys() | right.keys())}
 
 
 def headline(final: pd.DataFrame, base: str = "350M", scale: str = "") -> str:
     """Return the result in one line, which names the base, because results of both bases appear together."""
     taught = "L21 + staged KD" if "L21 + staged KD" in set(final["arm"]) else "L21 + KD"
-    return f"{base} base: {comparison.difference(final, taught, 'L21 alone', EXPERIMENT.looks_at(scale))}"
+    return f"{base} base: {comparison.difference(final, taught, 'L21 alone', **EXPERIMENT.plan(scale))}"
 
 
 EXPERIMENT = Experiment(

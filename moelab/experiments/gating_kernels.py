@@ -192,7 +192,7 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float)
     """Judge the claims of section 5.4: the counted work of dispatch, exactly, and "more than six times".
 
     The second is taken at a decoding step's tokens and the most experts, over sessions. The paper speaks of GPUs; on a
-    CPU only the direction is judged. Smoke's shapes are too small for either claim.
+    CPU it is about the CPU's kernels. Smoke's shapes are too small.
 
     Args:
         ratios: from `speedups`.
@@ -212,8 +212,7 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float)
         CLAIM,
         [list(part) for part in sessions],
         note=note,
-        scale=scale if scale == "smoke" else None,
-        number=scale != "cpu",
+        scale=scale,
     )
     counted = judge(
         paper.claim("dispatch-cost-factor-e"),

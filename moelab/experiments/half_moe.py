@@ -42,7 +42,7 @@ def build(
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
     """Judge the paper's claim on the two halves."""
     note = comparison.RAISED if scale == "cpu" else comparison.TWINS
-    return comparison.judge_losses("half-moe", final, ARMS, scale, EXPERIMENT.looks_at(scale), note)
+    return comparison.judge_losses("half-moe", final, ARMS, scale, note=note, **EXPERIMENT.plan(scale))
 
 
 EXPERIMENT = Experiment(

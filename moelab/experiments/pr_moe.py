@@ -124,7 +124,7 @@ def verdicts(final: pd.DataFrame, scale: str = "cpu") -> list[Verdict]:
     Memory is simulated.
     """
     note = comparison.RAISED if scale == "cpu" else comparison.TWINS
-    judged = comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale, EXPERIMENT.looks_at(scale), note)
+    judged = comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale, note=note, **EXPERIMENT.plan(scale))
     return [_memory() if verdict.claim == "pr-moe-training-memory" else verdict for verdict in judged]
 
 
@@ -167,12 +167,12 @@ def gain_headline(final: pd.DataFrame, scale: str = "") -> str:
     text = comparison.gaps_headline(final[final["arm"].isin(BUDGETED)], "Dense")
     if not {"MoE-128", "MoE-32"} <= set(final["arm"]):
         return text
-    return f"{text}; {comparison.difference(final, 'MoE-128', 'MoE-32', EXPERIMENT.looks_at(scale))}"
+    return f"{text}; {comparison.difference(final, 'MoE-128', 'MoE-32', **EXPERIMENT.plan(scale))}"
 
 
 def headline(final: pd.DataFrame, scale: str = "") -> str:
     """Return the result in one line, for titles."""
-    text = comparison.difference(final, "PR-MoE-32/64", "MoE-128", EXPERIMENT.looks_at(scale))
+    text = comparison.difference(final, "PR-MoE-32/64", "MoE-128", **EXPERIMENT.plan(scale))
     size = final.drop_duplicates("arm").set_index("arm")["parameters"]
     if not {"PR-MoE-32/64", "MoE-128"} <= set(size.index):
         return text

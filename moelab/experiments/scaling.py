@@ -17,6 +17,7 @@ well, in five passes, to show what the text does to the gap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -137,22 +138,20 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str) -> list[Verd
     Args:
         final, curves: `Runs.final()` and `Runs.curves()`.
     """
-    looks, judged = EXPERIMENT.looks_at(scale), []
+    plan, judged = EXPERIMENT.plan(scale), []
     for claim in paper.claims("scaling"):
         names = ARMS if claim.id == EQUAL_SIZE else (claim.left, claim.right)
         share = comparison.share_of_training(names, final, ARMS, scale)
-        how: dict[str, Any] = {"scale": scale, "share": share, "looks": looks}
+        how: dict[str, Any] = {"scale": scale, "share": share, **plan}
         if claim.quantity.startswith("training tokens at the crossing"):
             whole = paper.training_settings(claim.left).train_tokens / 1e9
             judged.append(shares.judge_crossing(claim, curves, (claim.left, claim.right), whole, **how))
         elif claim.id == EQUAL_SIZE:
-            found = equal_sizes(final, scale) if can_test(claim, scale, share) else {"values": []}
-            if found.get("missing"):
-                found = equal_sizes(comparison.planned(final, looks), scale)
-            judged.append(judge(claim, **found, note=f"{comparison.TWINS} {BOTH_PAIRS}", **how))
+            found = equal_sizes(final, scale) if can_test(claim, scale, share) else {}
+            judged.append(judge(claim, **found, note=f"Twins, seed by seed. {BOTH_PAIRS}", **how))
         else:
-            judged.append(comparison.judge_loss(claim, final, ARMS, scale, looks))
-        if scale != "paper" and judged[-1].values and "6.7B" in names:
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale, **plan))
+        if scale != "paper" and judged[-1].arms and "6.7B" in names:
             judged[-1] = replace(judged[-1], note=f"{judged[-1].note} {NOT_SWEPT}")
     return judged
 
@@ -160,18 +159,22 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str) -> list[Verd
 def equal_sizes(final: pd.DataFrame, scale: str) -> dict[str, Any]:
     """Return what `judge` compares for the dense model of equal quality: by seed, the geometric mean of both `PAIRS`.
 
-    A seed is missing where a run is, or where a larger dense model does not end below its base: no size equals then.
-    There are no values where an arm was not trained at all.
+    A seed has no value where a run is missing, or where a larger dense model does not end below its base: no size
+    equals then. There are no values where an arm was not trained at all.
     """
-    table, sizes, lost = comparison.by_arm(final), {}, comparison.missing(final, *ARMS)
+    table = comparison.by_arm(final)
     if not set(ARMS) <= set(table):
-        return {"values": []}
+        return {}
+    lost = {seed: "a run is missing" for seed in table.index[table[list(ARMS)].isna().any(axis=1)]}
+    sizes = {}
     for moe, base, larger in PAIRS:
         reverse = table.index[table[larger] >= table[base]]
-        lost += [f"seed {seed}: {larger} does not end below {base}" for seed in reverse]
+        lost |= {seed: f"{larger} does not end below {base}" for seed in reverse}
         sizes[moe] = budgets.effective_size(final, moe, base, larger, scale).set_index("seed")["times"]
-    whole = pd.DataFrame(sizes).dropna()
-    return {"values": list(whole.prod(axis=1) ** (1 / len(PAIRS))), "missing": lost}
+    whole = pd.DataFrame(sizes).reindex(table.index).drop(index=list(lost)).dropna()
+    means = whole.prod(axis=1) ** (1 / len(PAIRS))
+    values = {int(seed): float(means.get(seed, math.nan)) for seed in sorted(table.index)}
+    return {"values": values, "lost": {int(seed): why for seed, why in lost.items()}}
 
 
 def gap_headline(gaps: pd.DataFrame) -> str:

@@ -107,16 +107,18 @@ def recorded() -> list[RunSpec]:
 def deviations(final: pd.DataFrame) -> pd.DataFrame:
     """Return standard deviations over seeds of the difference of two arms, of pairs that have two seeds or more.
 
-    Columns: what (the pair), mean, paired, unpaired (if seeds were not shared), seeds, and the seeds with which one
-    look tells an effect of 0.03 or 0.01 nats with 80 % power (`moelab.design.power`); None is more than `MAX_SEEDS`.
+    Columns: what (the pair), mean, paired, unpaired (if seeds were not shared), seeds, and the seeds of each arm with
+    which one look tells an effect of 0.03 or 0.01 nats with 80 % power, unpaired as claims are judged
+    (`moelab.design.power`); None is more than `MAX_SEEDS`.
     """
     table = comparison.by_arm(final)
     rows = []
     for left, right in PAIRS:
         if left in table and right in table and len(both := table[[left, right]].dropna()) > 1:
             gap = both[left] - both[right]
-            unpaired = math.hypot(both[left].std(), both[right].std())
-            needed = [power.of_difference(gap.std(), effect, looks=False).at_once for effect in (0.03, 0.01)]
+            spreads = {left: both[left].std(), right: both[right].std()}
+            unpaired, weights = math.hypot(*spreads.values()), {left: 1.0, right: -1.0}
+            needed = [power.of_contrasts([(weights, e)], spreads, looks=False).at_once for e in (0.03, 0.01)]
             rows.append([f"{left} − {right}", gap.mean(), gap.std(), unpaired, len(both), *needed])
     columns = ["what", "mean", "paired", "unpaired", "seeds", "seeds for 0.03", "seeds for 0.01"]
     return pd.DataFrame(rows, columns=columns)

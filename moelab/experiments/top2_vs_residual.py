@@ -137,7 +137,7 @@ def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]]
         elif claim.id == "top2-flops-33pct":
             judged.append(judge(claim, [layer_flops(left) / layer_flops(right)], exact=True, note="Counted."))
         else:
-            judged.append(comparison.judge_loss(claim, final, ARMS, scale, EXPERIMENT.looks_at(scale), shared))
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale, note=shared, **EXPERIMENT.plan(scale)))
     return judged
 
 

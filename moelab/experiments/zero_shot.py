@@ -356,19 +356,18 @@ def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
     """
     part = scores[scores["paper"] != ""]
     whole = part.groupby(["arm", "seed"]).filter(lambda g: set(g["paper"]) == set(paper.TASKS))
-    points = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy")
-    points = points.reindex(sorted(part["seed"].unique()) if len(whole) else [])
-    bits = comparison.by_arm(_means_of_fitting(scores), "bits_per_byte") if len(scores) else points
+    points = whole.groupby(["arm", "seed"])["accuracy"].mean().mul(100).rename("points").reset_index()
+    bits = _means_of_fitting(scores)
     stand_in = " Stand-ins for RACE-h and WebQs." if len(scores) and scores["stand_in"].any() else ""
     judged = []
     for claim in paper.claims("zero-shot"):
         if claim.quantity == BITS:
-            sample = comparison.compared(claim, bits, NAMES)
+            arms = comparison.samples(claim, bits, NAMES, "bits_per_byte") if len(bits) else {}
             note = f"{comparison.TWINS} Mean over the tasks whose requests fit the context."
-            judged.append(judge(claim, **sample, note=note, scale=scale, looks=EXPERIMENT.looks_at(scale)))
+            judged.append(judge(claim, arms=arms, note=note, scale=scale, **EXPERIMENT.plan(scale)))
         else:
-            sample = comparison.compared(claim, points, NAMES, lower_is_better=False)
-            judged.append(judge(claim, **sample, note=f"{comparison.TWINS}{stand_in}", scale=scale))
+            arms = comparison.samples(claim, points, NAMES, "points") if len(points) else {}
+            judged.append(judge(claim, arms=arms, note=f"{comparison.TWINS}{stand_in}", scale=scale))
     return judged
 
 

@@ -14,7 +14,18 @@ without torch or pandas.
 """
 
 from moelab.paper._table import HOW, Provenance, Table
-from moelab.paper.claims import DIRECTIONS, KINDS, SCALES, TESTABLE_AT, Claim, claim, claims, experiments
+from moelab.paper.claims import (
+    DIRECTIONS,
+    KINDS,
+    PRIMARY,
+    SCALES,
+    SECONDARY,
+    TESTABLE_AT,
+    Claim,
+    claim,
+    claims,
+    experiments,
+)
 from moelab.paper.configs import GPUS, published_configs, settings_for
 from moelab.paper.conflicts import Conflict, conflict, conflicts
 from moelab.paper.inference import InferenceResult, inference_results
@@ -33,7 +44,9 @@ __all__ = [
     "GPUS",
     "HOW",
     "KINDS",
+    "PRIMARY",
     "SCALES",
+    "SECONDARY",
     "TASKS",
     "TESTABLE_AT",
     "Claim",

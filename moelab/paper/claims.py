@@ -10,6 +10,7 @@ KINDS = ("difference", "ratio", "ordering", "bound")
 DIRECTIONS = ("lower", "higher", "equal")
 SCALES = ("smoke", "quick", "cpu", "full", "gpu", "paper")
 """The sizes at which experiments run, from the smallest to the largest."""
+PRIMARY, SECONDARY = "primary", "secondary"
 TESTABLE_AT = (*SCALES, "simulated")
 
 
@@ -31,6 +32,11 @@ class Claim(Provenance):
     runs whose difference is the gain that it is about: two arms can be called equal only by that gain, and only where
     these two differ. from_share: the share of the paper's training from which the statement holds, for one on a late
     point of it; runs that stop earlier cannot test it.
+
+    role: `primary` for the one statement of a figure or table without which its others say nothing, `secondary` for
+    those others, which are tested only where the primary one holds; empty for what is counted, simulated, timed or
+    cannot be tested here, and so belongs to no family of tests. figure: the figure or table whose family that is, where
+    `where` does not name it (`family`).
     """
 
     id: str
@@ -53,6 +59,8 @@ class Claim(Provenance):
     gain_of: str
     gain_over: str
     from_share: float | None
+    role: str
+    figure: str
 
     @property
     def number(self) -> float:
@@ -65,6 +73,16 @@ class Claim(Provenance):
     def at_the_end(self) -> bool:
         """Whether the paper's number is one of the end of its training."""
         return self.value is not None and self.quantity == "final validation loss"
+
+    @property
+    def family(self) -> str:
+        """The figure or table whose tests are adjusted together with this claim's."""
+        return self.figure or self.where
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the better of two arms has the lower value, as for a loss; not so for the score of tasks."""
+        return any(word in self.quantity for word in ("loss", "latency", "bits"))
 
     @property
     def timed(self) -> bool:

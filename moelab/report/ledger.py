@@ -1,17 +1,20 @@
 """The claims ledger: every claim of the paper, what the results say about it, and a verdict.
 
 Everything is computed from results, the published ones and the user's own. A claim's verdict is that of the largest
-scale at which a result judged it; arithmetic and counting are the same at every scale. A claim that no result has
-judged is "paper's own numbers disagree" where the paper gives its number twice and differently, "not testable at this
-scale" where it needs a larger scale than any that has run, "not judged" where a result has no spread, and "not tested
-yet" otherwise.
+scale at which a result judged it; arithmetic and counting are the same at every scale. All verdicts are today's rule's:
+a result stores the values that it judged, and they are judged again when it is read (`moelab.design.judging.restate`).
 
-All verdicts are today's rule's: a result stores the values that it judged, and they are judged again when it is read
-(`moelab.design.judging.restate`).
+Verdicts are counted by kind (measured, counted, simulated, fitted; "open" without one), claims that share a row of the
+paper once (`paper.Claim.same_as`). What counts, and what the pages show, is the verdict that is left after adjustment
+for the number of tests (`Entry.adjusted`):
 
-Verdicts are counted by kind (measured, counted, predicted, fitted; "open" without one), claims that share a row of the
-paper once (`paper.Claim.same_as`). What counts, and what the pages show, is the verdict that is left when all measured
-verdicts together are to be right with 95 % probability (Holm's adjustment, `Entry.adjusted`).
+- A figure's primary claim is the one without which its other claims say nothing. All primary claims together are to be
+  right with 95 % probability (Holm's adjustment). One without a value counts among them, so that no verdict changes
+  because another experiment has run.
+- A figure's secondary claims are tested only where its primary one holds, those of a figure together (Holm again).
+- Timings stand alone: they are about one machine.
+
+Beside every p-value stands a q-value (Benjamini and Hochberg) over all measured tests.
 """
 
 from __future__ import annotations
@@ -24,24 +27,10 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.design.judging import restate
-from moelab.design.verdicts import (
-    CANNOT_TELL,
-    DISAGREES,
-    FEW,
-    FEW_SEEDS,
-    FEW_SESSIONS,
-    KINDS,
-    MEASURED,
-    NOT_JUDGED,
-    NOT_TESTABLE,
-    NOT_TESTED,
-    NOT_YET,
-    SIMULATED,
-    UNDECIDED,
-    Verdict,
-)
+from moelab.design.stated import paper_text
+from moelab.design.verdicts import CANNOT_TELL, CANNOT_TEST, DECIDED, HELD, KINDS, MEASURED, Verdict
 from moelab.report.summary import Summary, read_all
-from moelab.statistics import ALPHA, holm
+from moelab.statistics import ALPHA, benjamini_hochberg, holm
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -53,16 +42,8 @@ OPEN = "open"
 _BY_STRENGTH = (paper.SCALES[0], "simulated", *paper.SCALES[1:])
 """Scales and simulation, from the weakest evidence to the strongest."""
 
-_DISPUTED = frozenset(
-    (
-        "dense-equivalent-ratio",
-        "mos-350m-average",
-        "mos-350m-gains",
-        "sc22-8-gpu-bar",
-        "fig11-1t-ratio",
-        "early-10x-headline",
-    )
-)
+_DISPUTED = {"dense-equivalent-ratio", "mos-350m-average", "mos-350m-gains"}
+_DISPUTED |= {"sc22-8-gpu-bar", "fig11-1t-ratio", "early-10x-headline"}
 """Conflicts (`moelab.paper.conflicts`) between two numbers for the claimed quantity; others concern settings."""
 
 
@@ -77,7 +58,7 @@ class Evidence:
 
     Attributes:
         scale: the result's scale, or `simulated` for a simulation, whatever scale it ran at.
-        ours, low, high, unit, samples, verdict, note, kind, p: see `moelab.design.verdicts.Verdict`.
+        ours, low, high, unit, samples, verdict, note, kind, p, judged: see `moelab.design.verdicts.Verdict`.
         result: the result's folder, relative to the results.
         figure: the figure that shows it, relative to the results; empty if there is none.
     """
@@ -92,13 +73,9 @@ class Evidence:
     note: str
     kind: str
     p: float | None
+    judged: bool
     result: str
     figure: str
-
-    @property
-    def judged(self) -> bool:
-        """Whether the result had what a verdict needs."""
-        return self.verdict not in NOT_JUDGED
 
 
 @dataclass(frozen=True)
@@ -114,9 +91,10 @@ class Entry:
         evidence: one item per scale, the strongest first.
         kind: what the verdict rests on: one of `moelab.design.verdicts.KINDS`, or `OPEN`.
         verdict: of the claim alone.
-        adjusted: the same after Holm's adjustment over all measured verdicts, which is what counts; other kinds need
-            none.
-        p: the adjusted p-value; None where nothing was tested.
+        adjusted: the same after adjustment for the number of tests, which is what counts.
+        why: why `adjusted` is not `verdict`, or why there is no verdict.
+        p: the adjusted p-value; None where nothing was tested, or where the figure's primary claim does not hold.
+        q: the q-value; None where nothing was tested.
     """
 
     claim: str
@@ -131,20 +109,28 @@ class Entry:
     kind: str
     verdict: str
     adjusted: str
+    why: str = ""
     p: float | None = None
+    q: float | None = None
 
     @property
     def deciding(self) -> Evidence | None:
-        """The evidence that carries the verdict (judged, else of too few samples), else the strongest with a value."""
-        judged = [e for e in self.evidence if e.judged]
-        few = [e for e in self.evidence if e.verdict in FEW]
-        return next(iter(judged or few or [e for e in self.evidence if e.ours is not None]), None)
+        """The evidence that carries the verdict: judged, else the strongest with a value that could have been."""
+        ranked = sorted(self.evidence, key=lambda e: (not e.judged, e.verdict == CANNOT_TEST))
+        return next((e for e in ranked if e.judged or e.ours is not None), None)
 
     @property
     def tested(self) -> bool:
-        """Whether its verdict is that of a statistical test, also of one whose runs cannot tell."""
-        told = self.verdict == CANNOT_TELL or (self.deciding is not None and self.deciding.p is not None)
-        return self.kind == MEASURED and told and self.verdict not in NOT_JUDGED
+        """Whether its verdict is that of a statistical test."""
+        return self.kind == MEASURED and self.deciding is not None and self.deciding.p is not None
+
+    @property
+    def tests(self) -> str:
+        """Its p-value alone and adjusted, and its q-value, in words: ``p = 0.003, 0.012 adjusted, q = 0.008``."""
+        if not self.tested or self.deciding is None or self.deciding.p is None:
+            return ""
+        adjusted = "" if self.p in (None, self.deciding.p) else f", {self.p:.2g} adjusted"
+        return f"p = {self.deciding.p:.2g}{adjusted}" + ("" if self.q is None else f", q = {self.q:.2g}")
 
 
 def ledger(*results: Path) -> list[Entry]:
@@ -185,8 +171,8 @@ def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
             before = by_scale.get(evidence.scale)
             # A newer result replaces an older one, unless it has no value for this claim, or too few samples to judge
             # what the older one judged.
-            few = evidence.verdict in (FEW_SEEDS, FEW_SESSIONS)
-            if before is None or before.ours is None or (evidence.ours is not None and not (few and before.judged)):
+            few = before is not None and before.judged and not evidence.judged
+            if before is None or before.ours is None or (evidence.ours is not None and not few):
                 by_scale[evidence.scale] = evidence
     return _adjusted([_entry(claim, by_claim.get(claim.id, {})) for claim in paper.claims()])
 
@@ -212,55 +198,70 @@ def counts(entries: Sequence[Entry]) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True)
 class Family:
-    """Say how far the measured verdicts can be trusted together.
+    """Say how the tests of the measured claims came out together.
 
     Attributes:
-        verdicts: how many there are, those that the runs cannot tell included.
-        wrong: how many of them a level of 95 % lets be wrong by chance, at most, on average.
-        held: verdicts other than undecided.
-        standing: how many of those are left after Holm's adjustment.
-        withdrawn: ids of the others -> what each says by itself.
+        tests: how many there are.
+        primaries: primary claims, those without a value included.
+        held, failed: how many of them hold, and do not, after Holm's adjustment.
+        withdrawn: ids of claims that adjustment leaves undecided -> what each says alone.
     """
 
-    verdicts: int
-    wrong: float
+    tests: int
+    primaries: int
     held: int
-    standing: int
+    failed: int
     withdrawn: dict[str, str]
 
-    @property
-    def counts(self) -> str:
-        """The note without the claims whose verdicts are withdrawn."""
-        return (
-            f"{self.verdicts} measured verdicts at 95 %: up to {self.wrong:.2g} expected wrong by chance; "
-            f"{self.standing} of {self.held} that decide stand after Holm's adjustment"
-        )
-
     def __str__(self) -> str:
-        text = self.counts
-        return f"{text}, not {', '.join(self.withdrawn)}" if self.withdrawn else text
+        return (
+            f"{self.tests} tests of measured values. Of the {self.primaries} primary claims, one a figure, {self.held} "
+            f"hold and {self.failed} do not after Holm’s adjustment, which keeps the chance that any of these is wrong "
+            "below 5 %; a figure’s other claims are tested only where its primary one holds"
+        )
 
 
 def family(entries: Sequence[Entry]) -> Family:
     """Return the note on all measured verdicts together."""
     tested = [entry for entry in distinct(entries) if entry.tested]
-    held = [entry for entry in tested if entry.verdict not in (UNDECIDED, CANNOT_TELL)]
-    withdrawn = {entry.claim: entry.verdict for entry in held if entry.adjusted == UNDECIDED}
-    return Family(len(tested), ALPHA * len(tested), len(held), len(held) - len(withdrawn), withdrawn)
+    primary = [entry.adjusted for entry in entries if paper.claim(entry.claim).role == paper.PRIMARY]
+    withdrawn = {entry.claim: entry.verdict for entry in tested if entry.adjusted != entry.verdict}
+    held, failed = sum(verdict in HELD for verdict in primary), sum(verdict in DECIDED for verdict in primary)
+    return Family(len(tested), len(primary), held, failed - held, withdrawn)
 
 
 def _adjusted(entries: list[Entry]) -> list[Entry]:
-    """Return the entries with `adjusted` and `p`. A row that shares its claim is adjusted as the row that counts."""
-    tested = [entry for entry in distinct(entries) if entry.tested]
-    alone = [1.0 if e.deciding is None or e.deciding.p is None else e.deciding.p for e in tested]
-    p_values = dict(zip((e.same_as or e.claim for e in tested), holm(alone), strict=True))
+    """Return the entries with `adjusted`, `why`, `p` and `q`."""
+    alone = {e.claim: e.deciding.p for e in entries if e.tested and e.deciding and e.deciding.p is not None}
+    counted = [e.claim for e in distinct(entries) if e.claim in alone]
+    q_values = dict(zip(counted, benjamini_hochberg([alone[id] for id in counted]), strict=True))
+    found = {entry.claim: replace(entry, p=alone.get(entry.claim), q=q_values.get(entry.claim)) for entry in entries}
 
-    def adjusted(entry: Entry) -> Entry:
-        p = p_values.get(entry.same_as or entry.claim) if entry.tested else None
-        lost = p is not None and p >= ALPHA and entry.verdict != CANNOT_TELL
-        return replace(entry, adjusted=UNDECIDED if lost else entry.verdict, p=p)
+    def adjust(claims: Sequence[paper.Claim], what: str) -> None:
+        for claim, p in zip(claims, holm([alone.get(c.id, 1.0) for c in claims]), strict=True):
+            if claim.id not in alone:
+                continue
+            entry = found[claim.id] = replace(found[claim.id], p=p)
+            if entry.verdict in DECIDED and p >= ALPHA:
+                why = (
+                    f"Its p-value is {alone[claim.id]:.2g} and, adjusted for {what}, {p:.2g}; it must be below {ALPHA}."
+                )
+                found[claim.id] = replace(entry, adjusted=CANNOT_TELL, why=why)
 
-    return [adjusted(entry) for entry in entries]
+    primaries = [claim for claim in paper.claims() if claim.role == paper.PRIMARY]
+    adjust(primaries, f"the {len(primaries)} primary claims")
+    for primary in primaries:
+        others = [c for c in paper.claims() if c.role == paper.SECONDARY and c.family == primary.family]
+        if found[primary.id].adjusted in HELD:
+            adjust(others, f"the {len(others)} further claims of {primary.family}")
+            continue
+        why = f"It is tested only where the primary claim of {primary.family} holds: {primary.statement}"
+        for entry in (found[claim.id] for claim in others):
+            if entry.tested:
+                found[entry.claim] = entry = replace(entry, p=None)
+            if entry.tested and entry.verdict in DECIDED:
+                found[entry.claim] = replace(entry, adjusted=CANNOT_TELL, why=why)
+    return list(found.values())
 
 
 def listing(entries: Sequence[Entry]) -> Group:
@@ -290,12 +291,14 @@ def _described(entry: Entry) -> tuple[Text, Text]:
             values.append(f" ({e.low:.3g} to {e.high:.3g})")
     values.append(f" · {entry.adjusted}", "bold")
     if entry.adjusted != entry.verdict:
-        values.append(f" ({entry.verdict} alone, before Holm's adjustment)")
+        values.append(f" ({entry.verdict} alone, before adjustment)")
+    if entry.tests:
+        values.append(f" · {entry.tests}")
     at = f" · {e.scale}, {f'n = {e.samples}' if e.samples else 'exact'}" if e else ""
     return values, Text(f"{entry.claim} · {entry.where}{at}", "dim")
 
 
-_COPIED = ("ours", "low", "high", "unit", "samples", "verdict", "kind", "p")
+_COPIED = ("ours", "low", "high", "unit", "samples", "verdict", "kind", "p", "judged")
 
 
 def _evidence(claim: paper.Claim, stored: Verdict, path: str, summary: Summary) -> Evidence:
@@ -304,7 +307,7 @@ def _evidence(claim: paper.Claim, stored: Verdict, path: str, summary: Summary) 
     name = next(iter(showing or [figure.name for figure in summary.figures]), "")
     return Evidence(
         # A simulation says the same at every scale, and is weaker evidence than a measurement at any but the smallest.
-        scale="simulated" if verdict.verdict in SIMULATED else summary.scale,
+        scale="simulated" if verdict.simulated else summary.scale,
         **{key: getattr(verdict, key) for key in _COPIED},
         note=verdict.text,
         result=path,
@@ -313,33 +316,24 @@ def _evidence(claim: paper.Claim, stored: Verdict, path: str, summary: Summary) 
 
 
 def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
-    # What judges nothing for want of samples ranks below a smaller scale with several.
-    evidence = tuple(sorted(by_scale.values(), key=lambda e: (e.verdict in FEW, scale_rank(e.scale))))
-    conflicts = tuple(part.split(":")[0].strip() for part in claim.conflict.split("|") if part.strip())
-    judged = next((e for e in evidence if e.judged), None) or next((e for e in evidence if e.verdict in FEW), None)
-    kind = judged.kind if judged else OPEN
-    if judged:
-        verdict = judged.verdict
-    elif _DISPUTED & set(conflicts):
-        verdict = DISAGREES
-    elif any(e.verdict == NOT_TESTED for e in evidence):  # runs that could test it have no value
-        verdict = NOT_YET
-    elif claim.testable_at in ("gpu", "paper") or claim.from_share:
-        verdict = NOT_TESTABLE
-    else:
-        verdict = NOT_YET
-    value = claim.direction if claim.value is None else f"{claim.value:g} {claim.unit}".strip()
-    return Entry(
-        claim.id,
-        claim.experiment,
-        claim.where,
-        claim.statement,
-        value,
-        claim.testable_at,
-        conflicts,
-        claim.same_as,
-        evidence,
-        kind,
-        verdict,
-        adjusted=verdict,
+    # What judges nothing ranks below a smaller scale that judges, and above one that cannot.
+    evidence = tuple(
+        sorted(by_scale.values(), key=lambda e: (not e.judged, e.verdict == CANNOT_TEST, scale_rank(e.scale)))
     )
+    conflicts = tuple(part.split(":")[0].strip() for part in claim.conflict.split("|") if part.strip())
+    able = next((e for e in evidence if e.verdict != CANNOT_TEST), None)
+    verdict, why = CANNOT_TELL, "No result says anything about it yet."
+    if able is not None:
+        verdict, why = able.verdict, "" if able.ours is not None else able.note
+    elif _DISPUTED & set(conflicts):
+        verdict, why = CANNOT_TEST, "The paper gives its number twice and differently, and no result judges it."
+    elif evidence or claim.testable_at in ("gpu", "paper") or claim.from_share:
+        verdict = CANNOT_TEST
+        why = f"It needs the scale {claim.testable_at}."
+        if evidence:
+            why = "" if evidence[0].ours is not None else evidence[0].note
+        elif claim.from_share:
+            why = f"It needs runs of {claim.from_share:.0%} of the paper's training."
+    said = (claim.id, claim.experiment, claim.where, claim.statement, paper_text(claim), claim.testable_at)
+    kind = able.kind if able is not None and able.kind else OPEN
+    return Entry(*said, conflicts, claim.same_as, evidence, kind, verdict, adjusted=verdict, why=why)

@@ -11,7 +11,6 @@ from moelab.design.verdicts import MEASURED
 from moelab.experiments import experiment as find
 from moelab.lazy import pd
 from moelab.report.summary import Summary, read_all
-from moelab.statistics import Estimate
 
 SMALLEST = 0.01
 """Nats per token: the effect that two arms are planned to show where no claim and no user names another."""
@@ -35,9 +34,9 @@ def needs(
         effect: nats per token that two arms are to show, `SMALLEST` by default; claims have their own.
 
     Returns:
-        Columns comparison; seeds and spread, those of the result (spread: standard deviation of the difference over
-        seeds, or of a ratio over sessions); effect, and where it is from; at once, with one look; at most and on
-        average, with a look at every third seed. A number of seeds that is missing is more than
+        Columns comparison; seeds and spread, those of the result (spread: standard deviation of the difference of a
+        seed of each arm, or of a ratio over sessions); effect, and where it is from; at once, with one look; at most
+        and on average, with a look at every third seed. A number of seeds that is missing is more than
         `moelab.design.power.MAX_SEEDS`, or unknown where no effect can be named.
 
     Raises:
@@ -75,13 +74,13 @@ def needs_of(final: pd.DataFrame, *, against: str | None = None, effect: float |
     reference, wanted, rows = against or next(iter(arms), ""), effect or SMALLEST, []
     for arm in arms:
         other = arm != reference and arm.endswith(rates.SHARED) == reference.endswith(rates.SHARED)
-        values = comparison.paired(final, arm, reference) if other else []
-        if len(values) > 1 and any(values):  # all of them are 0 where a run stands for two arms
-            spread = Estimate.of(values).spread
-            numbers = _numbers(power.of_difference(spread, wanted))
-            rows.append(
-                [f"{arm} − {reference}", len(values), spread, wanted, "given" if effect else "assumed", *numbers]
-            )
+        found = comparison.estimated(final, arm, reference) if other else None
+        same = other and not any(comparison.paired(final, arm, reference))  # where a run stands for two arms
+        if found and found.samples > 1 and not same:
+            spreads = {one: final.loc[final["arm"] == one, "validation_loss"].std() for one in (arm, reference)}
+            need = power.of_contrasts([({arm: 1.0, reference: -1.0}, wanted)], spreads)
+            why = "given" if effect else "assumed"
+            rows.append([f"{arm} − {reference}", found.samples, found.spread, wanted, why, *_numbers(need)])
     if not rows:
         raise ValueError("power: there are no two arms with two seeds each to take a spread from")
     return _frame(rows)
@@ -106,11 +105,11 @@ def _claims(summaries: list[Summary]) -> list[list]:
         for stored in summary.claims:
             claim = known.get(stored.claim)
             verdict = restate(claim, stored, summary.scale) if claim else stored
-            if claim and verdict.kind == MEASURED and len(verdict.values) > 1 and stored.claim not in rows:
-                both = [one for one in (verdict, verdict.other) if one and len(one.values) > 1]
+            if claim and verdict.kind == MEASURED and verdict.samples > 1 and stored.claim not in rows:
+                both = [one for one in (verdict, verdict.other) if one and one.samples > 1]
                 plans = [(one, *power.of_claim(claim, one)) for one in both]
                 one, need, effect, why = max(plans, key=lambda plan: (plan[1] and plan[1].at_once) or power.MAX_SEEDS)
-                rows[claim.id] = [claim.id, one.samples, power.spread(one), effect, why, *_numbers(need)]
+                rows[claim.id] = [claim.id, one.samples, power.spread(claim, one), effect, why, *_numbers(need)]
     return list(rows.values())
 
 

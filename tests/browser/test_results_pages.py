@@ -26,7 +26,8 @@ def results(publish, tmp_path_factory):
     publish(root, "scaling", "cpu", claims=base, curves=curve_rows())
     publish(root, "pr-moe", "cpu", "20260101-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5, 0.5)}, gain=0.3, finished="2026-01-01T00:00:00Z", losses=(2.0, 2.5))  # fmt: skip
     publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.01, 0.03, 0.2)}, gain=0.3, finished="2026-01-02T00:00:00Z", parameters={"tokens": 7})  # fmt: skip
-    publish(root, "pr-moe", "gpu", claims={"pr-moe-matches-moe128": (0.3, 0.3, 0.3)}, gain=0.3)
+    held = {"moe128-beats-moe32": (-0.1, -0.101, -0.102), "pr-moe-matches-moe128": (0.3, 0.3, 0.3)}
+    publish(root, "pr-moe", "gpu", claims=held, gain=0.3)
     publish(root, "mine", "smoke")
     site.build(root)
     return root
@@ -110,7 +111,7 @@ def test_search_and_filters(results, visit):
     page = visit(f"{results.as_uri()}/claims.html")
     rows = "#tested tr[data-item]"
     search = page.locator("#filter").get_by_label("Search")
-    assert len(shown(page, rows)) == 2
+    assert len(shown(page, rows)) == 3
     search.fill("moe-128's validation loss")
     (row,) = shown(page, rows)
     assert "ends within about 0.01" in row and "1 claim" in page.locator("#count").inner_text()
@@ -118,16 +119,16 @@ def test_search_and_filters(results, visit):
     assert len(shown(page, "#untested tbody tr")) > 5, "claims that nothing has tested unfold when they are looked for"
     search.fill("")
     page.locator("select[name=experiment]").select_option("pr-moe")
-    assert len(shown(page, rows)) == 1
+    assert len(shown(page, rows)) == 2
     page.locator("select[name=experiment]").select_option("")
-    page.locator("select[name=verdict]").select_option("trained: not reproduced")
+    page.locator("select[name=verdict]").select_option("trained: does not hold")
     (row,) = shown(page, rows)
     assert row.startswith("✗")
     page.goto(page.url)
     assert "verdict=trained" in page.url and len(shown(page, rows)) == 1, "it stands in the address"
     search.fill("nothing has these words")
     page.get_by_role("button", name="Clear them").click()
-    assert len(shown(page, rows)) == 2 and "?" not in page.url
+    assert len(shown(page, rows)) == 3 and "?" not in page.url
     page.evaluate("document.getElementById('untested').open = true; scrollTo(0, 3000)")
     assert page.evaluate("scrollY") > 1000
     assert page.locator("#filter").bounding_box()["y"] < 100, "the filters stay in sight"
@@ -146,7 +147,7 @@ def test_the_search_in_the_head_and_a_count_lead_to_the_claims(results, visit):
     page.wait_for_url("**/claims.html?q=latency")
     assert len(shown(page, "#untested tbody tr")) > 5
     page.goto(f"{results.as_uri()}/overview.html")
-    page.get_by_role("link", name="not reproduced").click()
+    page.get_by_role("link", name="does not hold").click()
     page.wait_for_url("**/claims.html?*")  # with its scripts
     assert [row[0] for row in shown(page, "#tested tr[data-item]")] == ["✗"]
 
@@ -196,7 +197,7 @@ def test_two_results_side_by_side(results, visit):
     page.wait_for_selector("#compared table")
     text = page.locator("#compared").inner_text()
     mean = "validation loss, mean over seeds"
-    assert all(part in text for part in ("parameter tokens", "not reproduced +0.500", mean, "Loss falls with tokens"))
+    assert all(part in text for part in ("parameter tokens", "does not hold +0.500", mean, "Loss falls with tokens"))
     assert "hardware" not in text
     page.get_by_label("also what is the same").check()
     assert "hardware" in page.locator("#compared").inner_text()

@@ -105,7 +105,7 @@ def test_bad_input_is_one_line_and_starts_nothing_and_wrong_arguments_load_nothi
         (("bench", "layer", "--dtype", "x"), "--dtype must be fp32 or bf16"),
         (("bench", "decode", "--model", "nosuch"), "model name 'nosuch' is not understood"),
         (("kernels", "compile", "--arch", "sm_1"), "--arch must be sm_80 or sm_90"),
-        (("claims", "nosuch"), "claims: none of experiment 'nosuch'"),
+        (("claims", "nosuch"), "claims: no experiment 'nosuch'"),
     ]
     others = [
         (("run", "pr-mo"), "did you mean pr-moe?"),

@@ -20,7 +20,7 @@ def test_a_conclusion_quotes_verdicts_with_their_intervals_and_counts_what_is_le
     assert text.startswith("## Conclusion\n\n**What was found.** MoE-128 is ahead.\n")
     assert f"*{judged[0].verdict}*: {judged[0].statement} Ours -0.305 nats/token (" in text and "paper -0.307" in text
     assert judged[2].statement not in text and "1 of the paper’s 3 claims here is not judged" in text
-    assert "Undecided: 1;" in text and "95 % over 3 seeds" in text
+    assert "Not told yet: 1, which more seeds" in text and "95 % over 3 seeds" in text
     for seeds, said in ((0, "Nothing here has a spread"), (1, "One seed says nothing"), (4, "over 4")):
         assert said in str(conclude("A finding", seeds=seeds)), "without claims the seeds say how sure it is"
     simulated = [judge_simulated(paper.claim("1t-under-25ms"), 21.4)]
@@ -40,7 +40,7 @@ def test_a_simulations_claims_depend_neither_on_a_scale_nor_on_seeds():
         judge_simulated(paper.claim("pr-moe-lower-latency"), None),
     ]
     text = str(conclude("Fast", judged, simulated=True))
-    assert "claims here is not judged. " in text and "seeds" not in text and "Undecided: 1; two simulated" in text
+    assert "claims here is not judged. " in text and "seeds" not in text and "Not told: 1, where two simulated" in text
 
 
 def test_pairs_and_headlines_of_curves():

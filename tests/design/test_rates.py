@@ -8,7 +8,7 @@ import pytest
 from moelab import paper
 from moelab.design import comparison, overview, rates, settings, shares, targets
 from moelab.design.judging import judge
-from moelab.design.verdicts import UNDECIDED
+from moelab.design.verdicts import CANNOT_TELL, HOLDS
 from moelab.files import write_json
 from moelab.plotting import figures
 from moelab.runs.collection import Runs
@@ -48,12 +48,12 @@ def test_runs_that_differ_under_one_label_are_named(tmp_path, result):
 
 
 def test_a_claim_is_decided_where_both_rates_agree():
-    claim, faster = paper.claim("moe128-350m-beats-own-base"), paper.claim("residual-faster-than-top2")
+    claim, faster = paper.claim("moe128-350m-beats-own-base"), paper.claim("kernels-6x")
     lower, higher = judge(claim, [-0.31, -0.30, -0.305]), judge(claim, [0.31, 0.30, 0.305])
-    fast, slow = (judge(faster, [ratio, ratio + 0.01, ratio + 0.02]) for ratio in (1.2, 0.8))
+    fast, slow = (judge(faster, [ratio, ratio + 0.01, ratio + 0.02]) for ratio in (6.2, 5.8))
     other, time = rates.agreed([lower, fast], [higher, slow])
-    assert other.verdict == UNDECIDED and "At one shared rate: +0.305 nats/token, not reproduced" in other.text
-    assert time == fast, "times depend on no rate"
+    assert other.verdict == CANNOT_TELL and "At one shared rate: +0.305 nats/token, does not hold" in other.text
+    assert time == fast and time.verdict == HOLDS, "times depend on no rate"
     assert rates.agreed([lower], []) == [lower]
 
 
@@ -69,6 +69,7 @@ def test_crossings_by_share_of_the_training():
     assert list(table[table["seed"] == 0]["share"]) == pytest.approx([1 / 3, 2 / 3, 1])
     found = shares.crossings(table).set_index("seed")["share"]
     assert found[0] == pytest.approx(2 / 3 + 1 / 3 * 0.5 / 1.5) and pd.isna(found[1])
+    assert shares.crossings(table[::-1]).equals(shares.crossings(table)), "by seed, in whatever order the runs are"
     assert (
         shares.headline(table)
         == "A − B ends above zero on 1 of 2 seeds, on the other below zero from 78% of the training on"

@@ -55,6 +55,10 @@ def curves(crossed):
     return pd.DataFrame(rows, columns=["arm", "seed", "tokens", "loss"])
 
 
+def values(verdict):
+    return list(verdict.arms["value"].values())
+
+
 def judged(losses, lines):
     found = scaling.verdicts(final(losses).assign(tokens=TOKENS), lines, "full")
     return {v.claim: v for v in found}
@@ -62,39 +66,42 @@ def judged(losses, lines):
 
 def test_a_crossing_is_judged_by_its_share_of_the_papers_tokens():
     late = judged(LOSSES, curves([0.69, 0.69, 0.71]))["moe-crossover-350m"]
-    assert late.values == pytest.approx((180, 180, 240)) and late.verdict == claims.UNDECIDED
-    assert judged(LOSSES, curves([0.65, 0.6, 0.69]))["moe-crossover-350m"].values == pytest.approx((180, 180, 180))
+    assert values(late) == pytest.approx([180, 180, 240]) and late.verdict == claims.CANNOT_TELL
+    assert values(judged(LOSSES, curves([0.65, 0.6, 0.69]))["moe-crossover-350m"]) == pytest.approx([180] * 3)
     early = judged(LOSSES, curves([0.1, 0.1, 0.1]))["moe-crossover-350m"]
-    assert early.verdict == claims.NOT_REPRODUCED
+    assert early.verdict == claims.FAILS
     never = judged(LOSSES, curves([0.65, None, 0.65]))["moe-crossover-350m"]
-    assert never.verdict == claims.INCOMPLETE
-    assert never.missing == ("seed 1: 350M+MoE-128 does not end below 1.3B",)
+    assert never.verdict == claims.CANNOT_TELL and never.censored == (1,) and not never.missing
+    assert "does not end below 1.3B in seed 1, which counts as a crossing at the end" in never.note
+    assert values(never) == pytest.approx([180, 300, 180])
+    none = judged(LOSSES, curves([0.95, None, None]))["moe-crossover-350m"]
+    assert none.verdict == claims.FAILS and none.p < 0.05, "two of three seeds without a crossing say that it is later"
     half = curves([0.65, 0.65, 0.65]).query("arm != '1.3B' or seed != 2")
-    assert judged(LOSSES, half)["moe-crossover-350m"].missing == ("seed 2 of one arm",)
+    assert judged(LOSSES, half)["moe-crossover-350m"].missing == ("seed 2: one arm did not finish",)
     shorter = final(LOSSES).assign(tokens=0.8 * TOKENS)
     of_shorter = {v.claim: v for v in scaling.verdicts(shorter, curves([0.65] * 3), "full")}["moe-crossover-350m"]
-    assert of_shorter.values == pytest.approx([0.8 * 180] * 3, rel=0.01), "of the paper's training, not of the run's"
+    assert values(of_shorter) == pytest.approx([0.8 * 180] * 3, rel=0.01), "of the paper's training, not of the run's"
     alone = {"350M": [4.0], "350M+MoE-128": [3.6]}
-    assert judged(alone, curves([0.65]).query("arm != '1.3B'"))["moe-crossover-350m"].verdict == claims.NOT_TESTED
+    assert judged(alone, curves([0.65]).query("arm != '1.3B'"))["moe-crossover-350m"].ours is None
 
 
 def test_the_dense_model_of_equal_quality_is_a_mean_over_both_pairs():
     equal = judged(LOSSES, curves([0.65] * 3))["dense-equivalent-4-5x"]
-    assert equal.verdict == claims.REPRODUCED and 4 < equal.ours < 5
+    assert equal.verdict == claims.HOLDS and 4 < equal.ours < 5
     first = {**LOSSES, "1.3B+MoE-128": LOSSES["1.3B"]}  # the other pair's MoE equals its base
     of_one = judged(first, curves([0.65] * 3))["dense-equivalent-4-5x"]
-    assert of_one.values[0] == pytest.approx(4 ** (0.42 / 0.40 / 2), rel=0.01)
+    assert values(of_one)[0] == pytest.approx(4 ** (0.42 / 0.40 / 2), rel=0.01)
     exact = {**LOSSES, "350M+MoE-128": LOSSES["1.3B"], "1.3B+MoE-128": LOSSES["6.7B"]}
     assert judged(exact, curves([0.65] * 3))["dense-equivalent-4-5x"].ours == pytest.approx((4 * 5.33) ** 0.5, rel=0.01)
     reverse = {**LOSSES, "1.3B": [3.6, 4.2, 3.61]}
     found = judged(reverse, curves([0.65] * 3))["dense-equivalent-4-5x"]
-    assert found.verdict == claims.INCOMPLETE and found.missing == ("seed 1: 1.3B does not end below 350M",)
+    assert found.verdict == claims.CANNOT_TELL and found.missing == ("seed 1: 1.3B does not end below 350M",)
     for odd in ([3.6, 4.2, 3.61], [3.6, 4.0999999999, 3.61]):  # a run that is missing too, a base that ends alike
         table = final({**LOSSES, "1.3B": odd}).query("arm != '350M+MoE-128' or seed != 1").assign(tokens=TOKENS)
         lost = {v.claim: v for v in scaling.verdicts(table, curves([0.65] * 3), "full")}["dense-equivalent-4-5x"]
-        assert lost.verdict == claims.INCOMPLETE and "seed 1 of 350M+MoE-128" in lost.missing
+        assert lost.verdict == claims.CANNOT_TELL and lost.missing[0].startswith("seed 1: ")
     without = {arm: losses for arm, losses in LOSSES.items() if arm != "6.7B"}
-    assert judged(without, curves([0.65] * 3))["dense-equivalent-4-5x"].verdict == claims.NOT_TESTED
+    assert judged(without, curves([0.65] * 3))["dense-equivalent-4-5x"].ours is None
 
 
 def test_seeds_after_the_last_planned_look_wait_also_where_one_lacks_a_value():
@@ -104,16 +111,16 @@ def test_seeds_after_the_last_planned_look_wait_also_where_one_lacks_a_value():
     lines = curves([0.69, 0.69, 0.71, 0.71]).query("arm != '350M+MoE-128' or seed < 3")
     found = {v.claim: v for v in scaling.verdicts(lacking, lines, "full")}
     for id in ("moe-crossover-350m", "dense-equivalent-4-5x", "moe128-350m-beats-1.3b"):
-        assert (found[id].values, found[id].verdict) == (known[id].values, known[id].verdict) and not found[id].missing
+        assert (found[id].ours, found[id].verdict) == (known[id].ours, known[id].verdict) and not found[id].missing
     never = judged(losses, curves([0.69, 0.69, 0.71, None]))["moe-crossover-350m"]
-    assert never.values == known["moe-crossover-350m"].values
+    assert never.ours == known["moe-crossover-350m"].ours and never.verdict == known["moe-crossover-350m"].verdict
 
 
 def test_a_seed_that_has_neither_curve_is_missing_where_other_arms_have_it():
     lines = curves([0.69, 0.69, 0.71])
     others = lines.query("arm == '1.3B' and seed == 1").assign(arm="350M")
     part = pd.concat([lines.query("seed != 1"), others])
-    assert judged(LOSSES, part)["moe-crossover-350m"].missing == ("seed 1 of both arms",)
+    assert judged(LOSSES, part)["moe-crossover-350m"].missing == ("seed 1: both arms did not finish",)
 
 
 def test_the_papers_points_are_interpolated_as_ours():

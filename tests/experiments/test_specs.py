@@ -25,7 +25,7 @@ zero-shot        7b633e6514 -          7fa782540e af781cc703 37ee8a07f6 -
 expert-count     9d95d1b174 5246c04780 5ad91496e6 18ed8461a5 b4cbeb0665 -
 capacity         b8937d103e 73d7fd4dd3 5e3047f4d7 78819a6bca a06d93db82 -
 specialisation   641c45f376 -          5ca7891e0f 46842699d1 4092c19b23 -
-seeds            13cd21e710 f9d4306ae2 5541447821 -          cc8dc4ed6d -
+seeds            13cd21e710 f9d4306ae2 5541447821 0e0b8d1e08 cc8dc4ed6d -
 learning-rate    2f5d305bc4 -          92d5fc8946 c2fb2ae94f -          -
 what-survives    1795eadae4 a1e68c5046 df7ff09ff4 -          1d8cc056d0 -
 upcycling        520f5a6049 747761d1dc 0839163dd4 -          45d8415712 -

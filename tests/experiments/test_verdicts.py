@@ -1,5 +1,7 @@
 """What experiments judge: PR-MoE's claims from final losses, and all claims about inference by simulation."""
 
+from dataclasses import replace
+
 import pytest
 
 from moelab import paper
@@ -19,27 +21,26 @@ from tests.experiments import helpers
 
 
 def final(losses):
-    """Seeds differ by 0.1, pairs of a seed do not."""
-    table = helpers.final(losses, parameters={arm: 10 if arm == "MoE-128" else 4 for arm in losses})
-    return table.assign(validation_loss=table["validation_loss"] + 0.1 * table["seed"])
+    return helpers.final(losses, parameters={arm: 10 if arm == "MoE-128" else 4 for arm in losses})
 
 
-def test_pr_moe_pairs_by_seed_and_survives_missing_arms():
+def test_pr_moe_is_judged_by_the_means_of_arms_and_survives_missing_ones():
     dense = (5.0, 5.01, 5.0)
     gains = {"Dense": 0, "MoE-32": 0.1, "MoE-128": 0.2, "PR-MoE-32/64": 0.19}
     frame = final({arm: [loss - gain for loss in dense] for arm, gain in gains.items()})
     verdicts = {v.claim: v for v in pr_moe.verdicts(frame)}
     assert verdicts["moe128-beats-moe32"].ours == pytest.approx(-0.1)
-    assert verdicts["moe128-beats-moe32"].verdict == claims.REPRODUCED, "seeds differ by 0.1, pairs do not"
-    assert verdicts["pr-moe-matches-moe128"].verdict == claims.REPRODUCED
+    assert verdicts["moe128-beats-moe32"].verdict == claims.HOLDS
+    assert verdicts["pr-moe-matches-moe128"].verdict == claims.HOLDS
     assert "350M+MoE-128 over 350M+MoE-32 gains 0.1" in verdicts["pr-moe-matches-moe128"].why
-    assert verdicts["pr-moe-beats-moe32"].verdict == claims.REPRODUCED
+    assert verdicts["pr-moe-beats-moe32"].verdict == claims.HOLDS
     without = {v.claim: v for v in pr_moe.verdicts(frame[frame["arm"] != "MoE-32"])}
     assert without["pr-moe-matches-moe128"].verdict == claims.CANNOT_TELL
-    assert verdicts["pr-moe-training-memory"].kind == claims.PREDICTED
-    assert verdicts["pyramid-shrinks-gap"].verdict == claims.NOT_TESTED
+    assert verdicts["pr-moe-training-memory"].kind == claims.SIMULATED
+    assert verdicts["pyramid-shrinks-gap"].ours is None
     assert verdicts["pr-moe-size"].ours == pytest.approx(4.1168 / 13.150, rel=1e-3)
-    assert "0.010 nats above" in pr_moe.headline(frame) and "40%" in pr_moe.headline(frame)
+    assert "+0.010 nats; which of them ends lower cannot be told" in pr_moe.headline(frame)
+    assert "40%" in pr_moe.headline(frame)
     assert "1 seed, no spread" in pr_moe.headline(frame[frame["seed"] == 0])
     assert "no finished pair" in pr_moe.headline(frame[frame["arm"] == "Dense"])
 
@@ -47,7 +48,7 @@ def test_pr_moe_pairs_by_seed_and_survives_missing_arms():
 def test_the_headline_sets_pr_moe_beside_what_128_experts_gain_over_32():
     frame = final({"Dense": [5.0, 5.01], "MoE-32": [4.75, 4.75], "MoE-128": [4.7, 4.72], "PR-MoE-32/64": [4.71, 4.72]})
     assert pr_moe.gain_headline(frame).startswith(
-        "Against Dense: MoE-128 -0.295, PR-MoE-32/64 -0.290 nats; MoE-128 ends 0.040 nats below MoE-32 (95 % interval"
+        "Against Dense: MoE-128 -0.295, PR-MoE-32/64 -0.290 nats; MoE-128 minus MoE-32: -0.040 nats; which of them ends"
     )
     assert pr_moe.gain_headline(frame[frame["arm"] != "MoE-32"]).endswith("PR-MoE-32/64 -0.290 nats"), "quick"
     assert "no finished pair" in pr_moe.gain_headline(frame[frame["arm"] == "Dense"])
@@ -58,7 +59,7 @@ def test_the_interval_of_a_headline_is_that_of_the_planned_look():
     looks = [pr_moe.EXPERIMENT.looks_at(scale) for scale in ("quick", "full")]
     plain, planned = (comparison.difference(frame, "MoE-128", "Dense", plan) for plan in looks)
     assert (
-        "interval -0.221 to -0.192, 3 seeds" in plain and "interval over 3 looks -0.232 to -0.181, 3 seeds" in planned
+        "interval -0.227 to -0.186, 3 seeds" in plain and "interval over 3 looks -0.237 to -0.176, 3 seeds" in planned
     )
 
 
@@ -79,14 +80,14 @@ def test_every_inference_claim_is_judged():
     ]
     names = ("inference-scaling", "inference-large", "model-variants-latency", "moe-vs-dense-inference")
     assert {v.claim for v in found} == {claim.id for name in names for claim in paper.claims(name)}
-    untested = {v.claim for v in found if v.verdict == claims.NOT_TESTED}
+    untested = {v.claim for v in found if not v.judged}
     assert untested == {"released-part-speedup", "pr-moe-lower-latency"}
-    assert all(v.verdict.startswith("simulated: ") for v in found if v.claim not in untested)
+    assert all(v.simulated for v in found if v.claim not in untested)
     by_id = {v.claim: v for v in found}
     assert by_id["half-the-gpus"].ours == 0.5
-    assert by_id["pytorch-moe-slower-than-dense"].verdict == claims.SIMULATED_HOLDS
+    assert by_id["pytorch-moe-slower-than-dense"].verdict == claims.HOLDS
     lowest = by_id["pr-moe-mos-lowest-latency"]
-    assert lowest.verdict == claims.SIMULATED_CLOSE and "0.25 % apart" in lowest.note
+    assert lowest.verdict == claims.CANNOT_TELL and "0.25 % apart" in lowest.why
     dense_ratio = dense.query("figure == 'fig-15' and model == 'PR-MoE+MoS'").iloc[0]
     assert dense_ratio["cheaper"] == pytest.approx(2 * dense_ratio["faster"]), "8-way instead of 16-way slicing"
 
@@ -98,3 +99,17 @@ def test_plans_are_named_before_the_runs():
             assert list(looks) == sorted(set(looks)) and looks[0] >= 3
     assert pr_moe.EXPERIMENT.looks_at("cpu") == (3, 5) and pr_moe.EXPERIMENT.looks_at("full") == (3, 6, 9)
     assert pr_moe.EXPERIMENT.looks_at("quick") == (3,)
+    assert pr_moe.EXPERIMENT.plan("cpu") == {"looks": (3, 5), "decides_from": 0}
+
+
+def test_a_plan_may_restrict_the_seeds_that_decide():
+    about = replace(pr_moe.EXPERIMENT, decides_from={"cpu": 2})
+    frame = final({"MoE-128": [9.0, 9.0, 4.8, 4.81, 4.8], "MoE-32": [5.0, 5.0, 5.0, 5.02, 5.01]})
+    models = {"MoE-128": "350M+MoE-128", "MoE-32": "350M+MoE-32"}
+    found = {v.claim: v for v in comparison.judge_losses("pr-moe", frame, models, "cpu", **about.plan("cpu"))}
+    order = found["moe128-beats-moe32"]
+    assert order.verdict == claims.HOLDS and order.samples == 3 and order.ours == pytest.approx(-0.207, abs=0.001)
+    assert "Seeds before 2 do not decide; they give +4 nats." in order.why
+    assert comparison.difference(frame, "MoE-128", "MoE-32", **about.plan("cpu")).startswith("MoE-128 ends 0.207 nats")
+    with pytest.raises(ValueError, match="decides_from of cpu must be a seed, got -1"):
+        replace(about, decides_from={"cpu": -1})

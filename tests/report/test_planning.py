@@ -74,8 +74,8 @@ def test_the_spread_is_of_the_papers_first_base_and_of_two_seeds_or_more():
 
 
 def test_runs_at_hand():
-    found = planning.needs_of(final({"a": [1.0, 2.0, 3.0], "b": [1.5, 2.49, 3.51], "c": [0.0]}))
-    assert list(found["comparison"]) == ["b − a"] and found["spread"][0] == pytest.approx(0.01)
+    found = planning.needs_of(final({"a": [1.0, 1.003, 1.006], "b": [1.5, 1.504, 1.508], "c": [0.0]}))
+    assert list(found["comparison"]) == ["b − a"] and found["spread"][0] == pytest.approx(0.005), "of both arms"
     several = final({"a": [1, 2], "b": [1, 3], "c": [2, 2], "c, shared rate": [2, 4], "a, shared rate": [1, 2]})
     for against, others in (("b", ["a − b", "c − b"]), ("a, shared rate", ["c, shared rate − a, shared rate"])):
         assert list(planning.needs_of(several, against=against)["comparison"]) == others, "a rate with itself"
@@ -111,7 +111,7 @@ def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish):
     assert "moe128-beats-moe32 0.21 of 3 0.01, the smallest > 99 > 99 > 99" in text
     publish(paths.results(), "scaling", "cpu", claims={"moe-crossover-350m": (200, 210, 220)})
     crossing = CliRunner().invoke(app, ["power", "scaling"], catch_exceptions=False).output
-    assert "moe-crossover-350m 10 of 3 no effect named – – –" in " ".join(crossing.split())
+    assert "moe-crossover-350m 10 of 3 31.9, from the middle of the range to its ends 4 6" in " ".join(crossing.split())
     assert "80 % probability if the effect is there" in text
     for arguments, part in (
         ("pr-moe --scale gpu", "no result of pr-moe at scale gpu to take a spread from; `moelab run pr-moe"),

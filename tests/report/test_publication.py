@@ -115,7 +115,7 @@ def test_a_conclusion_is_that_of_the_verdicts_which_are_published(capsys):
     publication.claims([judge(paper.claim("pr-moe-size"), [0.335], exact=True)])
     said = str(publication.conclude(title="The finding"))
     assert capsys.readouterr().out == f"draft written to {publication.path}\n"
-    assert "**What was found.** The finding.\n" in said and "*reproduced*" in said
+    assert "**What was found.** The finding.\n" in said and "*holds*" in said
     assert read_json(publication.path / SUMMARY)["title"] == "The finding"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from moelab import paper
 from moelab.design import settings
-from moelab.design.verdicts import UNDECIDED
+from moelab.design.verdicts import CANNOT_TELL, HOLDS
 from moelab.experiments import EXPERIMENTS
 from moelab.report.site import charts, digest, hero, questions
 from moelab.report.site.claims import ClaimRow
@@ -50,28 +50,28 @@ def scaling(tmp_path):
 
 def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     first, second = questions.answers([scaling], [])
-    assert first.short.startswith("At equal tokens and FLOPs only: −0.300 nats [−0.325, −0.275] at equal tokens")
+    assert first.short.startswith("−0.300 nats [−0.325, −0.275] at equal tokens")
     assert "+0.010 nats" in first.short
     assert "−0.31 at its end" in first.paper and "16\u00a0% of its training" in first.paper
-    assert first.line.startswith("At equal tokens and FLOPs only: −0.300 [−0.325, −0.275] at equal tokens (paper at 16")
+    assert first.line.startswith("−0.300 [−0.325, −0.275] (paper at 16")
     assert second.line.startswith("1.") and "× its base [" in second.line and second.line.endswith("×)")
-    assert "+0.300 nats" in second.short and second.short.startswith("Times its base’s size: 1.")
+    assert "+0.300 nats" in second.short and second.short.startswith("350M+MoE-128, times its base’s size: 1.")
     assert first.row()["verdict"] == "" and first.row()["link"].startswith("scaling/cpu/1/")
     assert questions.answers([], []) == []
     (scaling.folder / "equal-cost.jsonl").write_text("\n")  # as pandas writes an empty table: no budgets, at `full`
     first, second = questions.answers([scaling], [])
     assert (
-        first.short == "Yes: −0.300 nats [−0.300, −0.300] at equal tokens."
+        first.short == "−0.300 nats [−0.300, −0.300] at equal tokens."
         and "1.98 [1.98, 1.98] at equal tokens" in second.short
     )
     row = ClaimRow(
-        paper.claim("moe128-350m-beats-own-base"), UNDECIDED, scaling, "cpu", -0.3, -0.5, -0.1, 3, decides=True
+        paper.claim("moe128-350m-beats-own-base"), CANNOT_TELL, scaling, "cpu", -0.3, -0.5, -0.1, 3, decides=True
     )
-    assert questions.answers([scaling], [row])[0].line.startswith("Yes, if tested alone: −0.300 ")
-    larger = replace(row, claim=paper.claim("moe128-1.3b-beats-own-base"), verdict="direction only", ours=-0.4)
+    assert questions.answers([scaling], [row])[0].line.startswith("Cannot be told yet: −0.300 ")
+    larger = replace(row, claim=paper.claim("moe128-1.3b-beats-own-base"), verdict=HOLDS, ours=-0.4)
     answer = questions.answers([scaling], [row, larger])[0]
     assert answer.line == "Yes, 1.3B base: −0.400 [−0.500, −0.100] (paper −0.215)"
-    assert answer.claims == [larger, row] and "; 350M base, if tested alone: −0.300 nats" in answer.short
+    assert answer.claims == [larger, row] and "; 350M base (cannot tell yet): −0.300 nats" in answer.short
     (scaling.folder / "equal-cost.jsonl").write_text('{"at": "time", "seed": 0}\n')
     assert questions.answers([scaling], []) == [], "a column is missing"
     for text in ("\n", "torn"):
@@ -80,12 +80,13 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
 
 
 def test_the_dense_size_of_both_pairs_leads_where_it_is_judged(scaling):
-    row = ClaimRow(paper.claim("dense-equivalent-4-5x"), UNDECIDED, scaling, "cpu", 4.37, 4.0, 4.74, 3, decides=True)
+    row = ClaimRow(paper.claim("dense-equivalent-4-5x"), CANNOT_TELL, scaling, "cpu", 4.37, 4.0, 4.74, 3, decides=True)
     answer = questions.answers([scaling], [row])[1]
-    assert answer.line == "4.37× its base [4, 4.74] (paper 4.5×)" and answer.claims == [row]
-    assert answer.short.startswith("Times its base’s size: 1.") and answer.short.endswith(
-        "Of two pairs: 4.37× [4, 4.74]."
+    assert answer.line == "4.37× its base [4, 4.74] (paper 4–5×)" and answer.claims == [row]
+    assert answer.short.startswith(
+        "4.37× its base [4, 4.74], mean of two pairs. 350M+MoE-128, times its base’s size: 1."
     )
+    assert answer.paper.startswith("4 to 5×. 350M+MoE-128: ")
 
 
 def test_what_a_dense_model_of_equal_quality_costs(scaling):
@@ -125,18 +126,18 @@ def test_the_dense_size_at_equal_tokens_is_interpolated_in_logarithms(scaling):
 
 def test_a_claim_is_quoted_with_its_interval(scaling):
     claim = paper.claim("pr-moe-matches-moe128")
-    row = ClaimRow(claim, UNDECIDED, scaling, "cpu", 0.014, -0.002, 0.03, 5, decides=True)
+    row = ClaimRow(claim, CANNOT_TELL, scaling, "cpu", 0.014, -0.002, 0.03, 5, decides=True)
     (answer,) = (a for a in questions.answers([scaling], [row]) if a.claims)
     assert answer.short == "PR-MoE-32/64 +0.014 nats/token [−0.002, +0.030] from MoE-128."
     assert answer.line == ("PR-MoE-32/64 +0.014 [−0.002, +0.030] from MoE-128 (paper +0.010)")
-    assert answer.paper == "+0.010 nats/token" and answer.row()["verdict"] == UNDECIDED
+    assert answer.paper == "+0.010 nats/token" and answer.row()["verdict"] == CANNOT_TELL
 
 
 def test_a_line_an_experiment_has_the_costs_of_both_sides(scaling):
     claim = paper.claim("moe128-350m-beats-own-base")
-    row = ClaimRow(claim, UNDECIDED, scaling, "cpu", -0.3, -0.35, -0.25, 3, decides=True)
+    row = ClaimRow(claim, CANNOT_TELL, scaling, "cpu", -0.3, -0.35, -0.25, 3, decides=True)
     (line,) = digest.digest(chapters([scaling]), [row])
-    assert (line.experiment, line.seeds, line.verdict, line.time) == ("scaling", 3, UNDECIDED, 2.0)
+    assert (line.experiment, line.seeds, line.verdict, line.time) == ("scaling", 3, CANNOT_TELL, 2.0)
     assert line.flops == settings.spec("350M+MoE-128", "cpu").cost / settings.spec("350M", "cpu").cost
     assert line.effect.startswith("−0.300 nats/token (−0.350 to −0.250), 350M+MoE-128 against 350M")
     (read,) = csv.DictReader(io.StringIO(digest.to_csv([vars(line)])))
@@ -163,7 +164,7 @@ def test_the_costs_of_a_student_are_those_of_how_it_is_distilled_at_its_own_rate
     ]
     students = result(experiment="distillation", scale="full", seeds=[0], runs=runs)
     assert "L21 + staged KD" in charts.models_of(students), "a branch that is no budget is an arm"
-    row = ClaimRow(paper.claim("staged-kd-matches-teacher-350m"), UNDECIDED, students, "full", 0.01)
+    row = ClaimRow(paper.claim("staged-kd-matches-teacher-350m"), CANNOT_TELL, students, "full", 0.01)
     (line,) = digest.digest(chapters([students]), [row])
     assert line.time == 1.5
     alone, teacher = (settings.spec(f"350M+PR-MoE-32/64{more}", "full") for more in ("+L21", ""))

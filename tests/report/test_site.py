@@ -12,7 +12,7 @@ import nbformat.v4 as nb
 import pytest
 
 from moelab import paper, paths
-from moelab.design.verdicts import CANNOT_TELL, DISAGREES, FEW_SEEDS, REPRODUCED
+from moelab.design.verdicts import CANNOT_TELL, CANNOT_TEST, HOLDS
 from moelab.plotting import layout, svg
 from moelab.plotting.typography import typeset
 from moelab.report import ledger, site
@@ -28,9 +28,11 @@ def published(publish, tmp_path_factory):
     root = tmp_path_factory.mktemp("site") / "results"
     reproduced = {"moe128-350m-beats-own-base": (-0.30, -0.31, -0.305), "moe128-350m-beats-1.3b": (0.1, 0.15, 0.2)}
     publish(root, "scaling", "cpu", "20260101-000000", claims=reproduced, finished="2026-01-01T00:00:00Z")
-    publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5, 0.5)}, finished="2026-01-02T00:00:00Z")  # fmt: skip
-    publish(root, "pr-moe", "cpu", "20260103-000000", claims={"pr-moe-matches-moe128": (0.01, 0.011, 0.012)}, finished="2026-01-03T00:00:00Z")  # fmt: skip
-    publish(root, "pr-moe", "gpu", "20260101-000000", claims={"pr-moe-matches-moe128": (0.02,)}, losses=(3.0,))
+    publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5, 0.5)}, gain=0.1, finished="2026-01-02T00:00:00Z")  # fmt: skip
+    publish(root, "pr-moe", "cpu", "20260103-000000", claims={"pr-moe-matches-moe128": (0.01, 0.011, 0.012)}, gain=0.1, finished="2026-01-03T00:00:00Z")  # fmt: skip
+    publish(
+        root, "pr-moe", "gpu", "20260101-000000", claims={"pr-moe-matches-moe128": (0.02,)}, gain=0.1, losses=(3.0,)
+    )
     publish(root, "mine", "smoke", "20260101-000000")
     built = site.build(root)
     assert built.results == 5 and not built.unreadable
@@ -82,9 +84,9 @@ def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_cou
     matches = by_id["pr-moe-matches-moe128"]
     assert matches.verdict == CANNOT_TELL and matches.scale == "cpu", "one seed on a GPU judges nothing"
     assert matches.result.path == "pr-moe/cpu/20260103-000000", "the newest result of a scale counts"
-    assert [row.verdict for row in rows if row.claim.id == "pr-moe-matches-moe128" and not row.decides] == [FEW_SEEDS]
+    assert [row.verdict for row in rows if row.claim.id == "pr-moe-matches-moe128" and not row.decides] == [CANNOT_TELL]
     assert matches.link == "pr-moe/cpu/20260103-000000/index.html#curves"
-    assert by_id["speedup-1t"].verdict == DISAGREES and by_id["speedup-1t"].result is None
+    assert by_id["speedup-1t"].verdict == CANNOT_TEST and by_id["speedup-1t"].result is None
     assert (published / "claims.csv").read_text().count("\n") > len(paper.claims())
     page = (published / "claims.html").read_text()
     assert all(typeset(claim.statement).replace("'", "&#39;") in page for claim in paper.claims())
@@ -334,21 +336,21 @@ def entry(claim: str, kind: str, verdict: str) -> ledger.Entry:
 def test_the_tally_keeps_kinds_apart_and_trained_from_timed():
     found = claims.tally(
         [
-            entry("moe128-350m-beats-own-base", "measured", REPRODUCED),
+            entry("moe128-350m-beats-own-base", "measured", HOLDS),
             entry("pr-moe-matches-moe128", "measured", "a verdict of tomorrow"),
-            entry("kernels-6x", "measured", REPRODUCED),
-            entry("pr-moe-size", "counted", REPRODUCED),
-            entry("1t-under-25ms", "predicted", "simulated: holds"),
-            entry("speedup-1t", "open", DISAGREES),
+            entry("kernels-6x", "measured", HOLDS),
+            entry("pr-moe-size", "counted", HOLDS),
+            entry("1t-under-25ms", "simulated", HOLDS),
+            entry("speedup-1t", "open", CANNOT_TEST),
         ]
     )
     assert {item.claims for items in found.values() for item in items} == {1}
-    assert {name: [(item.key, item.label) for item in items] for name, items in found.items()} == {
-        "trained": [(f"trained: {label}", label) for label in ("reproduced", "a verdict of tomorrow")],
-        "timed": [("timed: reproduced", "reproduced")],
-        "counted": [("counted: reproduced", "reproduced")],
-        "predicted": [("predicted: holds", "holds")],
-        "open": [(DISAGREES, DISAGREES)],
+    assert {name: [item.key for item in items] for name, items in found.items()} == {
+        "trained": ["trained: holds", "trained: a verdict of tomorrow"],
+        "timed": ["timed: holds"],
+        "counted": ["counted: holds"],
+        "simulated": ["simulated: holds"],
+        "open": [CANNOT_TEST],
     }
 
 
@@ -364,10 +366,9 @@ def test_the_page_counts_as_the_ledger_does_and_names_the_family(published):
         for item in items:
             assert f'aria-label="{item.claims} {item.key}"'.replace("'", "&#39;") in page
     start = (published / "index.html").read_text()
-    assert str(ledger.family(every)).split(":")[0] in start.replace("\u00a0", " ")
-    assert 'href="claims.html?verdict=trained%3A%20reproduced"' in page
-    few = "<option>trained: not judged: fewer than three seeds</option>"
-    assert few in (published / "claims.html").read_text(), "also a verdict that decides no claim can be looked for"
+    assert str(ledger.family(every)).split(",")[0] in start.replace("\u00a0", " ")
+    assert 'href="claims.html?verdict=trained%3A%20cannot%20tell%20yet"' in page
+    assert "<option>trained: cannot tell yet</option>" in (published / "claims.html").read_text()
 
 
 def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():

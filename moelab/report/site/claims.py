@@ -10,18 +10,17 @@ from dataclasses import dataclass, replace
 from moelab import paper
 from moelab.design import power
 from moelab.design.judging import restate
-from moelab.design.verdicts import COUNTED, FITTED, MEASURED, OUTCOMES, PREDICTED, Verdict, outcome
+from moelab.design.verdicts import COUNTED, FITTED, MEASURED, OUTCOMES, SIMULATED, Verdict, outcome
 from moelab.report.ledger import OPEN, Entry, Evidence, distinct
 from moelab.report.site.results import Result
 from moelab.report.site.template import number, quantity
-from moelab.statistics import ALPHA
 
 TRAINED, TIMED = "trained", "timed"
 HEADINGS = {
     TRAINED: "Trained here",
     TIMED: "Timed here",
     COUNTED: "Counted: arithmetic",
-    PREDICTED: "Predicted by the simulator",
+    SIMULATED: "Simulated",
     FITTED: "Fitted: the simulator’s constants come from these",
     OPEN: "Open",
 }
@@ -40,16 +39,15 @@ def sign(verdict: str) -> tuple[str, str]:
 
 
 def key(group: str, verdict: str) -> str:
-    """Return a verdict with its group in front, as pages filter by it: ``trained: reproduced``."""
-    return f"{group}: {verdict.removeprefix('simulated: ')}" if group and group != OPEN else verdict
+    """Return a verdict with its group in front, as pages filter by it: ``trained: holds``."""
+    return f"{group}: {verdict}" if group and group != OPEN else verdict
 
 
 @dataclass(frozen=True)
 class TallyItem:
-    """How many claims have a verdict in a group; `label` is the verdict without its group, `key` with it."""
+    """How many claims have a verdict in a group; `key` is the verdict with its group."""
 
     verdict: str
-    label: str
     key: str
     claims: int
 
@@ -60,11 +58,7 @@ def tally(ledger: Sequence[Entry]) -> dict[str, list[TallyItem]]:
     for entry in distinct(ledger):
         counted[group(entry.kind, paper.claim(entry.claim))][entry.adjusted] += 1
     return {
-        name: [
-            TallyItem(v, v.removeprefix("simulated: "), key(name, v), found[v])
-            for v in dict.fromkeys((*OUTCOMES, *sorted(found)))
-            if v in found
-        ]
+        name: [TallyItem(v, key(name, v), found[v]) for v in dict.fromkeys((*OUTCOMES, *sorted(found))) if v in found]
         for name, found in counted.items()
         if found
     }
@@ -76,15 +70,16 @@ class ClaimRow:
 
     Attributes:
         claim: the paper's claim.
-        verdict: a key of `moelab.design.verdicts.OUTCOMES`; of a row that decides after Holm's adjustment.
+        verdict: a key of `moelab.design.verdicts.OUTCOMES`; of a row that decides after adjustment.
         result: the result, None for a claim about which no result says anything.
         scale: the result's scale; empty where there is no result.
         ours, low, high: as in `Verdict`; an infinite bound is None.
         figure: name of the figure that shows it, empty if none does.
-        note: how it was compared, what decided, and where a claim is undecided what it would take to decide it alone.
+        note: how it was compared, what decided, and where it cannot be told yet what it would take alone.
         decides: whether the claim's verdict is taken from this row.
         kind: what the verdict rests on, see `moelab.report.ledger.Entry`; empty for none.
-        alone: the verdict before Holm's adjustment over all measured ones, where it is another one; else empty.
+        alone: the verdict before adjustment, where it is another one; else empty.
+        tests: its p-value alone, adjusted, and its q-value, in words; empty where nothing was tested.
     """
 
     claim: paper.Claim
@@ -100,6 +95,7 @@ class ClaimRow:
     decides: bool = False
     kind: str = ""
     alone: str = ""
+    tests: str = ""
 
     @property
     def group(self) -> str:
@@ -113,8 +109,11 @@ class ClaimRow:
 
     @property
     def paper(self) -> str:
-        """The paper's number with its unit, or the side it claims: ``−0.307 nats/token``, ``lower``."""
-        return self.claim.direction if self.claim.value is None else quantity(self.claim.value, self.claim)
+        """The paper's number with its unit, or its bounds, or the side it claims: ``−0.307 nats/token``, ``lower``."""
+        claim = self.claim
+        if claim.kind == "bound" and claim.direction == "equal" and "quoted text" in claim.how and claim.value_low:
+            return f"{number(claim.value_low, claim)} to {quantity(claim.value_high, claim)}"
+        return claim.direction if claim.value is None else quantity(claim.value, claim)
 
     @property
     def interval(self) -> str:
@@ -164,24 +163,20 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
             result, figure = by_path[e.result], e.figure.removeprefix(f"{e.result}/").removesuffix(".svg")
             row = _row(claim, e, result, e.scale, e.note, figure)
             if e is deciding:
-                note = f"{e.note} {_outlook(claim, result, entry)}".strip()
+                note = f"{e.note} {entry.why or _outlook(claim, result, entry)}".strip()
                 alone = entry.verdict if entry.adjusted != entry.verdict else ""
                 row = replace(row, verdict=entry.adjusted, kind=entry.kind, note=note, alone=alone, decides=True)
+                row = replace(row, tests=entry.tests)
             rows.append(row)
         if not shown:
-            rows.append(ClaimRow(claim, entry.adjusted, decides=True))
+            rows.append(ClaimRow(claim, entry.adjusted, note=entry.why, decides=True))
     return rows
 
 
 def _outlook(claim: paper.Claim, result: Result, entry: Entry) -> str:
-    """Return what it would take to decide a claim whose verdict, after Holm's adjustment, is undecided."""
-    alone = entry.deciding.p if entry.deciding else None
-    if entry.adjusted != entry.verdict and alone is not None and entry.p is not None:
-        if entry.same_as:
-            return f"By the row that counts for this claim, its p-value adjusted for all tests is {entry.p:.2g}."
-        return f"Its p-value is {alone:.2g} and, adjusted for all tests, {entry.p:.2g}; it must be below {ALPHA}."
+    """Return what it would take to decide a claim that cannot be told yet."""
     stored = next(v for v in result.summary.claims if v.claim == claim.id)
-    return power.outlook(claim, replace(restate(claim, stored, result.scale), verdict=entry.adjusted))
+    return power.outlook(claim, replace(restate(claim, stored, result.summary.scale), verdict=entry.adjusted))
 
 
 def _row(

@@ -36,7 +36,7 @@ class Row:
     Attributes:
         experiment, title, reference, question, outcome: what was asked and found.
         effect: our value with its interval, and whose it is; empty where no claim has one.
-        verdict: on that claim, after Holm's adjustment; empty without one.
+        verdict: on that claim, after adjustment for the number of tests; empty without one.
         flops, time: training FLOPs, with a teacher's forward passes, and seconds of the claim's left runs over those of
             its right ones, median over seeds; None where nothing was trained. Runs are those at each arm's own rate;
             times are of runs of one seed on one kind of processor.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab.paper import claim
 from moelab.report.ledger import Entry
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.digest import to_csv
@@ -22,7 +23,7 @@ CLAIMS = "claims.csv"
 
 _COLUMNS = (
     *("claim", "experiment", "where", "statement", "paper", "ours", "low", "high", "unit", "samples", "scale"),
-    *("kind", "verdict", "adjusted", "same_as", "note", "result"),
+    *("kind", "role", "verdict", "adjusted", "p", "q", "same_as", "note", "result"),
 )
 
 
@@ -32,7 +33,7 @@ def claims_csv(ledger: Sequence[Entry], rows: Sequence[ClaimRow]) -> str:
     return to_csv(
         [
             {name: getattr(entry, name, getattr(entry.deciding, name, "")) for name in _COLUMNS}
-            | {"note": notes[entry.claim]}
+            | {"role": claim(entry.claim).role, "p": getattr(entry.deciding, "p", ""), "note": notes[entry.claim]}
             for entry in ledger
         ]
     )

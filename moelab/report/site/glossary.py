@@ -30,17 +30,21 @@ TERMS = {
     "L21": "a student with 21 layers where its teacher has 24",
     "KD": "knowledge distillation: a student is trained to imitate the outputs of a larger teacher",
     "MoS": "mixture of students: a smaller PR-MoE trained by distillation that stops before the end",
-    "95\u00a0% interval": "Student’s interval of the mean over seeds, paired by seed where two arms are compared; "
+    "95\u00a0% interval": "Student’s interval of the mean over seeds, or of the difference of two arms’ means (Welch); "
     "of a verdict, where several looks at a comparison were planned, the wider one by which all looks are right "
     "together; along curves, that of each point by itself",
     "smallest effect of interest": "the difference that was fixed beforehand as the smallest that matters, where the "
     "paper gives no number",
-    "Holm": "Holm’s adjustment: makes what all measured verdicts say about “no effect” or a margin right together with "
-    "95 % probability",
+    "primary claim": "the one claim of a figure without which its other claims say nothing; those are tested only "
+    "where it holds",
+    "Holm": "Holm’s adjustment for several tests: all primary claims together, and the further claims of a figure "
+    "together, are right with 95 % probability",
+    "q": "q-value: of all tests with q below 0.05, 5 % at most are expected to be wrong (Benjamini and Hochberg)",
     **{verdict: about.meaning for verdict, about in OUTCOMES.items()},
     "all-to-all": "the exchange in which each GPU sends tokens to the experts on all others",
     "counted": "follows from the models’ definition by arithmetic; nothing is measured",
-    "predicted": "computed by the cluster simulator on numbers that it was not fitted on",
+    "measured": "trained or timed here",
+    "simulated": "computed by the cluster simulator, on numbers that it was not fitted on; alike is within 15 %",
     "fitted": "computed by the cluster simulator on the numbers that its constants come from: no evidence",
 }
 """Term -> what it means, in the order of the glossary."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from moelab.config import ModelConfig
 from moelab.design import budgets, comparison
-from moelab.design.verdicts import UNDECIDED
+from moelab.design.verdicts import FAILS, HELD
 from moelab.lazy import np, pd
 from moelab.plotting.typography import typeset
 from moelab.report.site.charts import gap_of_fig_1, whole_training
@@ -35,7 +35,7 @@ STUDENT = {
     "mos-size-350m": "{} MoE-128’s parameters",
 }
 SERVED = {
-    "faster-than-6.7b": "Simulated: {} dense 6.7B’s speed",
+    "faster-than-6.7b": "Simulated: {} 6.7B’s speed",
     "1t-under-25ms": "a trillion parameters in {}",
     "kernels-6x": "measured: {} for the kernels",
 }
@@ -156,38 +156,38 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     if not result or not len(rows):
         return None
     parts = {COSTS.get(at, at): list(part["gap"]) for at, part in rows.groupby("at", sort=False)}
-    clear = [at for at, values in parts.items() if len(values) > 1 and interval(values)[2] < 0]
-    open_ = [at for at in parts if at not in clear]
-    short = "Yes" if not open_ else f"At equal {' and '.join(clear)} only" if clear else "Not shown"
     said = [f"{_said(values, unit=' nats')} at equal {at}" for at, values in parts.items()]
     dearer = _to_equal_loss(result, MOE, BASE)[0]
     more = f"; to an equal loss its base takes {', '.join(dearer)}" if dearer else ""
     share = share_reached(result)
-    theirs = _paper_gap(BASE, share)
-    line = _line(
-        f"{short}: {said[0].removesuffix('' if len(said) > 1 else ' at equal tokens')}",
-        "" if theirs is None else f"{_at(share)}{theirs:+.2f}",
-    )
+    theirs, beside = _paper_gap(BASE, share), _beside(result, BASE)
+    line = _line(said[0].removesuffix(" at equal tokens"), "" if theirs is None else f"{_at(share)}{theirs:+.2f}")
     ids = ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base")
-    # The first that stands after adjustment for the number of tests is quoted.
-    claims = sorted((decided[id] for id in ids if id in decided), key=lambda row: row.verdict.startswith(UNDECIDED))
-    if short == "Yes" and claims and claims[0].verdict.startswith(UNDECIDED):
-        short, line = (text.replace("Yes", "Yes, if tested alone", 1) for text in (short, line))
-    beside = _beside(result, BASE)
-    if short == "Yes" and claims and claims[0].claim.right != BASE:
+    # The first that holds after adjustment for the number of tests is quoted.
+    claims = sorted((decided[id] for id in ids if id in decided), key=lambda row: row.verdict not in HELD)
+    short = f"{_yes(claims[0])}: {', '.join(said)}" if claims else ", ".join(said)
+    if claims and claims[0].claim.right != BASE:
         row, number = claims[0], claims[0].paper.partition(" ")[0]
-        stands = typeset(f"Yes, {row.claim.right} base: {row.ours:+.3f} nats [{row.low:+.3f}, {row.high:+.3f}]")
-        line = _line(stands, number)
-        short, beside = f"{stands}; {BASE} base, if tested alone", f"{number} and {beside}"
+        first = typeset(f"{_yes(row)}, {row.claim.right} base: {row.ours:+.3f} nats [{row.low:+.3f}, {row.high:+.3f}]")
+        alone = f" ({claims[1].verdict})" if claims[1:] else ""
+        line, beside = _line(first, number), f"{number} and {beside}"
+        short = f"{first}; {BASE} base{alone}: {', '.join(said)}"
+    elif claims:
+        line = f"{_yes(claims[0])}: {line}"
     return Answer(
         "Does an MoE beat its dense base?",
         line,
-        f"{short}: {', '.join(said)}{more}.",
+        f"{short}{more}.",
         beside,
         basis(result),
         claims,
         f"{result.path}/index.html#{'gap-over-tokens' if result.has('gap-over-tokens.svg') else 'against-dense'}",
     )
+
+
+def _yes(row: ClaimRow) -> str:
+    """Return a verdict as an answer to whether the claim is so."""
+    return "Yes" if row.verdict in HELD else "No" if row.verdict == FAILS else "Cannot be told yet"
 
 
 def effective_sizes(result: Result) -> dict[str, list[float]]:
@@ -221,19 +221,19 @@ def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     whole = comparison.tokens_a_parameter(BASE)
     end = budgets.paper_effective_size(MOE, BASE, LARGER, whole)
     theirs = budgets.paper_effective_size(MOE, BASE, LARGER, share * whole)
-    here = f"{theirs:.1f}× at {share:.0%} of its training, "
-    beside = _beside(result, LARGER)
+    here = f"{theirs:.1f}× at {share:.0%} of its training, " if share < 0.95 else ""
     line = _line(said[0].replace(" ", "× its base ", 1), f"{_at(share)}{theirs:.1f}×")
-    of_both = ""
-    if both := decided.get(SIZE):
-        bounds = both.interval.replace(" to ", ", ")
-        line = _line(f"{quantity(both.ours, both.claim)} its base [{bounds}]", both.paper)
-        of_both = f" Of two pairs: {quantity(both.ours, both.claim)} [{bounds}]."
+    short = f"{MOE}, times its base’s size: {', '.join(said)}{more}."
+    beside = typeset(f"{MOE}: {here}{end:.1f}× at its end; against {LARGER} {_beside(result, LARGER)}")
+    if both := decided.get(SIZE):  # what the verdict is about comes first
+        of_both = f"{quantity(both.ours, both.claim)} its base [{both.interval.replace(' to ', ', ')}]"
+        line, short = _line(of_both, both.paper.replace(" to ", "–")), f"{of_both}, mean of two pairs. {short}"
+        beside = f"{both.paper}. {beside}"
     return Answer(
-        "Which dense size does it equal?",
+        "Which dense size equals it?",
         line,
-        f"Times its base’s size: {', '.join(said)}{more}.{of_both}",
-        typeset(f"{here if share < 0.95 else ''}{end:.1f}× at its end; against {LARGER} {beside}"),
+        short,
+        beside,
         basis(result),
         [decided[id] for id in (SIZE, "moe128-1.3b-matches-6.7b", "moe128-350m-beats-1.3b") if id in decided],
         link=f"{result.path}/index.html#against-dense",

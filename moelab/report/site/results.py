@@ -11,7 +11,7 @@ from typing import Any
 
 from moelab.config import from_json
 from moelab.design.judging import MIN_SAMPLES
-from moelab.design.verdicts import MEASURED, NOT_TESTABLE, NOT_TESTED, SIMULATED
+from moelab.design.verdicts import MEASURED
 from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.files import read_json
 from moelab.plotting.typography import typeset
@@ -73,8 +73,8 @@ class Result:
     @cached_property
     def scale(self) -> str:
         """The scale it ran at; `simulated` if all its verdicts are simulated and nothing was trained."""
-        verdicts = {v.verdict for v in self.summary.claims} - {NOT_TESTED, NOT_TESTABLE}
-        simulated = verdicts and verdicts <= set(SIMULATED) and not self.summary.runs
+        judged = [v for v in self.summary.claims if v.judged]
+        simulated = judged and all(v.simulated for v in judged) and not self.summary.runs
         return "simulated" if simulated else self.summary.scale
 
     @property
