@@ -23,6 +23,12 @@ RAISED = (
 )
 
 
+def how_compared(scale: str, base: str) -> str:
+    """Return in a sentence or two how arms of Figs 2 and 4 are compared at a scale, on one of `settings.BASES`."""
+    note = RAISED if scale == "cpu" else TWINS
+    return note if base == settings.BASES[0] else f"{note} They are twins of the {base} base."
+
+
 def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
     """Return one column of `final` as a table: a row per seed, a column per arm.
 

@@ -103,8 +103,6 @@ class Experiment:
         looks: scale -> numbers of seeds at which its comparisons are judged, increasing, see
             `moelab.design.sequential`; other scales as `LOOKS` says. It is set before the first run, by what
             `moelab power` says, so that no verdict comes from adding seeds until it turns.
-        decides_from: scale -> the first seed that decides, where earlier ones were seen before the plan was made; they
-            are shown beside the verdict. Elsewhere all seeds decide.
     """
 
     name: str
@@ -121,13 +119,8 @@ class Experiment:
     measures: bool = False
     measures_on_gpu: tuple[str, ...] = ()
     looks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    decides_from: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for scale, first in self.decides_from.items():
-            self.scale(scale)
-            if first < 0:
-                raise ValueError(f"experiment {self.name}: decides_from of {scale} must be a seed, got {first}")
         for scale, looks in self.looks.items():
             self.scale(scale)
             if not isinstance(looks, tuple) or not looks or looks[0] < 1 or list(looks) != sorted(set(looks)):
@@ -156,9 +149,13 @@ class Experiment:
         """Return the numbers of seeds at which comparisons are judged at a scale."""
         return self.looks.get(scale) or LOOKS.get(scale) or (3,)
 
-    def plan(self, scale: str) -> Plan:
-        """Return what judges and headlines of a scale take: its looks, and the first seed that decides."""
-        return {"looks": self.looks_at(scale), "decides_from": self.decides_from.get(scale, 0)}
+    def plan(self, scale: str, base: str = settings.BASES[0]) -> Plan:
+        """Return what judges and headlines of a scale take: its looks, and the first seed that decides.
+
+        Args:
+            base: one of `settings.BASES`; that of the larger was chosen after some seeds of it had been seen.
+        """
+        return {"looks": self.looks_at(scale), "decides_from": settings.FIRST_DECIDING.get((scale, base), 0)}
 
     def specs(
         self,

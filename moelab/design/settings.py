@@ -60,6 +60,10 @@ BASES = ("350M", "1.3B")
 """Bases on whose twins the arms of Figs 2, 4, 5 and 6 are trained. The paper draws Figs 2 and 4 on 350M. At `full` the
 twins of 1.3B answer them, because their seeds agree (experiment `seeds`)."""
 
+FIRST_DECIDING = {("full", "1.3B"): 10}
+"""(Scale, base) -> the first seed that decides claims, where earlier ones were seen before the plan was made: they are
+shown beside the verdict. Elsewhere all seeds decide."""
+
 SHAPES = {
     "smoke": {"hidden": 32, "depth": 6, "experts": 8, "vocab": 1024, "context": 64, "head_size": 32},
     "quick": _CPU_SHAPE,

@@ -55,6 +55,15 @@ STATED = (
 )
 """Pairs of arms whose difference at the end is drawn."""
 
+ON_350M_ALONE = (
+    "full-kd-helps-early",
+    "full-kd-hurts-late",
+    "full-kd-turns-at-400k",
+    "staged-kd-beats-full-kd",
+    "student-alone-behind-teacher",
+)
+"""Claims that the paper shows on the 350M base alone (Fig 5 and parts of Table 5)."""
+
 HALVES = "Teacher and student read different halves of the text."
 BRANCH = "Twins, seed by seed: until distillation stops, the two are one run."
 _SUFFIX = {"Teacher": "", "L21 alone": "+L21", "L21 + KD": "+L21+KD", "L21 + staged KD": "+L21+MoS"}
@@ -236,12 +245,16 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame, until: float) ->
 
 
 def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = "350M") -> list[Verdict]:
-    """Judge the claims on distillation throughout and staged that are about one base."""
-    arms, plan = names(base), EXPERIMENT.plan(scale)
-    judged = []
+    """Judge the claims on distillation throughout and staged that are about one base.
+
+    The twins of a larger base also answer what the paper shows on the 350M base alone.
+    """
+    plan, judged = EXPERIMENT.plan(scale, base), []
     for claim in paper.claims("distillation"):
-        if settings.base_of(claim.left) != base:
+        of = settings.base_of(claim.left)
+        if of != base and (base == settings.BASES[0] or claim.id not in ON_350M_ALONE):
             continue
+        arms = names(of)
         if claim.id == "full-kd-helps-early":
             peak = ", at the peak rate" if reads_halves(scale) else ""
             note = f"{comparison.TWINS} Means over the evaluations of the first half of training{peak}."
@@ -271,7 +284,7 @@ def by_seed(left: Mapping[int, float], right: Mapping[int, float]) -> dict[int, 
 def headline(final: pd.DataFrame, base: str = "350M", scale: str = "") -> str:
     """Return the result in one line, which names the base, because results of both bases appear together."""
     taught = "L21 + staged KD" if "L21 + staged KD" in set(final["arm"]) else "L21 + KD"
-    return f"{base} base: {comparison.difference(final, taught, 'L21 alone', **EXPERIMENT.plan(scale))}"
+    return f"{base} base: {comparison.difference(final, taught, 'L21 alone', **EXPERIMENT.plan(scale, base))}"
 
 
 EXPERIMENT = Experiment(

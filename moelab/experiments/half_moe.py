@@ -39,10 +39,10 @@ def build(
     return settings.of_arms(ARMS, scale, seed, overrides, base=base, rate=rate)
 
 
-def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
+def verdicts(final: pd.DataFrame, scale: str, base: str = "350M") -> list[Verdict]:
     """Judge the paper's claim on the two halves."""
-    note = comparison.RAISED if scale == "cpu" else comparison.TWINS
-    return comparison.judge_losses("half-moe", final, ARMS, scale, note=note, **EXPERIMENT.plan(scale))
+    note = comparison.how_compared(scale, base)
+    return comparison.judge_losses("half-moe", final, ARMS, scale, note=note, **EXPERIMENT.plan(scale, base))
 
 
 EXPERIMENT = Experiment(

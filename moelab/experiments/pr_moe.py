@@ -118,13 +118,13 @@ def paper_gaps(base: str = "350M") -> dict[str, tuple[float, float, float]]:
     return gaps | ({"PR-MoE-32/64": (near.number, *stated.paper_range(near))} if base == "350M" else {})
 
 
-def verdicts(final: pd.DataFrame, scale: str = "cpu") -> list[Verdict]:
+def verdicts(final: pd.DataFrame, scale: str = "cpu", base: str = "350M") -> list[Verdict]:
     """Judge the paper's claims on this ablation on `Runs.final()`; sizes follow from the paper's own models.
 
     Memory is simulated.
     """
-    note = comparison.RAISED if scale == "cpu" else comparison.TWINS
-    judged = comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale, note=note, **EXPERIMENT.plan(scale))
+    note = comparison.how_compared(scale, base)
+    judged = comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale, note=note, **EXPERIMENT.plan(scale, base))
     return [_memory() if verdict.claim == "pr-moe-training-memory" else verdict for verdict in judged]
 
 
@@ -159,7 +159,7 @@ def _memory() -> Verdict:
     return judge_simulated(paper.claim("pr-moe-training-memory"), ratios[best], note=note)
 
 
-def gain_headline(final: pd.DataFrame, scale: str = "") -> str:
+def gain_headline(final: pd.DataFrame, scale: str = "", base: str = "350M") -> str:
     """Return, in one line, what PR-MoE and MoE-128 gain over the dense base, and what 128 experts gain over 32.
 
     The second is the gain that PR-MoE is to keep: over the dense base MoE-32 has most of MoE-128's gain, too.
@@ -167,12 +167,12 @@ def gain_headline(final: pd.DataFrame, scale: str = "") -> str:
     text = comparison.gaps_headline(final[final["arm"].isin(BUDGETED)], "Dense")
     if not {"MoE-128", "MoE-32"} <= set(final["arm"]):
         return text
-    return f"{text}; {comparison.difference(final, 'MoE-128', 'MoE-32', **EXPERIMENT.plan(scale))}"
+    return f"{text}; {comparison.difference(final, 'MoE-128', 'MoE-32', **EXPERIMENT.plan(scale, base))}"
 
 
-def headline(final: pd.DataFrame, scale: str = "") -> str:
+def headline(final: pd.DataFrame, scale: str = "", base: str = "350M") -> str:
     """Return the result in one line, for titles."""
-    text = comparison.difference(final, "PR-MoE-32/64", "MoE-128", **EXPERIMENT.plan(scale))
+    text = comparison.difference(final, "PR-MoE-32/64", "MoE-128", **EXPERIMENT.plan(scale, base))
     size = final.drop_duplicates("arm").set_index("arm")["parameters"]
     if not {"PR-MoE-32/64", "MoE-128"} <= set(size.index):
         return text

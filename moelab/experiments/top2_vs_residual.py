@@ -114,14 +114,16 @@ def speed_headline(measured: pd.DataFrame) -> str:
     return f"Residual trains at {said} times the speed of Top-2 ({measured['seed'].nunique()} sessions)"
 
 
-def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]], scale: str) -> list[Verdict]:
+def verdicts(
+    final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]], scale: str, base: str = "350M"
+) -> list[Verdict]:
     """Judge the claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
 
     Args:
         timed: ranks -> `sessions` on them.
     """
     ranks = {"residual-faster-than-top2": 1, **{f"residual-faster-than-top2-{n}-ranks": n for n in (2, 4)}}
-    judged, shared = [], comparison.RAISED if scale == "cpu" else comparison.TWINS
+    judged, shared = [], comparison.how_compared(scale, base)
     for claim in paper.claims("top2-vs-residual"):
         left, right = (ModelConfig.parse(side) for side in (claim.left, claim.right))
         if claim.id in ranks:
@@ -137,7 +139,7 @@ def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]]
         elif claim.id == "top2-flops-33pct":
             judged.append(judge(claim, [layer_flops(left) / layer_flops(right)], exact=True, note="Counted."))
         else:
-            judged.append(comparison.judge_loss(claim, final, ARMS, scale, note=shared, **EXPERIMENT.plan(scale)))
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale, note=shared, **EXPERIMENT.plan(scale, base)))
     return judged
 
 

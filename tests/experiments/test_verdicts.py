@@ -1,7 +1,5 @@
 """What experiments judge: PR-MoE's claims from final losses, and all claims about inference by simulation."""
 
-from dataclasses import replace
-
 import pytest
 
 from moelab import paper
@@ -10,6 +8,7 @@ from moelab.design import verdicts as claims
 from moelab.design.experiment import LOOKS
 from moelab.experiments import (
     EXPERIMENTS,
+    half_moe,
     inference_large,
     inference_scaling,
     model_variants_latency,
@@ -102,14 +101,15 @@ def test_plans_are_named_before_the_runs():
     assert pr_moe.EXPERIMENT.plan("cpu") == {"looks": (3, 5), "decides_from": 0}
 
 
-def test_a_plan_may_restrict_the_seeds_that_decide():
-    about = replace(pr_moe.EXPERIMENT, decides_from={"cpu": 2})
-    frame = final({"MoE-128": [9.0, 9.0, 4.8, 4.81, 4.8], "MoE-32": [5.0, 5.0, 5.0, 5.02, 5.01]})
-    models = {"MoE-128": "350M+MoE-128", "MoE-32": "350M+MoE-32"}
-    found = {v.claim: v for v in comparison.judge_losses("pr-moe", frame, models, "cpu", **about.plan("cpu"))}
-    order = found["moe128-beats-moe32"]
+def test_seeds_of_the_wider_base_that_were_seen_before_the_plan_do_not_decide():
+    assert half_moe.EXPERIMENT.plan("full") == {"looks": (3, 6, 9), "decides_from": 0}
+    plan = half_moe.EXPERIMENT.plan("full", "1.3B")
+    assert plan == {"looks": (3, 6, 9), "decides_from": 10}
+    values = {"Second half": [9.0, 9.0, 4.8, 4.81, 4.8], "First half": [5.0, 5.0, 5.0, 5.02, 5.01]}
+    frame = final(values).assign(seed=[0, 1, 10, 11, 12] * 2, tokens=101_621_760)
+    (order,) = half_moe.verdicts(frame, "full", "1.3B")
     assert order.verdict == claims.HOLDS and order.samples == 3 and order.ours == pytest.approx(-0.207, abs=0.001)
-    assert "Seeds before 2 do not decide; they give +4 nats." in order.why
-    assert comparison.difference(frame, "MoE-128", "MoE-32", **about.plan("cpu")).startswith("MoE-128 ends 0.207 nats")
-    with pytest.raises(ValueError, match="decides_from of cpu must be a seed, got -1"):
-        replace(about, decides_from={"cpu": -1})
+    assert "Seeds before 10 do not decide; they give +4 nats." in order.why and "twins of the 1.3B base" in order.note
+    said = comparison.difference(frame, "Second half", "First half", **plan)
+    assert said.startswith("Second half ends 0.207 nats below First half")
+    assert half_moe.verdicts(frame, "full")[0].ours > 2, "on the 350M base all seeds decide"
