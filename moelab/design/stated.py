@@ -18,7 +18,9 @@ def neutral(claim: Claim) -> float:
 
 def unit(claim: Claim) -> str:
     """Return the unit of a claim's differences with a space in front; empty for a ratio."""
-    return " nats" if "loss" in claim.quantity else f" {claim.unit}" if claim.unit not in ("", "x") else ""
+    if claim.unit not in ("", "x", "nats/token"):
+        return f" {claim.unit}"
+    return " nats" if "loss" in claim.quantity else ""
 
 
 def paper_range(claim: Claim, *, exact: bool = False, wide: bool = False) -> tuple[float, float]:
