@@ -29,7 +29,6 @@ from dataclasses import replace
 from typing import Any
 
 from moelab import paths
-from moelab.data.batches import PAIRS as TOKEN_KINDS
 from moelab.design import comparison, power, settings
 from moelab.design.experiment import Experiment, Scale, twin_scales
 from moelab.lazy import np, pd
@@ -64,6 +63,9 @@ RECORDED: dict[str, tuple[dict[str, str], Sequence[int]]] = {
 
 TOKENS = 30_003_200
 """Of a run of the study: at this length the seeds of the 350M base's twins lie far apart."""
+
+TOKEN_KINDS = ("repeated", "changed", "new")
+"""`moelab.data.batches.PAIRS`, whose module loads torch; "repeated" tokens are the copyable ones."""
 
 ONSET_NATS = 2.7
 """Loss of copyable tokens below which a model copies: without copying it stays above 3, at the end it is near 1."""

@@ -5,9 +5,14 @@ import math
 import pandas as pd
 import pytest
 
+from moelab.data.batches import PAIRS
 from moelab.design import settings
 from moelab.experiments import seeds
 from moelab.runs.collection import Runs
+
+
+def test_kinds_of_tokens_are_those_of_the_validation():
+    assert seeds.TOKEN_KINDS == PAIRS
 
 
 def test_copying_begins_where_the_loss_stays_below_the_limit():
