@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moelab import paper
+from moelab.design import settings
 from moelab.design.judging import restate
 from moelab.design.stated import paper_text
 from moelab.design.verdicts import CANNOT_TELL, CANNOT_TEST, DECIDED, HELD, KINDS, MEASURED, Verdict
@@ -145,14 +146,16 @@ def ledger(*results: Path) -> list[Entry]:
 def of_the_plan(summary: Summary) -> bool:
     """Return whether a result says something about the paper's claims: its models are twins of the paper's.
 
-    At `full` it also needs the settings and, from 0 on, the seeds for which the looks were planned. A student whose
-    distillation stops elsewhere than the paper's, at 70 %, is another student.
+    At `full` it also needs the settings and the seeds for which the looks were planned: from 0 on, or from the first
+    that decides on its base (`settings.FIRST_DECIDING`). A student whose distillation stops elsewhere than the paper's,
+    at 70 %, is another student.
     """
     given = summary.parameters
     overrides = given.get("overrides") or {}
     if isinstance(overrides, dict) and any(name.startswith("model.") for name in overrides):
         return False
-    changed = overrides or given.get("first_seed") or given.get("stop", 0.7) != 0.7
+    first = settings.FIRST_DECIDING.get((summary.scale, given.get("base", settings.BASES[0])), 0)
+    changed = overrides or (given.get("first_seed") or 0) not in (0, first) or given.get("stop", 0.7) != 0.7
     return summary.scale != "full" or not changed
 
 

@@ -212,6 +212,14 @@ def test_at_full_length_only_the_planned_settings_and_seeds_decide(changed, tmp_
     assert entries(tmp_path)["moe128-beats-moe32"].deciding.result == "pr-moe/full/2026-01-03"
 
 
+def test_the_seeds_that_decide_on_the_wider_base_count_at_full_length(tmp_path):
+    publish(tmp_path, "pr-moe", "full", "2026-01-01", [LOWER], first_seed=0)
+    publish(tmp_path, "pr-moe", "full", "2026-01-02", [HIGHER], first_seed=10)
+    assert entries(tmp_path)["moe128-beats-moe32"].deciding.result == "pr-moe/full/2026-01-01"
+    publish(tmp_path, "pr-moe", "full", "2026-01-03", [HIGHER], first_seed=10, base="1.3B")
+    assert entries(tmp_path)["moe128-beats-moe32"].deciding.result == "pr-moe/full/2026-01-03"
+
+
 @pytest.mark.parametrize(("setting", "decides"), [("model.hidden", False), ("train.tokens", True)])
 def test_another_model_than_the_papers_says_nothing_about_its_claims(setting, decides, tmp_path):
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
