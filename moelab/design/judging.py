@@ -102,7 +102,9 @@ def judge(
       has a number, the size is said apart: larger or smaller where the interval lies wholly beyond or short of the
       paper's range, the paper's where it meets the range and is narrower than `NARROW` of the effect, else open.
     - A bound, or two of them, holds when the interval keeps it, and does not when the interval lies wholly outside. A
-      censored value counts as the end of the training: with one, the claim can be refuted, but cannot hold.
+      censored value, known only to lie beyond the end of the training, has no interval: with one, the claim does not
+      hold when so many values lie above the bounds that chance is excluded (a sign test, from six seeds on), else it
+      cannot be told.
     - Two arms are equal when they differ by less than `MARGIN` of the gain that the claim is about, and that gain is
       above zero: an equivalence test (two one-sided tests, each at 2.5 %). They are not when they differ by more. Both
       are contrasts of arms, difference -+ margin x gain, so the gain's own spread counts.
@@ -257,9 +259,12 @@ def _measured(claim: Claim, row: Verdict, scale: str | None, able: bool) -> Verd
     if claim.direction == "equal" and claim.kind != "bound":
         of, p, why = _equality(claim, samples, difference, gain, level)
         size = ""
+    elif any(seed in row.censored for seed in samples.get(VALUE, ())):
+        of, p, size = *_censored(claim, samples[VALUE], level), ""
+        why = "Some values are later than the end of the training: their mean is a lower bound, and has no interval."
+        row = replace(row, low=None, high=None)
     else:
-        censored = any(not set(row.censored).isdisjoint(of) for of in samples.values())
-        of, size = _rule(claim, low, high, stated.paper_range(claim), share=row.share, censored=censored)
+        of, size = _rule(claim, low, high, stated.paper_range(claim), share=row.share)
         p, why = _p(claim, estimate, low, high, of), ""
         if of == FAILS and claim.smallest and low <= stated.neutral(claim) <= high:
             why = f"Within the smallest effect of interest, {claim.smallest:g} ({claim.smallest_why})."
@@ -301,14 +306,11 @@ def _rule(
     paper: tuple[float, float],
     *,
     share: float | None = None,
-    censored: bool = False,
     exact: bool = False,
 ) -> tuple[str, str]:
     """Return the verdict that an interval allows, and the sentence on the size, for all but equalities of two arms."""
     if claim.kind == "bound" or claim.direction == "equal":
         inside, meets = paper[0] <= low and high <= paper[1], low <= paper[1] and high >= paper[0]
-        if censored:
-            return FAILS if low > paper[1] else CANNOT_TELL, ""
         return HOLDS if inside else CANNOT_TELL if meets else FAILS, ""
     # From here on effects point upwards, whichever side is claimed.
     sign, zero = -1 if claim.direction == "lower" else 1, stated.neutral(claim)
@@ -329,6 +331,18 @@ def _rule(
     if exact or high - low < NARROW * abs(claim.value - zero):
         return HOLDS, "The size is the paper's."
     return HOLDS, f"The size is open: the interval is too wide to compare with the paper's {claim.value:g}."
+
+
+def _censored(claim: Claim, values: Mapping[int, float], level: float) -> tuple[str, float]:
+    """Return the verdict on values of which some are only lower bounds, and the p-value of a two-sided sign test.
+
+    Values that all lie at the end of the training have no spread, so an interval would be surer than they are.
+    """
+    from scipy.stats import binomtest
+
+    above = sum(value > stated.paper_range(claim)[1] for value in values.values())
+    p = float(binomtest(above, len(values)).pvalue)
+    return FAILS if p < level and 2 * above > len(values) else CANNOT_TELL, p
 
 
 def _p(claim: Claim, estimate: Estimate, low: float, high: float, of: str) -> float:

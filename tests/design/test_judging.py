@@ -130,11 +130,13 @@ def test_the_size_is_a_statement_of_its_own():
     assert why.startswith("Within the smallest effect of interest, 0.01 (what the paper calls a match in Fig 4")
 
 
-def test_a_censored_value_refutes_but_never_confirms():
-    late = judge(AT, [118.0, 119.0, 120.0], censored=[2])
-    assert late.verdict == claims.FAILS and late.p < 0.05, "later than 115 at the earliest"
-    for values in ([100.0, 101.0, 102.0], [60.0, 61.0, 62.0], [110.0, 115.0, 120.0]):
-        assert judge(AT, values, censored=[2]).verdict == claims.CANNOT_TELL, "it may be much later"
+def test_a_censored_value_refutes_by_a_sign_test_and_never_confirms():
+    late = judge(AT, [118.0, 119.0, *[120.0] * 4], censored=[2, 3, 4, 5])
+    assert late.verdict == claims.FAILS and late.p == pytest.approx(2 / 2**6), "six of six are later than 115"
+    assert (late.low, late.high) == (None, None) and late.why.startswith("Some values are later than the end")
+    for values in ([120.0] * 3, [120.0] * 5, [100.0, 101.0, 102.0], [*[120.0] * 6, 100.0]):
+        found = judge(AT, values, censored=[2])
+        assert found.verdict == claims.CANNOT_TELL and found.p > 0.05, "too few to exclude chance"
     assert judge(AT, [60.0, 61.0, 62.0, 120.0], censored=[3], looks=(3,)).verdict == claims.FAILS, "not in this look"
     assert restate(AT, late) == late
 

@@ -75,7 +75,7 @@ def test_a_crossing_is_judged_by_its_share_of_the_papers_tokens():
     assert "does not end below 1.3B in seed 1, which counts as a crossing at the end" in never.note
     assert values(never) == pytest.approx([180, 300, 180])
     none = judged(LOSSES, curves([0.95, None, None]))["moe-crossover-350m"]
-    assert none.verdict == claims.FAILS and none.p < 0.05, "two of three seeds without a crossing say that it is later"
+    assert none.verdict == claims.CANNOT_TELL and none.p == pytest.approx(0.25), "three seeds may be chance"
     half = curves([0.65, 0.65, 0.65]).query("arm != '1.3B' or seed != 2")
     assert judged(LOSSES, half)["moe-crossover-350m"].missing == ("seed 2: one arm did not finish",)
     shorter = final(LOSSES).assign(tokens=0.8 * TOKENS)
