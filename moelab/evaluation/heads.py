@@ -17,7 +17,8 @@ from moelab.data.batches import PAIRS, pairs, validation_batches
 from moelab.models import GPT
 
 COPIES = 0.3
-"""Nats by which removing a head must raise the loss of copyable tokens more than that of others: then it copies."""
+"""Nats by which removing a head must raise the loss of copyable tokens more than that of others: then it copies. Set
+after the heads of two runs had been seen: theirs lie below 0.1 or above 0.5."""
 
 
 @dataclass(frozen=True)

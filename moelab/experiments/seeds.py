@@ -8,13 +8,14 @@ each it shows when copying begins, how far the seeds end apart, and which attent
 Fixed before the first run, below `full`: the seeds of the experiments that share these runs, first 3, later 5. The pair
 of PR-MoE and MoE-128 was added after its runs were seen.
 
-Fixed before the first run of the study, on 2026-12-02 (two seeds of "350M, smeared keys" had been seen from a spike):
+The limits of the study were set before its runs, on 2026-12-02; runs of full length on record were known. How the onset
+is interpolated, and the order of the candidates, was written down when the first seed had ended:
 
 - *Onset* of copying: the tokens after which the loss of copyable tokens (whose pair, the token before and itself,
   occurred earlier in the sequence) is below `ONSET_NATS`, interpolated between evaluations.
 - A candidate passes where on every seed the onset lies below `MAX_ONSET` of a whole training, and the final losses of
-  its dense and its MoE arm each have a standard deviation of at most `MAX_SPREAD` over seeds. Runs of full length on
-  record count.
+  its dense and its MoE arm each have a standard deviation of at most `MAX_SPREAD` over three seeds or more. Runs of
+  full length on record count.
 - Of those that pass, the smallest change is taken, then the cheapest: first the twins of the 1.3B base as they are
   (64 wide, two heads), then the 350M base's with smeared keys, then both together; wider changes (a norm on queries
   and keys, a convolution of queries, keys and values) only where none of these passes.
@@ -31,6 +32,7 @@ from typing import Any
 from moelab import paths
 from moelab.design import comparison, power, settings
 from moelab.design.experiment import Experiment, Scale, twin_scales
+from moelab.design.judging import MIN_SAMPLES
 from moelab.lazy import np, pd
 from moelab.runs import evaluations
 from moelab.runs.collection import Runs
@@ -182,13 +184,13 @@ def spreads(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row per arm of `study`: seeds, latest onset, mean loss, and standard deviations over seeds.
 
     Columns: arm, seeds, latest onset, mean, spread (of the final loss), one of each of `TOKEN_KINDS`, and passes
-    (whether onset and spread keep the limits; None with one seed).
+    (whether onset and spread keep the limits; None with fewer than three seeds, which say too little about a spread).
     """
     rows = []
     for arm, part in table.groupby("arm", sort=False):
         late = math.nan if part["onset"].isna().any() else part["onset"].max()
         spread = part["loss"].std()
-        passes = None if len(part) < 2 else bool(late < MAX_ONSET and spread <= MAX_SPREAD)
+        passes = None if len(part) < MIN_SAMPLES else bool(late < MAX_ONSET and spread <= MAX_SPREAD)
         kinds = [part[kind].std() for kind in TOKEN_KINDS]
         rows.append([arm, len(part), late, part["loss"].mean(), spread, *kinds, passes])
     return pd.DataFrame(rows, columns=["arm", "seeds", "latest onset", "mean", "spread", *TOKEN_KINDS, "passes"])
@@ -205,14 +207,11 @@ def correlation(table: pd.DataFrame) -> float:
 
 
 def study_headline(table: pd.DataFrame) -> str:
-    """Return in one line which arms of `spreads` pass, and the widest spread of the others."""
-    judged = table[table["passes"].notna()]
+    """Return in one line how many arms of `spreads` pass."""
+    judged = table["passes"].dropna()
     if not len(judged):
-        return "no arm has finished two seeds"
-    passed = [f"{r.arm} ({r.spread:.3f})" for r in judged.itertuples() if r.passes]
-    failed = [f"{r.arm} ({r.spread:.3f})" for r in judged.itertuples() if not r.passes]
-    said = [f"{name}: {', '.join(arms)}" for name, arms in (("within", passed), ("not within", failed)) if arms]
-    return f"Standard deviation over seeds of at most {MAX_SPREAD} nats and early copying: {'; '.join(said)}"
+        return "No arm has finished three seeds"
+    return f"{judged.sum():.0f} of {len(judged)} arms copy early and spread by at most {MAX_SPREAD} nats"
 
 
 def heads(runs: Runs) -> pd.DataFrame:
@@ -249,13 +248,13 @@ def copying(table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
 
 
 def heads_headline(counted: pd.DataFrame) -> str:
-    """Return in one line how many heads copy in each arm's runs, and the loss of new tokens beside; from `copying`."""
-    said = []
-    for arm, part in counted.groupby("arm", sort=False):
-        by_seed = part.sort_values("new")
-        runs = ", ".join(f"{r['copying heads']:.0f} ({r['new']:.3f})" for _, r in by_seed.iterrows())
-        said.append(f"{arm} {runs}")
-    return f"Heads that copy (final loss on new tokens, nats): {'; '.join(said)}"
+    """Return in one line how many heads copy in the runs of `copying`."""
+    heads, runs = counted["copying heads"], len(counted)
+    if not runs:
+        return "No run has weights"
+    least, most = heads.min(), heads.max()
+    span = f"{most:.0f}" if least == most else f"{least:.0f} to {most:.0f}"
+    return f"{span} heads copy in {f'each of {runs} runs' if runs > 1 else 'the one run'}"
 
 
 EXPERIMENT = Experiment(

@@ -34,13 +34,13 @@ def onsets(table: pd.DataFrame, ax: Axes, *, limit: float) -> Axes:
 
 
 def deviations(spreads: pd.DataFrame, ax: Axes, *, limit: float) -> Axes:
-    """Draw the standard deviation over seeds of the final loss on all tokens and on each kind, a row per arm.
+    """Draw the standard deviation over seeds of the final loss on all tokens and on each kind, a row per judged arm.
 
     Args:
         spreads: from `moelab.experiments.seeds.spreads`.
         limit: of the loss on all tokens.
     """
-    judged = spreads[spreads["seeds"] > 1]
+    judged = spreads[spreads["passes"].notna()]
     for (column, name), (color, marker, size) in zip(KINDS.items(), _MARKS, strict=True):
         ax.scatter(judged[column], range(len(judged)), s=size, marker=marker, color=color, label=name)
     ax.axvline(limit, color="#888888", linewidth=1, linestyle=":")
@@ -58,7 +58,7 @@ def head_roles(effects: pd.DataFrame, ax: Axes) -> Axes:
     palette = colors(list(dict.fromkeys(effects["arm"])))
     for arm, part in effects.groupby("arm", sort=False):
         ax.scatter(part["new"], part["repeated"], s=24, alpha=0.75, color=palette[arm], label=arm)
-    ends = max(effects["new"].max(), effects["repeated"].max())
+    ends = effects["new"].max()
     ax.plot([0, ends], [0, ends], color="#888888", linewidth=1, linestyle=":")
     ax.set(
         xlabel="rise of the loss on new tokens without the head (nats)",

@@ -30,17 +30,18 @@ def table(rows):
 
 def test_an_arm_passes_with_early_copying_on_every_seed_and_a_narrow_spread():
     rows = [
-        ("good", 0, 0.05, 3.00), ("good", 1, 0.09, 3.02), ("wide", 0, 0.05, 3.00), ("wide", 1, 0.05, 3.03),
-        ("late", 0, 0.05, 3.00), ("late", 1, 0.11, 3.00), ("never", 0, 0.05, 3.0), ("never", 1, math.nan, 3.0),
-        ("one", 0, 0.01, 3.00),
+        ("good", 0, 0.05, 3.00), ("good", 1, 0.09, 3.02), ("good", 2, 0.05, 3.01),
+        ("wide", 0, 0.05, 3.00), ("wide", 1, 0.05, 3.04), ("wide", 2, 0.05, 3.02),
+        ("late", 0, 0.05, 3.00), ("late", 1, 0.11, 3.00), ("late", 2, 0.05, 3.00),
+        ("never", 0, 0.05, 3.0), ("never", 1, math.nan, 3.0), ("never", 2, 0.05, 3.0),
+        ("two", 0, 0.01, 3.00), ("two", 1, 0.01, 3.00),
     ]  # fmt: skip
     found = seeds.spreads(table(rows)).set_index("arm")
-    assert found["passes"].to_dict() == {"good": True, "wide": False, "late": False, "never": False, "one": None}
-    assert found["spread"]["good"] == pytest.approx(0.02 / math.sqrt(2))
-    assert seeds.study_headline(found.reset_index()).endswith(
-        "within: good (0.014); not within: wide (0.021), late (0.000), never (0.000)"
-    )
-    assert seeds.study_headline(found.reset_index().tail(1)) == "no arm has finished two seeds"
+    assert found["passes"].to_dict() == {"good": True, "wide": False, "late": False, "never": False, "two": None}
+    assert found["spread"]["good"] == pytest.approx(0.01)
+    said = seeds.study_headline(found.reset_index())
+    assert said == "1 of 4 arms copy early and spread by at most 0.015 nats"
+    assert seeds.study_headline(found.reset_index().tail(1)) == "No arm has finished three seeds"
 
 
 def test_arms_that_move_together_over_seeds_are_correlated():
@@ -69,4 +70,4 @@ def test_a_run_is_read_and_its_heads_are_measured(trained):
     effects = seeds.heads(Runs([trained]))
     assert len(effects) == trained.spec.model.layers * trained.spec.model.heads and effects["new"].notna().all()
     counted = seeds.copying(study, effects)
-    assert list(counted["copying heads"]) == [0] and "tiny 0 (" in seeds.heads_headline(counted)
+    assert list(counted["copying heads"]) == [0] and seeds.heads_headline(counted) == "0 heads copy in the one run"
