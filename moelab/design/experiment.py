@@ -55,7 +55,10 @@ def twin_scales(runs: int, paper: str | None = None, quick: int = 0, full: int =
         ),
     }
     if full:
-        scales["full"] = Scale("twins 32 wide, 8 layers; 101.6 M tokens of mix15", full_cost(full * FULL_HOURS["350M"]))
+        scales["full"] = Scale(
+            "twins 32 wide (1.3B base: 64, twice the cost), 8 layers; 101.6 M tokens of mix15",
+            full_cost(full * FULL_HOURS["350M"]),
+        )
     scales["gpu"] = Scale("twins 128 wide, 12 layers; 400 M tokens of the Pile", "not yet run; one GPU")
     return scales | ({"paper": Scale(paper, "not run; see its dry run")} if paper else {})
 
