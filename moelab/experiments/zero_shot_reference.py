@@ -77,7 +77,7 @@ def reference_headline(rows: pd.DataFrame) -> str:
     """Return a real model's scores in one line, from `reference`."""
     if not len(rows):
         return (
-            "No scores of a real model at hand: "
+            "There are no scores of a real model: "
             "`moelab eval smollm2 --limit 200 --out .moelab/results/benchmarks` makes them"
         )
     table = zero_shot.over_chance(rows)
