@@ -63,7 +63,7 @@ def main() -> None:
     """Run the command line.
 
     Errors that a user can mend become one line on standard error. The exit code is 2 for bad input and for a text or a
-    checkpoint that could not be read, and 1 for what the system refuses (a folder that is read-only, a full disk). It is
+    checkpoint that could not be read, and 1 for what the system refuses (a read-only folder, a full disk). It is
     130 after Ctrl-C, and 141 where what reads the output has ended.
     """
     try:
