@@ -10,7 +10,7 @@ A step makes one token for each sequence. It is a chain of kernels. On the devic
 and on the host `Constants.eager_us` to issue, unless a CUDA graph is replayed. Host and device run side by side and
 wait for each other where the program makes them (`moelab.simulate.clocks`); the step ends when the device has ended.
 `System` gives kernel counts and waits. Where slots are padded (both systems of the paper), a rank reads all its
-experts. Elsewhere it reads the expected number of distinct experts that T tokens choose, E (1 - (1 - 1/E)^T), plus the
+experts. Elsewhere it reads the expected number of distinct experts that T tokens choose, E (1 - (1 - K/E)^T), plus the
 spread of the busiest of X ranks.
 
 The formulas work on arrays of layouts; `decode` computes a single one.
@@ -129,21 +129,25 @@ class _Program:
         self.span = self.span.then(other.span)
 
 
-def distinct_experts(experts: Array | float, tokens: Array | float) -> Array:
-    """Return how many experts `tokens` choices, each even over all experts, hit on average: E (1 - (1 - 1/E)^T)."""
-    return experts * -np.expm1(tokens * np.log1p(-1.0 / np.asarray(experts, dtype=float)))
+def distinct_experts(experts: Array | float, tokens: Array | float, top_k: int = 1) -> Array:
+    """Return how many experts are hit on average by `tokens` tokens that each choose `top_k` different ones evenly.
+
+    A token misses an expert with probability 1 - K / E, so T tokens hit E (1 - (1 - K/E)^T) of E experts.
+    """
+    with np.errstate(divide="ignore"):  # a token that chooses all experts misses none
+        return experts * -np.expm1(tokens * np.log1p(-top_k / np.asarray(experts, dtype=float)))
 
 
-def busiest_distinct(experts: int, ranks: Array, tokens: Array) -> Array:
+def busiest_distinct(experts: int, ranks: Array, tokens: Array, top_k: int = 1) -> Array:
     """Return how many distinct experts the rank reads that reads most: mean + sqrt(2 ln X) standard deviations.
 
     The result is at most the number of experts that a rank has. The slots of a rank are taken as independent, so the
     count is binomial; sqrt(2 ln X) is the leading term of the expected maximum of X normal variables.
     """
     own = experts / ranks
-    hit = distinct_experts(experts, tokens) / experts
+    hit = distinct_experts(experts, tokens, top_k) / experts
     spread = np.sqrt(own * hit * (1 - hit) * 2 * np.log(ranks))
-    return np.minimum(own * hit + spread, np.minimum(own, tokens))
+    return np.minimum(own * hit + spread, np.minimum(own, tokens * top_k))
 
 
 def decode_sweep(
@@ -228,7 +232,9 @@ def decode_sweep(
         if code.sliced:
             rows = batch * model.top_k
             program.kernels("dispatch", code.dispatch + code.combine, transfer_us(rows * M * width, bandwidth))
-            grouped(program, distinct_experts(experts, rows), rows, model.expert_feed_forward.weights / 2 / L)
+            grouped(
+                program, distinct_experts(experts, batch, model.top_k), rows, model.expert_feed_forward.weights / 2 / L
+            )
             sum_over_tensor(program)
             return
 
@@ -257,7 +263,7 @@ def decode_sweep(
             read = own
         else:
             groups = np.maximum(spread.parallel * spread.slices / L, 1.0)  # tensor groups whose tokens meet here
-            read = busiest_distinct(experts, spread.parallel, batch * model.top_k * groups)
+            read = busiest_distinct(experts, spread.parallel, batch * groups, model.top_k)
         if code.grouped:
             grouped(program, read, arriving * own, weights)
         else:  # one expert after the other: its products and its small kernels alternate, so all get the mean

@@ -57,7 +57,7 @@ def layer(m: Measurement, s: Known, known: Constants) -> float:
         flops = 2.0 * groups * rows * n * k
         return flops / (max(transfer_us(size, bandwidth), flops / rate) + known.product_us) / 1e6
     pairs = s["rows"] * s["top_k"]
-    read = float(distinct_experts(s["experts"], pairs))
+    read = float(distinct_experts(s["experts"], s["rows"], s["top_k"]))
     us = 3 * known.kernel_us + 2 * known.product_us  # alignment, activation, sum; two products
     for weights, numbers in (
         (2 * s["hidden"] * s["ffn"], s["hidden"] + 2 * s["ffn"]),

@@ -82,7 +82,7 @@ def full_load(
     """Return the sequences of a tensor group, and output tokens a second of the layout, at full load.
 
     A sequence is half through its output on average. In the time in which a group's `batch` sequences get all their
-    tokens, it computes as many prompts.
+    tokens, the first of them from its prefill as in `request_s`, it computes as many prompts.
 
     Raises:
         ValueError: one line: the memory does not hold a single sequence.
@@ -103,4 +103,4 @@ def full_load(
         batch += jump if step(batch + jump).fits[0] else 0
     groups = int(layouts.data[0])
     first = batch * prefill_s(model, layouts, where, code, tokens=prompt, prompt=prompt, **options)
-    return batch, groups * batch * output / (first + output * float(step(batch).latency_ms[0]) / 1e3)
+    return batch, groups * batch * output / (first + (output - 1) * float(step(batch).latency_ms[0]) / 1e3)

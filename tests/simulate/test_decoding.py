@@ -80,6 +80,11 @@ def test_distinct_experts_against_a_draw():
         busiest.append(np.bincount(hit, minlength=8).max())
     assert float(busiest_distinct(128, np.array([8]), np.array([64]))[0]) == pytest.approx(np.mean(busiest), rel=0.12)
     assert float(busiest_distinct(128, np.array([128]), np.array([4096]))[0]) == pytest.approx(1.0)
+    for experts, tokens, top_k in ((64, 1, 8), (128, 16, 8), (8, 3, 2), (4, 2, 4)):
+        draws = [rng.permuted(np.tile(np.arange(experts), (tokens, 1)), axis=1)[:, :top_k] for _ in range(400)]
+        seen = np.mean([len(np.unique(draw)) for draw in draws])
+        assert float(distinct_experts(experts, tokens, top_k)) == pytest.approx(seen, rel=0.02)
+    assert float(distinct_experts(64, 1, 8)) == pytest.approx(8), "a token never chooses an expert twice"
 
 
 @pytest.mark.parametrize(("name", "gpus", "tensor"), [("1.3B+MoE-128", 8, 1), ("24B+MoE-128", 128, 8)])

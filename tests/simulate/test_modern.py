@@ -111,10 +111,10 @@ def test_a_latent_step_by_hand():
 
 
 def test_experts_sliced_over_a_tensor_group():
-    """2 slices, 3 tokens of 2 choices: 8 (1 - (7/8)^6) experts of half the weights are read; no all-to-all."""
+    """2 slices, 3 tokens of 2 choices: 8 (1 - (6/8)^3) experts of half the weights are read; no all-to-all."""
     model = replace(LATENT, experts=(0, 8), expert=ExpertConfig(ffn=16))
     got = step(model, ParallelConfig(tensor=2, gpus_per_node=2), replace(BARE, sliced=True), batch=3)
-    read, weights = 8 * (1 - (7 / 8) ** 6), model.expert_feed_forward.weights / 2
+    read, weights = 8 * (1 - (6 / 8) ** 3), model.expert_feed_forward.weights / 2
     assert got.parts_ms["experts"][0] * 1e3 == pytest.approx(read * weights * 2 / 1e4)
     assert got.parts_ms["all_to_all"][0] == 0
     assert got.memory["experts"][0] == 8 * model.expert_feed_forward.parameters * 2 / 2
@@ -176,6 +176,15 @@ def test_full_load_fills_the_memory():
     batch, rate = serving.full_load(LATENT, layouts, where, BARE, prompt=100, output=50, **settings)
     fits = [bool(step(where=where, batch=b, context=125).fits[0]) for b in (batch, batch + 1)]
     assert fits == [True, False] and rate > 0
+    sizes, context = {"prompt": 100, "output": 50, **settings}, {"context": 125, "batch": 1}
+    one = next(
+        w
+        for w in (replace(where, gpu=replace(where.gpu, memory_gib=1e-5 * 1.02**i)) for i in range(500))
+        if step(where=w, **context).fits[0]
+    )
+    alone = serving.full_load(LATENT, layouts, one, BARE, **sizes)
+    seconds = serving.request_s(LATENT, layouts, one, BARE, batch=1, **sizes)
+    assert alone == (1, pytest.approx(50 / seconds)), "with room for one sequence, requests follow each other"
     small = replace(where, gpu=replace(where.gpu, memory_gib=1e-5))
     with pytest.raises(ValueError, match=r"does not fit toy with one sequence of 125 tokens$"):
         serving.full_load(LATENT, layouts, small, BARE, prompt=100, output=50, **settings)
