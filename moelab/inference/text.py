@@ -139,7 +139,10 @@ def open_model(
         model = load_run(directory, data=data, mesh=mesh, device=device, dtype=dtype)
         tokenizer = data.tokenizer()
     elif (directory / "config.json").is_file():
-        model = hf.load(directory, mesh=mesh, dtype=DTYPES[dtype], device=device)
+        if mesh is None:
+            model = hf.load(directory, dtype=DTYPES[dtype], device=device)
+        else:
+            model = hf.load_part(directory, mesh, dtype=DTYPES[dtype]).module
         tokenizer = hf.load_tokenizer(directory)
     else:
         raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.checkpoint import hf
+from moelab.engine import gradients
+from moelab.engine.checkpoint import hf, shards
 from moelab.engine.checkpoint.hf_families import family_of, why_not
 from moelab.engine.mesh import Mesh
 from moelab.files import read_json, write_json
@@ -113,7 +114,7 @@ def test_there_and_back_bit_for_bit(tmp_path, name, dtype, monkeypatch):
 
 def rank_logits(folder: Path, layout: ParallelConfig) -> torch.Tensor:
     mesh = Mesh(layout, hf.read_config(folder).experts)
-    model = hf.load(folder, mesh=mesh).eval()
+    model = hf.load_part(folder, mesh).module.eval()
     assert any(".experts." in name for name, _ in model.named_parameters())
     with torch.no_grad():
         logits = model(TOKENS).logits_BTV
@@ -122,6 +123,49 @@ def rank_logits(folder: Path, layout: ParallelConfig) -> torch.Tensor:
             hf.export(model, folder / "out")
     mesh.close()
     return logits
+
+
+def backward(model, sequences: torch.Tensor) -> None:
+    """Add the gradients of the mean loss of sequences, each of them a micro-batch."""
+    model.train()
+    for one in sequences.split(1):
+        output = model(one[:, :-1])
+        loss = torch.nn.functional.cross_entropy(output.logits_BTV.flatten(0, 1), one[:, 1:].flatten())
+        ((loss + output.routing_loss()) / len(sequences)).backward()
+
+
+def largest_gradient_difference(folder: Path, layout: ParallelConfig) -> float:
+    """On a rank: the largest difference of a gradient from the whole model's, relative to its parameter's largest."""
+    with torch.enable_grad():
+        whole = hf.load(folder)
+        backward(whole, TOKENS[:2])
+        mesh = Mesh(layout, whole.config.experts)
+        part = hf.load_part(folder, mesh)
+        sync = gradients.GradientSync(part)
+        backward(part.module, TOKENS[:2].chunk(mesh.data.size)[mesh.data.index])
+        sync.finish()
+    of = dict(whole.named_parameters())
+    worst = 0.0
+    for name, parameter in part.module.named_parameters():
+        expected = of[name].grad
+        for shard in shards.pieces(name, parameter.grad, part.placements[name]):
+            region = tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.tensor.shape, strict=True))
+            worst = max(worst, float((shard.tensor - expected[region]).abs().max() / expected.abs().max()))
+    mesh.close()
+    return worst
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe"])
+def test_an_imported_model_is_trained_on_ranks_with_the_gradients_of_one_process(on_ranks, tmp_path, name):
+    theirs(name, tmp_path / "in")
+    for layout in (
+        ParallelConfig(data=2),
+        ParallelConfig(data=2, expert=1, expert_slicing=2),
+        ParallelConfig(tensor=2, exchange="coordinated"),
+        ParallelConfig(data=2, expert=1, shard=True),
+    ):
+        assert max(on_ranks(2, largest_gradient_difference, tmp_path / "in", layout)) < 1e-4, layout
 
 
 @pytest.mark.multiprocess
@@ -295,7 +339,7 @@ def test_a_router_keeps_its_dtype_and_others_are_named(tmp_path):
     mesh = Mesh(ParallelConfig(), (6,))
     mesh.fsdp = "shards"
     with pytest.raises(ValueError, match=r"routers have another dtype than torch\.bfloat16; `shard` needs one: choose"):
-        hf.load(tmp_path / "in", mesh=mesh)
+        hf.load_part(tmp_path / "in", mesh)
     hf.convert(tmp_path / "in", tmp_path / "ours")
     hf.convert(tmp_path / "ours", tmp_path / "back", "olmoe")
     assert all(torch.equal(tensors(tmp_path / "back")[n], t) for n, t in exact.items())

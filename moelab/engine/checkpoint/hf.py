@@ -18,7 +18,7 @@ directory may also hold the `tokenizer.json` of the `tokenizers` library. No fil
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,35 +212,55 @@ def read_config(directory: Path) -> ModelConfig:
     return _read_config(directory)[1]
 
 
-def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None = None, device: str = "cpu") -> GPT:
-    """Return the model in a directory of any format, or this rank's part of it.
+def load(directory: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> GPT:
+    """Return the model in a directory of any format.
 
     Args:
-        mesh: the ranks that share the model, on whose device it is; None means this process alone.
         dtype: of the weights; None means that in which they are stored. A router that is stored more exactly than the
             other weights remains so.
-        device: of a model without a mesh, which is filled there, a tensor at a time.
+        device: on which the model is filled, a tensor at a time.
 
     Raises:
         ValueError: there is no such model, the format is unknown, the settings are none that our model has, or tensors
             are missing, left over or have the wrong shape; the message is one line.
     """
+    return _filled(directory, dtype, lambda config, dtype: (empty(config, device, dtype), {}))
+
+
+def load_part(directory: Path, mesh: Mesh, *, dtype: torch.dtype | None = None) -> parallel.ParallelModel:
+    """Return this rank's part of the model in a directory of any format, on the mesh's device, ready to be trained.
+
+    Every rank of the mesh calls it and reads only the weights that it holds. Arguments and errors as in `load`; with
+    `shard`, routers that are stored more exactly than the other weights are refused as well.
+    """
+    parts: list[parallel.ParallelModel] = []
+
+    def build(config: ModelConfig, dtype: torch.dtype) -> tuple[GPT, dict[str, Placement]]:
+        parts.append(parallel.build(config, None, mesh, dtype))
+        return parts[0].module, parts[0].placements
+
+    _filled(directory, dtype, build, sharded=mesh.fsdp is not None)
+    return parts[0]
+
+
+def _filled(
+    directory: Path,
+    dtype: torch.dtype | None,
+    build: Callable[[ModelConfig, torch.dtype], tuple[GPT, dict[str, Placement]]],
+    sharded: bool = False,
+) -> GPT:
+    """Return the model that `build` makes, with the weights of a directory."""
     kind, config, _ = _read_config(directory)
-    placements: dict[str, Placement] = {}
     with Files(directory, kind) as files:
         stored = _check(files, kind, config)
         own = stored["token_embedding.weight"]
         routers = {name for name, of in stored.items() if of != own and name.endswith(".router.weight")}
-        if routers and mesh is not None and mesh.fsdp is not None and dtype != torch.float32:
+        if routers and sharded and dtype != torch.float32:
             raise ValueError(f"{directory}: routers have another dtype than {own}; `shard` needs one: choose fp32")
         if odd := [name for name, of in stored.items() if of != own and name not in routers and dtype is None]:
             raise ValueError(f"{directory}: {odd[0]} is {stored[odd[0]]} and the embedding {own}; choose the dtype")
         dtype = dtype or own
-        if mesh is None:
-            model = empty(config, device, dtype)
-        else:
-            part = parallel.build(config, None, mesh, dtype)
-            model, placements = part.module, part.placements
+        model, placements = build(config, dtype)
         for name, parameter in model.named_parameters():
             if name in routers:
                 parameter.data = parameter.data.to(torch.promote_types(dtype, stored[name]))
