@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
-from moelab.data import TokenData, prepare
+from moelab.data.preparation import prepare
+from moelab.data.tokens import TokenData
 from moelab.engine import checkpoint
 from moelab.files import read_json
 from moelab.lab import Lab

@@ -32,7 +32,8 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Collective, observe
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
-from moelab.training.loop import Trainer, Window
+from moelab.training.metrics import Window
+from moelab.training.trainer import Trainer
 
 KINDS = ("computation", "exchange", "gradients", "agreement")
 Step = tuple[float, dict[str, float]]

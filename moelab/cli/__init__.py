@@ -94,7 +94,7 @@ def main() -> None:
         _complain(f"{reason}{': ' if places else ''}{places}{help}")
         sys.exit(1)
     except Exception as error:
-        from moelab.data import CorpusUnavailable
+        from moelab.data.packages import CorpusUnavailable
         from moelab.engine.checkpoint import CheckpointError  # loads torch, which the help does without
 
         if not isinstance(error, CorpusUnavailable | CheckpointError):

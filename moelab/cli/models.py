@@ -232,7 +232,7 @@ def export(
     if dtype and not (source / "spec.json").is_file():
         raise ValueError(f"export: --dtype is for the weights of runs; {source} is a model, whose weights keep theirs")
     _check_new("export", directory)
-    from moelab.data import prepare
+    from moelab.data.preparation import prepare
     from moelab.engine.checkpoint import hf
     from moelab.inference.text import load_run, run_configs
 

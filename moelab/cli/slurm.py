@@ -61,14 +61,14 @@ def prepare(
 
     Where the nodes have no network, do this on the login node before `moelab submit`.
     """
-    from moelab import data
+    from moelab.data.preparation import prepare
     from moelab.design.parameters import resolve
     from moelab.experiments import experiment
 
     given = parse_parameters(parameter, scale)
     specs = [spec for name in names for spec in resolve(experiment(name), given).specs]
     for config in dict.fromkeys(replace(spec.data, part="whole") for spec in closure(specs).values()):
-        tokens = data.prepare(config, paths.home() / "data", print)
+        tokens = prepare(config, paths.home() / "data", print)
         print(f"{config.corpus}, {config.tokenizer}: {tokens.train.size:,} tokens in {paths.short(tokens.folder)}")
 
 
@@ -224,7 +224,7 @@ def _submit(
     varied: Sequence[str] = (),
 ) -> None:
     """Submit notebooks and their runs; a dry run shows the scripts, or of a sweep a line for each point."""
-    from moelab.data import UnknownCorpus
+    from moelab.data.documents import UnknownCorpus
     from moelab.design.parameters import resolve
     from moelab.experiments import experiment
     from moelab.report.sweep import Sweep

@@ -61,7 +61,7 @@ def check(parameters: Mapping[str, Any]) -> None:
             raise ValueError(f"system {code.name} is for training alone")
         data = DataConfig(corpus or CORPUS["cpu"], context=parameters.get("context", 512))
         if corpus:
-            from moelab.data import open_corpus
+            from moelab.data.corpus import open_corpus
 
             open_corpus(data, paths.home() / "data")
         if (dtype := parameters.get("dtype", "bf16")) not in ("bf16", "fp32"):

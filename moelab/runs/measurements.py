@@ -202,7 +202,7 @@ def _text_now(data: DataConfig) -> str:
     """Return a digest that changes with the files of a user's text; empty for texts that do not change."""
     if not data.corpus.startswith(("folder:", "hf:")):
         return ""
-    from moelab.data import open_corpus
+    from moelab.data.corpus import open_corpus
 
     try:
         state = open_corpus(data, paths.home() / "data").state

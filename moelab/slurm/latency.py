@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from moelab import environment, paths
-from moelab.data import prepare
+from moelab.data.preparation import prepare
 from moelab.design.parameters import resolve
 from moelab.experiments import experiment
 from moelab.files import write_text

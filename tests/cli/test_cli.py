@@ -18,7 +18,7 @@ import moelab as moelab_package
 from moelab import cli
 from moelab.bench import train
 from moelab.cli import bench, doctor, experiments, models
-from moelab.data import CorpusUnavailable
+from moelab.data.packages import CorpusUnavailable
 from moelab.engine.checkpoint import CheckpointError
 from moelab.experiments import EXPERIMENTS
 from moelab.inference.modes import MODES

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from moelab import paths
-from moelab.data import prepare
+from moelab.data.preparation import prepare
 from moelab.files import write_json
 from moelab.runs import records, sessions
 from moelab.runs.card import model_card

@@ -254,7 +254,7 @@ def test_another_error_of_the_system_is_no_full_disk(tiny_spec, monkeypatch):
     def closed(*_):
         raise PermissionError(13, "Permission denied", "/texts/secret.txt")
 
-    monkeypatch.setattr("moelab.data.prepare", closed)
+    monkeypatch.setattr("moelab.data.preparation.prepare", closed)
     with pytest.raises(NoResult) as error:
         Lab().run([tiny_spec], executor="inline")
     assert error.value.runs[0].status.reason == "Permission denied: /texts/secret.txt"
