@@ -218,12 +218,12 @@ def code() -> str:
 
 
 def source() -> str:
-    """Digest of moelab's source and data files, kernels and their C++ included, and of what was tuned here.
+    """Digest of moelab's source and data files, kernels and their C++ included.
 
     Hidden files and folders are left out: an editor keeps its locks and copies there.
     """
     hashed = hashlib.sha256()
-    places = {"tuned": [str(paths.home() / "tuned")]}
+    places: dict[str, list[str]] = {}
     for package in ("moelab", "moelab.kernels"):
         spec = find_spec(package)
         places[package] = list((spec.submodule_search_locations or ()) if spec else ())

@@ -89,7 +89,7 @@ def test_a_run_on_a_cpu_does_not_name_the_gpus_beside_it(tiny_spec, result, monk
     monkeypatch.setattr(
         "moelab.runs.execute.provenance", lambda: {"commit": "a", "modified": False, "hardware": {**hardware}}
     )
-    monkeypatch.setattr("moelab.runs.execute._call_train", lambda *_: result())
+    monkeypatch.setattr("moelab.runs.execute._train", lambda *_: result())
     execute(run := RunStore().run(tiny_spec))
     assert run.provenance["hardware"] == {"cpu": "Test", "cores": 2}
     assert [one["hardware"] for one in sessions.contributing(run.path)] == [run.provenance["hardware"]]
