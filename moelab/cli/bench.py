@@ -101,7 +101,7 @@ def bench_layer(
     threads: Annotated[list[int] | None, typer.Option(help="CPU threads; repeat (default: 1, 2)")] = None,
     top_k: Annotated[int, typer.Option(help="experts of a token, K")] = 1,
     forward: Annotated[bool, typer.Option("--forward", help="the forward pass alone, as at inference")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="a candidate beside the dense layer; repeat")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="a candidate to compare with the dense layer; repeat")] = None,
     rounds: Rounds = 7,
     cpu_time: CpuTime = False,
     device: Device = "cpu",
@@ -195,7 +195,7 @@ def bench_exchange(
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
-    """Measure each exchange of tokens between ranks (flat, hierarchical, coordinated) beside the alpha-beta floor.
+    """Measure each exchange of tokens between ranks (flat, hierarchical, coordinated), and the alpha-beta floor.
 
     On ranks of this machine; under torchrun or srun on the ranks that were started, and --ranks does not count.
     """

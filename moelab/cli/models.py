@@ -114,7 +114,7 @@ def eval_(
 ) -> None:
     """Evaluate a model on zero-shot tasks (the paper's Table 2).
 
-    Prints accuracy beside chance, bits per byte and margins; an interrupted evaluation continues. With --losses: what
+    Prints accuracy, chance, bits per byte and margins; an interrupted evaluation continues. With --losses: what
     rounding changes.
     """
     check_device(device)

@@ -42,7 +42,7 @@ Scale = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch scripts, queue nothing")]
 Again = Annotated[bool, typer.Option("--again", help="execute notebooks that have a complete result, too")]
 Names = Annotated[
-    list[str] | None, typer.Argument(help="experiments, runs or submissions, by the beginning of their names")
+    list[str] | None, typer.Argument(help="experiments, runs or submissions, by the start of their names")
 ]
 
 
@@ -128,14 +128,14 @@ def sweep(
 
 def status(
     names: Names = None,
-    watch: Annotated[bool, typer.Option("--watch", help="keep looking until all is over")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="submissions in which all is over, too")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="keep refreshing until all jobs have ended")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="also submissions whose jobs have all ended")] = False,
     every: Annotated[float, typer.Option(min=1, help="seconds between two looks of --watch")] = 10.0,
     as_json: AsJson = False,
 ) -> None:
     """Show what was submitted: state, step, loss, time left.
 
-    The state of each run is that of its own files and of Slurm.
+    The state of each run comes from its files and from Slurm.
     """
     from rich.live import Live
 

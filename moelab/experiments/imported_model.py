@@ -87,7 +87,7 @@ def _random_model() -> Path:
     """Return the directory of a model with random weights, in the format in which OLMoE is published."""
     from filelock import FileLock
 
-    from moelab.data import made
+    from moelab.data import synthetic
     from moelab.data.tokenizer import Tokenizer
     from moelab.engine.checkpoint import hf
     from moelab.models import build
@@ -96,7 +96,7 @@ def _random_model() -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):
         if not place.exists():
-            texts = [text for domain in made.DOMAINS for _, text in islice(made.documents(domain), 20)]
+            texts = [text for domain in synthetic.DOMAINS for _, text in islice(synthetic.documents(domain), 20)]
             hf.export(build(_RANDOM, 0), place, Tokenizer.train(texts, _RANDOM.vocab), "olmoe")
     return place
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_opened(trained, workspace, opened, tmp_path):
         open_text(empty, cache=workspace / "data")
     with pytest.raises(ValueError, match="dtype must be fp32 or bf16, got 'fp64'"):
         opened(dtype="fp64")
-    with pytest.raises(ValueError, match="2 runs begin so"):
+    with pytest.raises(ValueError, match="2 runs start with it"):
         store = RunStore(tmp_path / "two")
         store.run(trained.spec)
         store.run(replace(trained.spec, train=replace(trained.spec.train, lr=1e-3)))
