@@ -5,7 +5,7 @@ device), so that the products need no host synchronisation and no search. The ti
 Inside a product, K is the number of inputs and N the number of outputs. A *place* is a tile and a block of BN columns.
 The numbers of rows and tiles do not specialise the kernels: they change from step to step.
 
-A product runs in one of two ways, which `tuning.py` chooses between by the setting `programs_per_sm`:
+A product runs in one of two ways, by the setting `programs_per_sm`, which `tuning.py` can override:
 
 - 0: one program for each place that the bound allows. Those past the listed tiles end at once.
 - n: *persistent*, n programs for each multiprocessor, each of which computes every (number of programs)-th place. The

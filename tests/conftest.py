@@ -25,7 +25,7 @@ from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
-with contextlib.suppress(ImportError):  # it is not installed everywhere that `moelab gpu` runs tests
+with contextlib.suppress(ImportError):  # it is not installed on every machine with a GPU
     import matplotlib
 
     matplotlib.use("Agg")  # in this process alone: the kernels of notebooks choose their own
