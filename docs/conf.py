@@ -48,6 +48,7 @@ docs/extend
 slurm/README
 docs/commands
 docs/environment
+docs/read-in-an-hour
 docs/architecture
 docs/performance
 docs/simulator

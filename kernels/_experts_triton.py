@@ -5,7 +5,7 @@ device), so that the products need no host synchronisation and no search. The ti
 Inside a product, K is the number of inputs and N the number of outputs. A *place* is a tile and a block of BN columns.
 The numbers of rows and tiles do not specialise the kernels: they change from step to step.
 
-A product runs in one of two ways, which `tuning.py` chooses between by the setting `programs_per_sm`:
+A product runs in one of two ways, by the setting `programs_per_sm`, which `tuning.py` can override:
 
 - 0: one program for each place that the bound allows. Those past the listed tiles end at once.
 - n: *persistent*, n programs for each multiprocessor, each of which computes every (number of programs)-th place. The
@@ -272,7 +272,7 @@ def _plan(x, offsets_E1) -> _Plan:
     R, E = len(x), len(offsets_E1) - 1
     average = R // E
     BM = 16 if average <= 16 else 32 if average <= 32 else 64 if average <= 64 or x.dtype == torch.float32 else 128
-    BM = tuning.tile("rows", {"BM": BM}, x, rows=average, K=x.shape[1])["BM"]
+    BM = tuning.tile("rows", {"BM": BM})["BM"]
     tiles = R // BM + E + 1
     offsets_E1 = offsets_E1.int()
     length = (tiles // 4 + 1) * 4  # more than tiles; both lists aligned to 16 bytes, or kernels would compile anew
@@ -315,7 +315,7 @@ def _mm(plan: _Plan, x, w, b, *, transpose=False, act=0, exact=False, pre=None, 
     extra = x.new_empty(R, N) if save else None
     if R and N:
         config = _product_config(plan.BM, N, K, x.dtype, act)
-        config = tuning.tile(f"product{act}{'t' * transpose}", config, x, BM=plan.BM, N=N, K=K)
+        config = tuning.tile(f"product{act}{'t' * transpose}", config)
         grid, config = _grid(plan.tiles * triton.cdiv(N, config["BN"]), config, x)
         _product_kernel[grid](
             x, w, x if b is None else b, y, (extra if save else x) if act != 2 else pre, extra if save else x,
@@ -332,7 +332,7 @@ def _weight_gradient(plan: _Plan, x, dy, w, b):
     E, K, N = w.shape
     dw = torch.empty_like(w)
     db = None if b is None else torch.empty_like(b)
-    config = tuning.tile("weight", _weight_config(N, K, x.dtype), x, rows=len(x) // E, N=N, K=K)
+    config = tuning.tile("weight", _weight_config(N, K, x.dtype))
     grid, config = _grid(E * triton.cdiv(K, config["BK"]) * triton.cdiv(N, config["BN"]), config, x)
     _weight_kernel[grid](
         x, dy, dw, dw if db is None else db, plan.offsets, K, N, E,

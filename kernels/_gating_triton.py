@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from . import tuning
 from ._common import next_power_of_2
 from ._hash import hash_keys
 from ._selection_triton import gate_select_kernel, priority
@@ -314,7 +313,6 @@ def gate_triton(logits_SE, choice_SE, top_k, capacity, seed, normalize):
         )  # fmt: skip
     else:
         sizes = {"tile": TILE if BE > 32 else TILE // 2, "num_warps": 8}
-        sizes = tuning.tile("gate", sizes, logits_SE, S=S, E=E, K=K)
         BS, warps = max(sizes["tile"] // BE, 1), sizes["num_warps"]
         blocks = triton.cdiv(S, BS)
         counts = torch.empty(K, blocks, E, dtype=torch.int32, device=device)
@@ -359,7 +357,6 @@ def gate_backward_triton(saved, grads, normalize, d_SE):
         return
     BE = next_power_of_2(E)
     sizes = {"tile": TILE // 4, "num_warps": 4}  # the backward pass holds more values per element
-    sizes = tuning.tile("gate_backward", sizes, logits_SE, S=S, E=E, K=expert_SK.shape[1])
     BS = max(min(sizes["tile"] // BE, next_power_of_2(S)), 1)
     none = first_E  # unused by the kernel
     _gate_backward_kernel[(triton.cdiv(S, BS),)](

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from . import tuning
 from ._common import next_power_of_2
 from ._triton import tl, triton
 
@@ -94,12 +93,11 @@ def table_triton(expert_SK, slot_SK, kept_E, R: int) -> tuple[torch.Tensor, torc
     return row_SK, entry_R, offsets_E1
 
 
-def _tile(op: str, like: torch.Tensor, count: int) -> tuple[int, int, int]:
+def _tile(like: torch.Tensor, count: int) -> tuple[int, int, int]:
     """Return (rows, columns, warps) of a tile: at least 16 bytes per thread, few rows to use the whole GPU."""
     M = like.shape[1]
-    chosen = tuning.tile(op, {"tile": 2048, "num_warps": 4}, like, rows=count, M=M)
     columns = min(next_power_of_2(M), 1024)
-    return min(max(chosen["tile"] // columns, 1), next_power_of_2(count)), columns, chosen["num_warps"]
+    return min(max(2048 // columns, 1), next_power_of_2(count)), columns, 4
 
 
 def spread_triton(x_SM, entry_R, K, weight_SK=None, rows_RM=None):
@@ -108,7 +106,7 @@ def spread_triton(x_SM, entry_R, K, weight_SK=None, rows_RM=None):
     out = x_SM.new_empty(R, M)
     d_weight_SK = None if rows_RM is None else torch.zeros_like(weight_SK)
     if R * M:
-        BR, BM, warps = _tile("spread", x_SM, R)
+        BR, BM, warps = _tile(x_SM, R)
         none = entry_R  # unused by the kernel
         _spread_kernel[(triton.cdiv(R, BR),)](
             x_SM, entry_R, none if weight_SK is None else weight_SK, none if rows_RM is None else rows_RM, out,
@@ -123,7 +121,7 @@ def sum_triton(rows_RM, row_SK, weight_SK):
     (S, K), M = row_SK.shape, rows_RM.shape[1]
     y = rows_RM.new_empty(S, M)
     if S * M:
-        BS, BM, warps = _tile("sum", rows_RM, S)
+        BS, BM, warps = _tile(rows_RM, S)
         _sum_kernel[(triton.cdiv(S, BS),)](
             rows_RM, row_SK, row_SK if weight_SK is None else weight_SK, y,
             S, K, M, WEIGHTED=weight_SK is not None, BS=BS, BM=BM, num_warps=warps,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from . import tuning
 from ._common import next_power_of_2
 from ._triton import tl, triton
 
@@ -67,13 +66,12 @@ def _mix_backward_kernel(
         tl.store(dx_p + at + m[None, :], (dl[:, None] * w[None, :]).to(dx_p.dtype.element_ty), mask=inside)
 
 
-def _mix_tile(op: str, moe: torch.Tensor) -> dict:
+def _mix_tile(moe: torch.Tensor) -> dict:
     """Return a program's tile (BS tokens, BM columns) and its number of warps."""
     S, M = moe.shape
     columns = min(next_power_of_2(M), 1024)
     elements = 1024 if M % 16 else 2048  # unaligned widths are loaded element by element, which takes registers
-    tile = tuning.tile(op, {"tile": elements, "num_warps": 4}, moe, rows=S, M=M)
-    return dict(BS=min(max(tile["tile"] // columns, 1), next_power_of_2(S)), BM=columns, num_warps=tile["num_warps"])
+    return dict(BS=min(max(elements // columns, 1), next_power_of_2(S)), BM=columns, num_warps=4)
 
 
 def mix_triton(moe, mlp, x, w, b):
@@ -82,7 +80,7 @@ def mix_triton(moe, mlp, x, w, b):
     y = torch.empty_like(moe)
     a_S2 = torch.empty(S, 2, dtype=torch.float32, device=moe.device)
     if S * M:
-        tile = _mix_tile("mix", moe)
+        tile = _mix_tile(moe)
         _mix_kernel[(triton.cdiv(S, tile["BS"]),)](moe, mlp, x, w, b, a_S2, y, S, M, **tile)
     return y, a_S2
 
@@ -93,6 +91,6 @@ def mix_backward_triton(dy, moe, mlp, a_S2, x, w):
     d_moe, d_mlp, dx = (torch.empty_like(t) for t in (moe, mlp, x))
     dl_S = torch.empty(S, dtype=torch.float32, device=moe.device)
     if S * M:
-        tile = _mix_tile("mix_backward", moe)
+        tile = _mix_tile(moe)
         _mix_backward_kernel[(triton.cdiv(S, tile["BS"]),)](dy, moe, mlp, a_S2, w, d_moe, d_mlp, dl_S, dx, S, M, **tile)
     return d_moe, d_mlp, dl_S, dx

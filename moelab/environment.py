@@ -56,9 +56,7 @@ EXECUTOR = Variable(
     'How `lab.run` trains when it is told "auto": "inline", "processes", "slurm", or "read", which trains nothing.',
     "processes, but runs of seconds in the caller's",
 )
-PROFILE = Variable(
-    "MOELAB_PROFILE", "Cluster profile of submit, sweep, bench submit and `lab.submit` without --profile.", "none"
-)
+PROFILE = Variable("MOELAB_PROFILE", "Cluster profile of submit, sweep and `lab.submit` without --profile.", "none")
 HANG_S = Variable("MOELAB_HANG_S", "Seconds without a sign of life after which a rank counts as hanging.", "300")
 DEATH_S = Variable("MOELAB_DEATH_S", "Seconds from the first death of a rank to the end of all.", "20")
 STOP_S = Variable("MOELAB_STOP_S", "Seconds that ranks get to write a checkpoint when they are stopped.", "120")

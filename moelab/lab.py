@@ -42,7 +42,7 @@ _SHORT_FLOPS = 1e11
 
 def _fingerprint(data: DataConfig) -> str:
     """Return the fingerprint that a text has now."""
-    from moelab.data import prepare
+    from moelab.data.preparation import prepare
 
     return prepare(data, paths.home() / "data", print).fingerprint
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
-from moelab.data import TokenData, prepare
+from moelab.data.preparation import prepare
+from moelab.data.tokens import TokenData
 from moelab.engine import checkpoint
 from moelab.files import read_json
 from moelab.lab import Lab
@@ -24,7 +25,7 @@ from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
-with contextlib.suppress(ImportError):  # it is not installed everywhere that `moelab gpu` runs tests
+with contextlib.suppress(ImportError):  # it is not installed on every machine with a GPU
     import matplotlib
 
     matplotlib.use("Agg")  # in this process alone: the kernels of notebooks choose their own

@@ -1,1 +1,1 @@
-"""Tools that work on the kernels: `compile` ahead of time for other cards, `tune` tile sizes on the card at hand."""
+"""Compile the kernels ahead of time, for cards that are not there (`compile.py`)."""

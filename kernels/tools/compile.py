@@ -24,7 +24,10 @@ from .. import _common, gating, permute, residual, tuning
 from ..activations import ACTIVATIONS
 from ..experts import expert_ffn
 
-DTYPES = tuning.DTYPES | {torch.int32: "i32", torch.int64: "i64"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"} | {
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 class Limits(NamedTuple):

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from moelab import paths
 from moelab.config import DataConfig, ModelConfig
-from moelab.data import CorpusUnavailable, TokenData, prepare
 from moelab.data.batches import TrainBatches
+from moelab.data.packages import CorpusUnavailable
+from moelab.data.preparation import prepare
+from moelab.data.tokens import TokenData
 from moelab.kernels import gate
 from moelab.models.gpt import build, initial_weight
 from moelab.training.optimizer import AdamW

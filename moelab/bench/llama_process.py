@@ -111,7 +111,7 @@ class _Context:
             settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._handle = llama_cpp.llama_init_from_model(model, settings)
         if self._handle is None:
-            raise ValueError(_failed(f"it makes no context of {sequences} x {length} tokens"))
+            raise ValueError(_failed(f"llama.cpp could not create a context of {sequences} x {length} tokens"))
         self._shape = (sequences, llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)))
         self._step = _batch(sequences, 1)
         self._tokens = np.ctypeslib.as_array(self._step.token, (sequences,))

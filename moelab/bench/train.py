@@ -36,7 +36,8 @@ from moelab.models import build
 from moelab.models.products import default_products, onednn_is_faster
 from moelab.plotting import benchmarks
 from moelab.training.distill import Distiller
-from moelab.training.loop import Trainer, Window
+from moelab.training.metrics import Window
+from moelab.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ import typer
 
 import moelab
 from moelab import environment, paths
-from moelab.cli import bench, cluster, experiments, gpu, kernels, models, runs, simulate, slurm, view
+from moelab.cli import bench, cluster, experiments, kernels, models, runs, simulate, slurm, view
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
 from moelab.files import REFUSED
 from moelab.terminal import one_line, plain
@@ -36,8 +36,7 @@ app.command(rich_help_panel=SIMULATOR)(simulate.plan)
 app.add_typer(simulate.app, name="simulate", rich_help_panel=SIMULATOR)
 app.add_typer(bench.bench, name="bench", rich_help_panel=BENCHMARKS)
 app.add_typer(kernels.kernels, name="kernels", rich_help_panel=BENCHMARKS)
-gpu.register(app)
-cluster.register(app)
+app.command(name="check-cluster", rich_help_panel=BENCHMARKS)(cluster.check_cluster)
 
 
 def _print_version(wanted: bool) -> None:
@@ -94,7 +93,7 @@ def main() -> None:
         _complain(f"{reason}{': ' if places else ''}{places}{help}")
         sys.exit(1)
     except Exception as error:
-        from moelab.data import CorpusUnavailable
+        from moelab.data.packages import CorpusUnavailable
         from moelab.engine.checkpoint import CheckpointError  # loads torch, which the help does without
 
         if not isinstance(error, CorpusUnavailable | CheckpointError):

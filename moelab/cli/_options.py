@@ -130,7 +130,7 @@ def check_device(device: str) -> None:
 
 
 def write_provenance(out: Path | None, name: str, title: str = "") -> None:
-    """Write commit, versions and hardware beside a benchmark's numbers, with a title; only rank 0 writes."""
+    """Write commit, versions and hardware next to a benchmark's numbers, with a title; only rank 0 writes."""
     from moelab.engine.launch import process
 
     place = process.find()

@@ -11,7 +11,6 @@ from moelab.cli._options import (
     Device,
     Experts,
     Out,
-    Profile,
     Threads,
     check_choice,
     check_device,
@@ -102,7 +101,7 @@ def bench_layer(
     threads: Annotated[list[int] | None, typer.Option(help="CPU threads; repeat (default: 1, 2)")] = None,
     top_k: Annotated[int, typer.Option(help="experts of a token, K")] = 1,
     forward: Annotated[bool, typer.Option("--forward", help="the forward pass alone, as at inference")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="a candidate beside the dense layer; repeat")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="a candidate to compare with the dense layer; repeat")] = None,
     rounds: Rounds = 7,
     cpu_time: CpuTime = False,
     device: Device = "cpu",
@@ -186,23 +185,6 @@ def bench_decode(
     write_provenance(out, "decode" if dtype == "fp32" else f"decode-{dtype}")
 
 
-@bench.command(name="scaling")
-def bench_scaling(
-    model: Annotated[list[str] | None, typer.Option("--model", help="model name; repeat for several")] = None,
-    ranks: Annotated[int, typer.Option(help="processes on this machine")] = 2,
-    sequences: Annotated[int, typer.Option(help="sequences a rank and step")] = 4,
-    steps: Annotated[int, typer.Option(help="measured steps of each way in a round")] = 10,
-    rounds: Annotated[int, typer.Option(help="times the ways take turns")] = 5,
-    out: Out = None,
-) -> None:
-    """Measure the weak scaling of training over ranks of this machine, and where the time goes."""
-    from moelab.bench.scaling import main as bench_main
-
-    models = model or ["350M twin", "350M+MoE-128 twin", "350M+PR-MoE-32/64 twin"]
-    bench_main(models=models, ranks=ranks, per_rank=sequences, steps=steps, rounds=rounds, out=out)
-    write_provenance(out, "scaling")
-
-
 @bench.command(name="exchange")
 def bench_exchange(
     ranks: Annotated[list[int] | None, typer.Option("--ranks", help="processes; repeat for several")] = None,
@@ -213,7 +195,7 @@ def bench_exchange(
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
-    """Measure each exchange of tokens between ranks (flat, hierarchical, coordinated) beside the alpha-beta floor.
+    """Measure each exchange of tokens between ranks (flat, hierarchical, coordinated), and the alpha-beta floor.
 
     On ranks of this machine; under torchrun or srun on the ranks that were started, and --ranks does not count.
     """
@@ -223,18 +205,3 @@ def bench_exchange(
     sizes = size or [1 << 10, 1 << 14, 1 << 18, 1 << 22]
     bench_main(ranks=ranks, sizes=sizes, rounds=rounds, device=device, out=out)
     write_provenance(out, "exchange")
-
-
-@bench.command(name="submit")
-def bench_submit(
-    profile: Profile = None,
-    rounds: Annotated[int, typer.Option(help="times the ways of running take turns")] = 3,
-    runs: Annotated[int, typer.Option(help="runs submitted at once")] = 200,
-    out: Out = None,
-) -> None:
-    """Measure Slurm's cost: submit to first step, a notebook batch beside the same work inline, many runs at once."""
-    from moelab.slurm import latency as slurm_bench
-    from moelab.slurm import profiles
-
-    slurm_bench.main(profiles.choose(profile), rounds=rounds, runs=runs, out=out)
-    write_provenance(out, "submit")

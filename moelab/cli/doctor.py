@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from moelab import paths
-from moelab.files import read_object
 from moelab.runs.preflight import existing
 from moelab.runs.provenance import commit, describe, hardware
 from moelab.terminal import one_line
@@ -55,7 +54,6 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
     yield True, describe(hardware())
     if torch.cuda.is_available():
         yield True, f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name(0)}"
-        yield _tested(torch.cuda.get_device_name(0))
     else:
         yield None, "no CUDA device: scales smoke, quick, cpu and full run; gpu and paper need one"
     if rates:
@@ -99,22 +97,6 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
     for extra, module in _EXTRAS.items():
         there = find_spec(module) is not None
         yield True if there else None, f"extra {extra} ({module})" + ("" if there else f": pip install -e '.[{extra}]'")
-
-
-def _tested(card: str) -> tuple[bool | None, str]:
-    """Return what `moelab gpu` said of this machine's GPU when it was last called."""
-    from moelab.cli import gpu
-
-    folder = paths.home() / "gpu" / gpu.folder_name(card)
-    ends = read_object(folder / "parts.json") or {}
-    passed = [name for name, end in ends.items() if end["status"] == gpu.PASSED]
-    if not ends:
-        return None, "moelab gpu has not tested and measured it"
-    others = ", ".join(f"{name} {end['status']}" for name, end in ends.items() if name not in passed)
-    text = (
-        f"moelab gpu: {len(passed)} of {len(gpu.PARTS)} parts passed{others and f'; {others}'} ({paths.short(folder)})"
-    )
-    return (True if len(passed) == len(gpu.PARTS) else None), text
 
 
 def _rates(device: str) -> str:

@@ -125,7 +125,7 @@ def run(
 
 def _plan(specs: Sequence[RunSpec]) -> None:
     """Show what would be trained, and problems with its data; data that exist nowhere are refused."""
-    from moelab.data import UnknownCorpus
+    from moelab.data.documents import UnknownCorpus
     from moelab.runs.dry_run import planned_runs, show
     from moelab.runs.preflight import check_texts
 

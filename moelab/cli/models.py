@@ -114,7 +114,7 @@ def eval_(
 ) -> None:
     """Evaluate a model on zero-shot tasks (the paper's Table 2).
 
-    Prints accuracy beside chance, bits per byte and margins; an interrupted evaluation continues. With --losses: what
+    Prints accuracy, chance, bits per byte and margins; an interrupted evaluation continues. With --losses: what
     rounding changes.
     """
     check_device(device)
@@ -232,7 +232,7 @@ def export(
     if dtype and not (source / "spec.json").is_file():
         raise ValueError(f"export: --dtype is for the weights of runs; {source} is a model, whose weights keep theirs")
     _check_new("export", directory)
-    from moelab.data import prepare
+    from moelab.data.preparation import prepare
     from moelab.engine.checkpoint import hf
     from moelab.inference.text import load_run, run_configs
 

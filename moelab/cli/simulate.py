@@ -42,7 +42,7 @@ Dtype = Annotated[
 
 def plan(
     model: Model,
-    gpus: Annotated[int, typer.Option(help="at most so many GPUs")],
+    gpus: Annotated[int, typer.Option(help="maximum number of GPUs")],
     cluster: ClusterName = "a100",
     objective: Annotated[str, typer.Option(help="latency, throughput or cost")] = "latency",
     system: SystemName = "deepspeed",
@@ -240,7 +240,7 @@ def score(
     group: Annotated[str, typer.Option(help="of --public, every row of a group, such as decode")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show the simulator beside every number of the paper, or beside public measurements of today's systems."""
+    """Compare the simulator with every number of the paper, or with public measurements of today's systems."""
     if public or group:
         _score_public(group, as_json)
         return

@@ -42,7 +42,7 @@ Scale = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch scripts, queue nothing")]
 Again = Annotated[bool, typer.Option("--again", help="execute notebooks that have a complete result, too")]
 Names = Annotated[
-    list[str] | None, typer.Argument(help="experiments, runs or submissions, by the beginning of their names")
+    list[str] | None, typer.Argument(help="experiments, runs or submissions, by the start of their names")
 ]
 
 
@@ -61,14 +61,14 @@ def prepare(
 
     Where the nodes have no network, do this on the login node before `moelab submit`.
     """
-    from moelab import data
+    from moelab.data.preparation import prepare
     from moelab.design.parameters import resolve
     from moelab.experiments import experiment
 
     given = parse_parameters(parameter, scale)
     specs = [spec for name in names for spec in resolve(experiment(name), given).specs]
     for config in dict.fromkeys(replace(spec.data, part="whole") for spec in closure(specs).values()):
-        tokens = data.prepare(config, paths.home() / "data", print)
+        tokens = prepare(config, paths.home() / "data", print)
         print(f"{config.corpus}, {config.tokenizer}: {tokens.train.size:,} tokens in {paths.short(tokens.folder)}")
 
 
@@ -128,14 +128,14 @@ def sweep(
 
 def status(
     names: Names = None,
-    watch: Annotated[bool, typer.Option("--watch", help="keep looking until all is over")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="submissions in which all is over, too")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="keep refreshing until all jobs have ended")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="also submissions whose jobs have all ended")] = False,
     every: Annotated[float, typer.Option(min=1, help="seconds between two looks of --watch")] = 10.0,
     as_json: AsJson = False,
 ) -> None:
     """Show what was submitted: state, step, loss, time left.
 
-    The state of each run is that of its own files and of Slurm.
+    The state of each run comes from its files and from Slurm.
     """
     from rich.live import Live
 
@@ -224,7 +224,7 @@ def _submit(
     varied: Sequence[str] = (),
 ) -> None:
     """Submit notebooks and their runs; a dry run shows the scripts, or of a sweep a line for each point."""
-    from moelab.data import UnknownCorpus
+    from moelab.data.documents import UnknownCorpus
     from moelab.design.parameters import resolve
     from moelab.experiments import experiment
     from moelab.report.sweep import Sweep

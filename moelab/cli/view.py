@@ -71,7 +71,7 @@ def browse(
 def tensorboard(
     run: Annotated[
         list[str] | None,
-        typer.Argument(help="runs, by the beginning of their id; all without", autocompletion=run_names),
+        typer.Argument(help="run ids or prefixes; default: all", autocompletion=run_names),
     ] = None,
     port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 6006,
 ) -> None:

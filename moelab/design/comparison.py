@@ -53,7 +53,7 @@ def _check_labels(table: pd.DataFrame, *point: str) -> None:
     again = table[table.duplicated(["arm", "seed", *point])]
     if len(again):
         arm, seed = again.iloc[0][["arm", "seed"]]
-        raise ValueError(f"arm {arm!r} has several runs of seed {seed}; give each of their specs a label of its own")
+        raise ValueError(f"arm {arm!r} has several runs of seed {seed}; give each of their specs a separate label")
 
 
 def _check_text(final: pd.DataFrame, *arms: str) -> None:

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from moelab.design import sequential, stated
+from moelab.design import claim_values, sequential
 from moelab.design.verdicts import (
     CANNOT_TELL,
     CANNOT_TEST,
@@ -139,7 +139,7 @@ def judge(
         claim=claim.id,
         statement=claim.statement,
         where=claim.where,
-        paper=stated.paper_text(claim),
+        paper=claim_values.paper_text(claim),
         ours=None,
         low=None,
         high=None,
@@ -232,7 +232,7 @@ def restate(claim: Claim, stored: Verdict, scale: str | None = None) -> Verdict:
 
 def _exact(claim: Claim, row: Verdict) -> Verdict:
     """Return the verdict on a value without spread; a simulation has a tolerance, arithmetic has none."""
-    ours, paper = row.ours or 0.0, stated.paper_range(claim, exact=not row.simulated, wide=row.simulated)
+    ours, paper = row.ours or 0.0, claim_values.paper_range(claim, exact=not row.simulated, wide=row.simulated)
     of, size = _rule(claim, ours, ours, paper, exact=True)
     end = None if row.simulated else ours
     return replace(row, verdict=of, size=size, low=end, high=end)
@@ -264,9 +264,9 @@ def _measured(claim: Claim, row: Verdict, scale: str | None, able: bool) -> Verd
         why = "Some values are later than the end of the training: their mean is a lower bound, and has no interval."
         row = replace(row, low=None, high=None)
     else:
-        of, size = _rule(claim, low, high, stated.paper_range(claim), share=row.share)
+        of, size = _rule(claim, low, high, claim_values.paper_range(claim), share=row.share)
         p, why = _p(claim, estimate, low, high, of), ""
-        if of == FAILS and claim.smallest and low <= stated.neutral(claim) <= high:
+        if of == FAILS and claim.smallest and low <= claim_values.neutral(claim) <= high:
             why = f"Within the smallest effect of interest, {claim.smallest:g} ({claim.smallest_why})."
     p = None if p is None else sequential.repeated_p(p, n, row.looks)
     whys = (why, *_other_seeds(claim, row, n), _progress(claim, row, samples, of, estimate))
@@ -313,7 +313,7 @@ def _rule(
         inside, meets = paper[0] <= low and high <= paper[1], low <= paper[1] and high >= paper[0]
         return HOLDS if inside else CANNOT_TELL if meets else FAILS, ""
     # From here on effects point upwards, whichever side is claimed.
-    sign, zero = -1 if claim.direction == "lower" else 1, stated.neutral(claim)
+    sign, zero = -1 if claim.direction == "lower" else 1, claim_values.neutral(claim)
     low, high = sorted((sign * (low - zero), sign * (high - zero)))
     least, most = sorted(sign * (end - zero) for end in paper)
     if low <= 0:
@@ -340,16 +340,16 @@ def _censored(claim: Claim, values: Mapping[int, float], level: float) -> tuple[
     """
     from scipy.stats import binomtest
 
-    above = sum(value > stated.paper_range(claim)[1] for value in values.values())
+    above = sum(value > claim_values.paper_range(claim)[1] for value in values.values())
     p = float(binomtest(above, len(values)).pvalue)
     return FAILS if p < level and 2 * above > len(values) else CANNOT_TELL, p
 
 
 def _p(claim: Claim, estimate: Estimate, low: float, high: float, of: str) -> float:
     """Return the p-value of what decides: no effect, an effect that matters, or the bound (of two, the nearer)."""
-    zero = stated.neutral(claim)
+    zero = claim_values.neutral(claim)
     if claim.kind == "bound":
-        return max(estimate.p(end) for end in stated.paper_range(claim) if math.isfinite(end))
+        return max(estimate.p(end) for end in claim_values.paper_range(claim) if math.isfinite(end))
     if of == FAILS and low <= zero <= high:
         return max(estimate.p(zero + side * (claim.smallest or 0.0)) for side in (-1, 1))
     return estimate.p(zero)
@@ -368,14 +368,14 @@ def _equality(
     claim: Claim, samples: Samples, difference: Weights, gain: Weights, level: float
 ) -> tuple[str, float | None, str]:
     """Return the verdict on two arms being equal, its p-value, and how it was found; see `judge`."""
-    what, zero = f"{claim.gain_of} over {claim.gain_over}", stated.neutral(claim)
+    what, zero = f"{claim.gain_of} over {claim.gain_over}", claim_values.neutral(claim)
     if not gain:
         return CANNOT_TELL, None, f"It is about what {what} gains, which these runs do not have."
     gained, *edges = (estimated(samples, weights) for weights in (gain, *beyond(difference, gain)))
     (low, high), over, under = gained.interval(level), *(edge.interval(level) for edge in edges)
     p = max(edges[0].p(zero), edges[1].p(zero), gained.p() if gained.mean > 0 else 1.0)
     measured = f"{what} gains {gained.mean:.3g} ({low:.3g} to {high:.3g})."
-    margin = f"{MARGIN:.0%} of the gain ({MARGIN * gained.mean:.2g}{stated.unit(claim)}): {measured}"
+    margin = f"{MARGIN:.0%} of the gain ({MARGIN * gained.mean:.2g}{claim_values.unit(claim)}): {measured}"
     if low <= 0:
         return CANNOT_TELL, p, f"It is about a gain that these runs do not show: {measured}"
     if over[0] > zero or under[1] < zero:
@@ -392,7 +392,7 @@ def _other_seeds(claim: Claim, row: Verdict, n: int) -> list[str]:
     early = {arm: {s: v for s, v in of.items() if s < row.decides_from} for arm, of in row.arms.items()}
     if all(early.values()):
         mean = estimated(early, contrasts(claim, early)[0]).mean
-        said.append(f"Seeds before {row.decides_from} do not decide; they give {mean:+.3g}{stated.unit(claim)}.")
+        said.append(f"Seeds before {row.decides_from} do not decide; they give {mean:+.3g}{claim_values.unit(claim)}.")
     return said
 
 
@@ -416,8 +416,8 @@ def _chance(claim: Claim, samples: Samples, estimate: Estimate, looks: tuple[int
     equality is decided by arms that are equal and a gain as seen, or by a difference as seen beyond the margin; by
     nothing where the arms that must differ do so the wrong way.
     """
-    seen = estimate.mean - stated.neutral(claim)
-    if planned := stated.effect(claim):
+    seen = estimate.mean - claim_values.neutral(claim)
+    if planned := claim_values.effect(claim):
         likely = seen if abs(seen) > abs(planned) and seen * planned > 0 else planned
         return sequential.chance(estimate, likely, looks, within=claim.smallest or 0.0)
     difference, gain = contrasts(claim, samples)

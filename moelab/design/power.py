@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moelab import paper
-from moelab.design import judging, sequential, settings, stated
+from moelab.design import claim_values, judging, sequential, settings
 from moelab.design.judging import MARGIN, MIN_SAMPLES, Weights
 from moelab.design.verdicts import CANNOT_TELL, MEASURED, VALUE, Samples, Verdict
 from moelab.lazy import np, pd
@@ -100,12 +100,12 @@ def _planned(
     claim: Claim, arms: Samples, spreads: Mapping[str, float], means: Mapping[str, float], looks: bool, alpha: float
 ) -> tuple[Need | None, float | None, str]:
     difference, gain = judging.contrasts(claim, arms)
-    effect = stated.effect(claim)
+    effect = claim_values.effect(claim)
     if effect is not None:
-        why = f"half of {claim.value - stated.neutral(claim):+.3g}" if claim.value is not None else "the smallest"
+        why = f"half of {claim.value - claim_values.neutral(claim):+.3g}" if claim.value is not None else "the smallest"
         return of_contrasts([(difference, abs(effect))], spreads, looks, alpha), abs(effect), why
     if claim.kind == "bound" and claim.direction == "equal":
-        low, high = stated.paper_range(claim)
+        low, high = claim_values.paper_range(claim)
         half = (high - low) / 2
         sides = [({VALUE: side}, half) for side in (1.0, -1.0)]
         return of_contrasts(sides, spreads, looks, alpha), half, "from the middle of the range to its ends"
@@ -189,7 +189,7 @@ def outlook(claim: Claim, verdict: Verdict) -> str:
     if not plans:
         return ""
     seeds, half, effect, why = max(plans)
-    unit, why = stated.unit(claim), why.replace("smallest", "smallest effect of interest")
+    unit, why = claim_values.unit(claim), why.replace("smallest", "smallest effect of interest")
     seen = f"{'equality within' if claim.direction == 'equal' else 'an effect of'} {effect:.2g}{unit} ({why})"
     count = f"{seeds if seeds <= MAX_SEEDS else f'more than {MAX_SEEDS}'} {'sessions' if claim.timed else 'seeds'}"
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moelab.design import stated
+from moelab.design import claim_values
 from moelab.design.judging import judge, restate
 from moelab.design.verdicts import CANNOT_TELL, FAILS, FITTED, HOLDS, SIMULATED, Verdict
 from moelab.paper.claims import Claim
@@ -42,6 +42,6 @@ def judge_simulated(
     if not against:
         raise ValueError(f"{claim.id}: the order of simulated values needs the value of the right side")
     apart = abs(ours / against)
-    directed = (ours < stated.neutral(claim)) == (claim.direction == "lower")
+    directed = (ours < claim_values.neutral(claim)) == (claim.direction == "lower")
     why = f"The two are {100 * apart:.2g} % apart; an order counts from {100 * APART:g} %."
     return replace(row, verdict=CANNOT_TELL if apart < APART else HOLDS if directed else FAILS, why=why)

@@ -39,7 +39,6 @@ from moelab.engine.collectives import all_to_all
 from moelab.engine.differentiable import all_gather_rows, all_to_all_rows, copy_to_group, reduce_scatter_rows
 from moelab.engine.groups import Group
 from moelab.engine.mesh import ExpertGroups
-from moelab.engine.padded import PaddedExchange
 from moelab.kernels import RowTable
 from moelab.models.dispatch import Dispatch, Dispatched
 from moelab.models.routing import Routing
@@ -225,8 +224,10 @@ class Exchange(Dispatch[DispatchState]):
         rows = all_gather_rows(rows, route.tensor_sizes, self._tensor, "tensor", sum_gradients=False)
         return kernels.combine(rows, state.table, state.weight_SK)
 
-    def baseline(self, static_tokens: int = 0) -> PaddedExchange:
+    def baseline(self, static_tokens: int = 0) -> Dispatch:
         """Return the exchange of padded slots, which are never static."""
+        from moelab.engine.padded import PaddedExchange
+
         return PaddedExchange(self.groups)
 
     def reads_device(self, tokens: int) -> bool:

@@ -17,11 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moelab.config import ModelConfig
 from moelab.engine.collectives import all_reduce
-from moelab.engine.differentiable import mean_over_group
-from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import ExpertGroups, Mesh
 from moelab.engine.placement import Placement
-from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
 from moelab.models.gpt import GPT, Block, allocate, initial_weight
 from moelab.models.layers import RMSNorm
 from moelab.models.moe import MLP, Experts, MoE
@@ -86,6 +83,9 @@ def build(config: ModelConfig, seed: int | None, mesh: Mesh, dtype: torch.dtype 
 def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
     tensor = mesh.tensor
     if tensor.size > 1:
+        from moelab.engine.differentiable import mean_over_group
+        from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
+
         attention = block.attention
         attention.heads //= tensor.size
         attention.kv_heads //= tensor.size
@@ -106,6 +106,8 @@ def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
     if isinstance(block.ffn, MoE):
         groups = mesh.experts(block.ffn.router.experts)
         if groups.expert.size > 1 or groups.slices.size > 1:  # tokens have to travel to the experts
+            from moelab.engine.exchange import Exchange
+
             block.ffn.experts = SlicedExperts(config, groups)
             block.ffn.own = block.ffn.dispatcher = Exchange(groups, mesh.config)
         if mesh.data.size > 1 and config.routing.aux_scope == "step":

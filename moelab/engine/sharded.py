@@ -28,5 +28,6 @@ def is_gathering(module: nn.Module) -> TypeGuard[FSDPModule]:
 
 def is_part(module: nn.Module) -> bool:
     """Return whether the module has only this rank's part of a layer's parameters (`moelab.engine.parallel`)."""
-    parallel = sys.modules.get("moelab.engine.parallel")
-    return parallel is not None and isinstance(module, (parallel.SlicedExperts, parallel.ColumnLinear))
+    places = (("moelab.engine.parallel", "SlicedExperts"), ("moelab.engine.tensor_slicing", "ColumnLinear"))
+    kinds = [getattr(sys.modules[name], kind) for name, kind in places if name in sys.modules]
+    return isinstance(module, tuple(kinds))

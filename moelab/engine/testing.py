@@ -112,7 +112,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["moelab.engine.forked"])
+        context.set_forkserver_preload(["moelab.engine.preload"])
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         for rank in range(self.size):
             ours, theirs = context.Pipe()

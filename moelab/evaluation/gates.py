@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from moelab import paths
 from moelab.config import RoutingConfig
-from moelab.data import prepare
 from moelab.data.batches import validation_batches
+from moelab.data.preparation import prepare
 from moelab.inference.text import load_run, run_configs
 from moelab.kernels import Gate
 from moelab.lazy import pd

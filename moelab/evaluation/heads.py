@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moelab.data import TokenData
 from moelab.data.batches import PAIRS, pairs, validation_batches
+from moelab.data.tokens import TokenData
 from moelab.models import GPT
 
 COPIES = 0.3

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from moelab.config import DataConfig
-from moelab.data import TokenData, prepare
+from moelab.data.preparation import prepare
+from moelab.data.tokens import TokenData
 from moelab.evaluation.pairs import Pair, minimal_pairs
 from moelab.evaluation.recall import copying, memory
 from moelab.models import GPT

@@ -189,7 +189,7 @@ def _theirs(model: Any, texts: Any) -> Evaluated:
         raise ValueError("its config.json has no max_position_embeddings")
     backend = getattr(texts, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError("its tokenizer is none of the `tokenizers` library")
+        raise ValueError("its tokenizer is not in the Hugging Face `tokenizers` format")
     tokenizer = Tokenizer(backend, texts.eos_token or EOT)
     texts.eos_token = texts.eos_token or EOT
     texts.model_max_length = sys.maxsize  # no warning about long texts: lm-eval's wrapper cuts them

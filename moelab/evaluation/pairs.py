@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moelab.data import TokenData
 from moelab.data.tokenizer import Tokenizer
+from moelab.data.tokens import TokenData
 
 CODE = ("science", "home", "web", "automation")
 """Domains of mix15 that are code."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moelab.data import TokenData
+from moelab.data.tokens import TokenData
 from moelab.evaluation.pairs import ROOM, Pair, rank, token_bytes
 
 FACTS = 4

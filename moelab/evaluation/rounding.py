@@ -13,7 +13,7 @@ from typing import Any
 
 from moelab import terminal
 from moelab.config import TrainConfig
-from moelab.data import prepare
+from moelab.data.preparation import prepare
 from moelab.inference.modes import MODES, set_mode
 from moelab.inference.text import DTYPES, load_run, run_configs
 from moelab.training.validation import evaluate

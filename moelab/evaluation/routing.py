@@ -147,7 +147,7 @@ def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max
     """
     import torch
 
-    from moelab.data import encode_validation
+    from moelab.data.preparation import encode_validation
     from moelab.models.moe import MoE
 
     config = model.eval().config

@@ -176,7 +176,7 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0) -> Score:
             loaded = manager.load([asked])
         except (OSError, RuntimeError, ImportError) as error:  # no network, a data set with code, a missing package
             raise ValueError(
-                f"eval: the data of {task} cannot be had here ({one_line(error)}); without a network: "
+                f"eval: the data of {task} could not be downloaded ({one_line(error)}); without a network: "
                 f"{', '.join(PACKAGED)}"
             ) from None
         for one in loaded["tasks"].values():

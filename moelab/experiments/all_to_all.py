@@ -43,23 +43,26 @@ def counts(worlds: Iterable[int]) -> list[dict[str, Any]]:
     Returns:
         Rows of ranks; way (flat, hierarchical or coordinated); messages, rows and gathered_rows (those of the
         all-gather after the way back), counted in the engine; moved_rows: rows, with those that a rank keeps for itself
-        at each hop, as the paper counts bytes; formula_messages, …: the same by `moelab.simulate.ways.formula`;
+        at each hop, as the paper counts bytes; formula_messages, …: the same by `moelab.simulate.all_to_alls.formula`;
         simulated_messages, …: the same by the simulator.
     """
     from moelab.engine.collectives import Sent
     from moelab.engine.threads import traffic
-    from moelab.simulate import ways
+    from moelab.simulate import all_to_alls
 
     measured = []
     for ranks in worlds:
-        for way, config in ways.layouts(ranks).items():
+        for way, config in all_to_alls.layouts(ranks).items():
             sent = traffic(config, ranks)
             out = max((t.sent.get(("dispatch", "forward"), Sent()) for t in sent), key=lambda s: s.bytes)
             back = max(t.total("tensor").bytes for t in sent)
             rows = out.bytes // 4
             count = {"ranks": ranks, "way": way, "messages": out.messages, "rows": rows, "gathered_rows": back // 4}
-            count["moved_rows"] = rows + ways.kept(way, ranks)
-            for source, numbers in (("formula", ways.formula(way, ranks)), ("simulated", ways.counts(config, ranks))):
+            count["moved_rows"] = rows + all_to_alls.kept(way, ranks)
+            for source, numbers in (
+                ("formula", all_to_alls.formula(way, ranks)),
+                ("simulated", all_to_alls.counts(config, ranks)),
+            ):
                 count |= {f"{source}_{what}": number for what, number in zip(COUNTED, numbers, strict=True)}
             measured.append(count)
     return measured

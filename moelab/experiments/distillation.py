@@ -166,8 +166,8 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
     """Return a run's loss on each half of the training text, in nats per token; arguments as of `measure_halves`."""
     import torch
 
-    from moelab.data import prepare
     from moelab.data.batches import TrainBatches
+    from moelab.data.preparation import prepare
     from moelab.inference.text import load_run
 
     spec, loss = run.spec, {}

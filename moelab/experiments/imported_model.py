@@ -61,7 +61,7 @@ def check(parameters: Mapping[str, Any]) -> None:
             raise ValueError(f"system {code.name} is for training alone")
         data = DataConfig(corpus or CORPUS["cpu"], context=parameters.get("context", 512))
         if corpus:
-            from moelab.data import open_corpus
+            from moelab.data.corpus import open_corpus
 
             open_corpus(data, paths.home() / "data")
         if (dtype := parameters.get("dtype", "bf16")) not in ("bf16", "fp32"):
@@ -87,7 +87,7 @@ def _random_model() -> Path:
     """Return the directory of a model with random weights, in the format in which OLMoE is published."""
     from filelock import FileLock
 
-    from moelab.data import made
+    from moelab.data import synthetic
     from moelab.data.tokenizer import Tokenizer
     from moelab.engine.checkpoint import hf
     from moelab.models import build
@@ -96,7 +96,7 @@ def _random_model() -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):
         if not place.exists():
-            texts = [text for domain in made.DOMAINS for _, text in islice(made.documents(domain), 20)]
+            texts = [text for domain in synthetic.DOMAINS for _, text in islice(synthetic.documents(domain), 20)]
             hf.export(build(_RANDOM, 0), place, Tokenizer.train(texts, _RANDOM.vocab), "olmoe")
     return place
 

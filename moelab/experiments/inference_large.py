@@ -28,9 +28,9 @@ def models() -> dict[str, ModelConfig]:
     return {size: ModelConfig.parse(name) for name, size in SIZES.items()}
 
 
-def bars() -> pd.DataFrame:
+def latencies() -> pd.DataFrame:
     """Return the bars of Fig 11, simulated beside the paper's: `Bar.row`, and size (total parameters)."""
-    from moelab.simulate.bars import fig11, frame
+    from moelab.simulate.paper_figures import fig11, frame
 
     table = frame(fig11())
     return table.assign(size=table["model"].map(SIZES))
@@ -48,7 +48,7 @@ def speedups() -> pd.DataFrame:
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """Judge the claims on Fig 11, from `bars`."""
+    """Judge the claims on Fig 11, from `latencies`."""
     ms = frame.set_index(["model", "system"])["simulated_ms"]
     rate = frame.set_index(["model", "system"])["simulated_throughput"]
 

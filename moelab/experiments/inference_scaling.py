@@ -35,9 +35,9 @@ def measured_steps(measure: Measure, scale: str, file: str | None = None) -> pd.
     return steps(measure, EXPERIMENT.name, models, scale, file, by="size", ranks=RANKS, batches=(1, 8, 32))
 
 
-def bars() -> pd.DataFrame:
+def latencies() -> pd.DataFrame:
     """Return the bars of Fig 10, simulated beside the paper's: `Bar.row`, and paper_throughput in tokens / s / GPU."""
-    from moelab.simulate.bars import fig10, frame
+    from moelab.simulate.paper_figures import fig10, frame
 
     read = paper.inference_results(figure="fig-10", metric="throughput-per-gpu")
     rates = {(row.system, row.gpus): row.value for row in read}
@@ -46,7 +46,7 @@ def bars() -> pd.DataFrame:
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """Judge the claims on Fig 10, from `bars`."""
+    """Judge the claims on Fig 10, from `latencies`."""
     ms = frame.set_index(["system", "gpus"])["simulated_ms"]
     rate = frame.set_index(["system", "gpus"])["simulated_throughput"]
     ours = {f"52b-speedup-{n}-gpus": ms["pytorch", n] / ms["deepspeed", n] for n in (8, 32, 64)}

@@ -5,7 +5,8 @@ latency of the three variants of every size.
 
 Here: predictions. The paper's bars are not available, only its text. The PR-MoE variants of the large models are not
 in the paper: 64 experts, 128 in the last two MoE layers, and an eighth of the layers cut for the student, as for the
-1.3B base. For 349B the authors' script (`moelab.simulate.bars.SCRIPT`) has the same; for other sizes it is assumed.
+1.3B base. For 349B the authors' script (`moelab.simulate.paper_figures.SCRIPT`) has the same; for other sizes it is
+assumed.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from moelab.lazy import pd
 
 def models() -> dict[str, ModelConfig]:
     """Return the 349B model as each variant, by the variant's name."""
-    from moelab.simulate import bars
+    from moelab.simulate import paper_figures
 
-    return {bar.label.split()[1]: bar.model for bar in bars.variants(("8B",))}
+    return {bar.label.split()[1]: bar.model for bar in paper_figures.variants(("8B",))}
 
 
 def latency() -> pd.DataFrame:
     """Return the bars of Fig 13, simulated: `Bar.row`, with columns base and variant."""
-    from moelab.simulate import bars
+    from moelab.simulate import paper_figures
 
-    shown = bars.variants()
+    shown = paper_figures.variants()
     names = [bar.label.split() for bar in shown]
-    return bars.frame(shown).assign(base=[base for base, _ in names], variant=[variant for _, variant in names])
+    return paper_figures.frame(shown).assign(
+        base=[base for base, _ in names], variant=[variant for _, variant in names]
+    )
 
 
 def latency_headline(frame: pd.DataFrame) -> str:

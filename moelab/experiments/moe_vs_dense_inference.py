@@ -4,7 +4,8 @@ Shows: latency and cost of a token of dense 6.7B on one GPU against the 52B fami
 slices against a 1.5T family in 8.
 
 Here: predictions. Equal quality of the second pair is the paper's assumption. The shape of the 1.5T model, its GPU
-count and its PR-MoE are not in the paper; they are those of the authors' script (`moelab.simulate.bars.SCRIPT`).
+count and its PR-MoE are not in the paper; they are those of the authors' script
+(`moelab.simulate.paper_figures.SCRIPT`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from moelab.lazy import pd
 
 def models() -> dict[str, ModelConfig]:
     """Return the models of Fig 14, by name."""
-    from moelab.simulate import bars
+    from moelab.simulate import paper_figures
 
-    return {bar.label: bar.model for bar in bars.fig14()}
+    return {bar.label: bar.model for bar in paper_figures.fig14()}
 
 
 def costs() -> pd.DataFrame:
@@ -33,9 +34,9 @@ def costs() -> pd.DataFrame:
     gpu_ms_per_token stands for the cost of a token; faster and cheaper are ratios to the dense model of the same
     figure.
     """
-    from moelab.simulate import bars
+    from moelab.simulate import paper_figures
 
-    frame = bars.frame(bars.fig14() + bars.fig15())
+    frame = paper_figures.frame(paper_figures.fig14() + paper_figures.fig15())
     frame = frame.assign(gpu_ms_per_token=1e3 / frame["simulated_throughput"])
     dense = frame[frame["model"].str.endswith("dense")].set_index("figure")
     return frame.assign(

@@ -27,7 +27,7 @@ from typing import Any
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.design import budgets, comparison, settings, stated
+from moelab.design import budgets, claim_values, comparison, settings
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
@@ -115,7 +115,7 @@ def paper_gaps(base: str = "350M") -> dict[str, tuple[float, float, float]]:
     dense, moe = paper.loss_curve(base), paper.loss_curve(f"{base}+MoE-128")
     near = paper.claim("pr-moe-matches-moe128")
     gaps = {"Dense": dense.final_minus(moe)}
-    return gaps | ({"PR-MoE-32/64": (near.number, *stated.paper_range(near))} if base == "350M" else {})
+    return gaps | ({"PR-MoE-32/64": (near.number, *claim_values.paper_range(near))} if base == "350M" else {})
 
 
 def verdicts(final: pd.DataFrame, scale: str = "cpu", base: str = "350M") -> list[Verdict]:
@@ -133,13 +133,13 @@ def memory_ratios() -> dict[int, float]:
 
     The state is weights, gradients and optimizer; numbers of GPUs on which one of the models does not fit are left out.
     """
-    from moelab.simulate import bars
+    from moelab.simulate import paper_figures
     from moelab.simulate.step import STATE_BYTES, training
 
     ratios = {}
     for gpus in (4, 8, 16, 32, 64, 128):
         pair = [
-            training(ARMS[arm], ParallelConfig(data=gpus), bars.CLUSTER, batch=gpus)
+            training(ARMS[arm], ParallelConfig(data=gpus), paper_figures.CLUSTER, batch=gpus)
             for arm in ("PR-MoE-32/64", "MoE-128")
         ]
         held = [sum(one.memory_gib[part] for part in STATE_BYTES) for one in pair]

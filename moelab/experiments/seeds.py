@@ -230,7 +230,7 @@ def heads(runs: Runs) -> pd.DataFrame:
 
 def head_effects(run: Run, tokens: int) -> list[dict[str, Any]]:
     """Return what each head of a run is for, see `moelab.evaluation.heads.Head`; tokens as `HEAD_TOKENS`."""
-    from moelab.data import prepare
+    from moelab.data.preparation import prepare
     from moelab.evaluation import heads as measured
     from moelab.inference.text import load_run
 

@@ -60,8 +60,8 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of `measure` for one run."""
-    from moelab.data import prepare
     from moelab.data.batches import validation_batches
+    from moelab.data.preparation import prepare
     from moelab.inference.text import load_run
 
     train, seed = run.spec.train, {"seed": run.spec.train.seed}

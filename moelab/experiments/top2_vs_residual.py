@@ -73,12 +73,12 @@ def sessions(specs: Sequence[RunSpec], ranks: int, count: int, steps: int, round
 
     Args:
         specs: one run of each arm.
-        ranks, count, steps, rounds: see `moelab.bench.scaling.speed_ratios`.
+        ranks, count, steps, rounds: see `moelab.bench.sessions.speed_ratios`.
 
     Returns:
         The ratio of speeds of each round, by session; empty where an arm is missing, and for runs on a GPU.
     """
-    from moelab.bench.scaling import speed_ratios
+    from moelab.bench.sessions import speed_ratios
 
     arms = {spec.label: spec for spec in specs}
     pair = [arms[label] for label in ("Residual-MoE-32", "Top2-MoE-32") if label in arms]

@@ -45,8 +45,8 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
     """
     import torch
 
-    from moelab.data import prepare
     from moelab.data.batches import validation_batches
+    from moelab.data.preparation import prepare
     from moelab.engine import checkpoint
     from moelab.inference.text import weights_for
     from moelab.models import build

@@ -208,7 +208,7 @@ def score_pairs(run: Run, count: int, version: int, on_progress: OnProgress) -> 
         on_progress: called with (kind, sequences done, all sequences).
     """
     from moelab.bench.harness import torch_threads
-    from moelab.data import prepare
+    from moelab.data.preparation import prepare
     from moelab.evaluation import likelihood
     from moelab.inference.modes import set_mode
     from moelab.inference.text import load_run

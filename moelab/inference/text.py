@@ -16,8 +16,9 @@ from torch import nn
 
 from moelab.config import DataConfig, ModelConfig, from_json
 from moelab.config.parallel import ParallelConfig
-from moelab.data import TokenData, prepare
+from moelab.data.preparation import prepare
 from moelab.data.tokenizer import Tokenizer
+from moelab.data.tokens import TokenData
 from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
 from moelab.engine.checkpoint import hf

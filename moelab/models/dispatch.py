@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from moelab import kernels
-from moelab.models.baseline import einsum_combine, einsum_dispatch, one_hot_masks
 from moelab.models.routing import Routing
 
 State = TypeVar("State")
@@ -103,6 +102,8 @@ class EinsumDispatch(Dispatch[Tensor]):
 
     def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[Tensor]:
         """Return the tokens in their experts' slots, C rows per expert."""
+        from moelab.models.baseline import einsum_dispatch, one_hot_masks
+
         E = len(routing.kept_E)
         C = max(int(routing.kept_E.max()) if self.reads_device(len(x_SM)) else len(x_SM), 1)
         dispatch_SEC, combine_SEC = one_hot_masks(routing, C, x_SM.dtype)
@@ -111,6 +112,8 @@ class EinsumDispatch(Dispatch[Tensor]):
 
     def combine(self, rows_RM: Tensor, state: Tensor) -> Tensor:
         """Return each token's weighted sum of its experts' outputs, [S, M]."""
+        from moelab.models.baseline import einsum_combine
+
         return einsum_combine(rows_RM.view(*state.shape[1:], -1), state)
 
     def reads_device(self, tokens: int) -> bool:

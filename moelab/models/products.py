@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 
-from moelab import machine
-
 VENDOR = "AuthenticAMD"
 """Maker on whose processors with AVX-512 oneDNN's fp32 products were measured: faster than MKL's, or no slower."""
 _matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch's annotations lack it
@@ -64,6 +62,8 @@ def _option(precision: str) -> Iterator[None]:
 @functools.cache
 def onednn_is_faster() -> bool:
     """Return whether oneDNN's fp32 products are faster on this processor, and exact."""
+    from moelab import machine
+
     wide = torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported()
     if machine.vendor() != VENDOR or not wide:
         return False

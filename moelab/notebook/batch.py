@@ -99,7 +99,7 @@ def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs],
     logs = paths.home() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    context.set_forkserver_preload(["moelab.notebook.forked"])
+    context.set_forkserver_preload(["moelab.notebook.preload"])
     log_of: dict[str, str] = {}
     failed: list[str] = []
     going: dict[str, tuple[Any, float]] = {}

@@ -126,7 +126,7 @@ def loss_curves(
     for i, arm in enumerate(arms):
         of_arm = shown[shown["arm"] == arm]
         if "seed" in of_arm and of_arm.duplicated(["seed", along]).any():
-            raise ValueError(f"arm {arm!r} has several runs of a seed; give each of their specs a label of its own")
+            raise ValueError(f"arm {arm!r} has several runs of a seed; give each of their specs a separate label")
         part = of_arm.groupby(along)["loss"]
         if not len(part):
             continue

@@ -49,7 +49,7 @@ def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
     """Draw the time of each exchange over that of the flat one, a panel for each size.
 
     Args:
-        predicted: columns as in `moelab.simulate.ways.times`.
+        predicted: columns as in `moelab.simulate.all_to_alls.times`.
         axes: one for each size.
     """
     for ax, (size, part) in zip(axes, predicted.groupby("bytes"), strict=True):

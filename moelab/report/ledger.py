@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.design import settings
+from moelab.design.claim_values import paper_text
 from moelab.design.judging import restate
-from moelab.design.stated import paper_text
 from moelab.design.verdicts import CANNOT_TELL, CANNOT_TEST, DECIDED, HELD, KINDS, MEASURED, Verdict
 from moelab.report.summary import Summary, read_all
 from moelab.statistics import ALPHA, benjamini_hochberg, holm

@@ -27,8 +27,9 @@ from moelab.runs.store import Run, Status
 from moelab.terminal import one_line
 
 if TYPE_CHECKING:
-    from moelab.data import TokenData
+    from moelab.data.tokens import TokenData
     from moelab.engine.checkpoint import Checkpoint
+    from moelab.training.distill import Teacher
     from moelab.training.loop import Progress
 
 ShouldStop = Callable[[], bool]
@@ -66,9 +67,7 @@ def execute(
         there = f"this is {place}" if place else "this process is not one of several"
         raise ValueError(f"run {run.spec.id} is for {ranks} ranks, {there}")
     if ranks == 1:
-        with _trainer_of(run, should_stop):
-            if not run.finished:
-                _train(run, should_stop, on_progress)
+        _lead(run, should_stop, on_progress)
         return
 
     from moelab.training.loop import TrainingStopped
@@ -80,27 +79,44 @@ def execute(
     place = process.join(device=run.spec.train.device, folder=run.path)
     try:
         if place.rank == 0:
-            _train_as_first(run, should_stop, on_progress)
+            _lead(run, should_stop, on_progress)
         elif _from_first("run") == "train":
-            _train_along(run, should_stop)
+            _follow(run, should_stop)
     except (TrainingStopped, StoppedAtStart):  # all ranks at the same step
         process.leave()
         raise
     process.leave()
 
 
-def _train_as_first(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
-    """Train as rank 0, which holds the lock and tells the others what is to be done."""
+def _lead(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
+    """Train as the first rank, or the only one, which holds the lock and tells others what is to be done."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(_trainer_of(run, should_stop))
         except StoppedAtStart:
-            process.publish("run", _STOP)
+            _tell(run, "run", _STOP)
             raise
         todo = not run.finished
-        process.publish("run", "train" if todo else "finished")
+        _tell(run, "run", "train" if todo else "finished")
         if todo:
-            _train(run, should_stop, on_progress)
+            _train_and_record(run, should_stop, on_progress)
+
+
+def _follow(run: Run, should_stop: ShouldStop) -> None:
+    """Train as a rank after the first, on the data that rank 0 has prepared."""
+    from moelab.data.preparation import prepare
+
+    fingerprint = _from_first("data")
+    data = prepare(run.spec.data, paths.home() / "data")
+    if data.fingerprint != fingerprint:
+        raise ValueError(f"run {run.spec.id}: this rank's data are {data.fingerprint}, rank 0's {fingerprint}")
+    _train(run, data, should_stop, lambda _: None)
+
+
+def _tell(run: Run, key: str, value: str) -> None:
+    """Publish a value for the ranks after the first, if there are any."""
+    if run.spec.parallel.ranks > 1:
+        process.publish(key, value)
 
 
 def _from_first(key: str) -> str:
@@ -138,7 +154,7 @@ def _trainer_of(run: Run, should_stop: ShouldStop) -> Iterator[None]:
             for folder in (run.path, run.path / "logs"):
                 sweep(folder, older_s=60)  # few but the holder of the lock write here, and none takes so long
             holder = {"host": socket.gethostname(), "process": os.getpid(), "since": _iso(time.time())}
-            with contextlib.suppress(OSError):  # a full disk is told by what trains
+            with contextlib.suppress(OSError):  # the training reports a full disk
                 write_json(run.path / "holder.json", holder)
         yield
     finally:
@@ -153,11 +169,11 @@ def _holder(run: Run) -> str:
     return "another process"
 
 
-def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
-    """Train and write all about it; the caller holds the lock."""
+def _train_and_record(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
+    """Prepare the data, train, and write status, provenance and result; the caller holds the lock."""
     with whole_imports():
-        from moelab.data import prepare
-        from moelab.training.loop import TrainingStopped
+        import moelab.training.loop  # noqa: F401
+        from moelab.data.preparation import prepare
 
     spec, before = run.spec, run.status
     state: dict[str, Any] = {"step": before.step, "steps": spec.train.steps(spec.data.context)}
@@ -172,27 +188,13 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
     if spec.train.device == "cpu":
         record["hardware"].pop("gpus", None)  # those of the machine have no part in it
     run.set_status(Status("running", **state))
-    try:
+    with _failure_in_status(run, state):
         sessions.begin(run.path, record)
         _stop_others(run, should_stop)
         data = prepare(spec.data, paths.home() / "data", lambda _: _stop_early(run, should_stop))
         _stop_others(run, should_stop)
-        if spec.parallel.ranks > 1:
-            process.publish("data", data.fingerprint)
-        result = _call_train(run, data, should_stop, progress)
-    except (TrainingStopped, KeyboardInterrupt) as stop:
-        run.set_status(Status("stopped", **state, reason=str(stop) or "interrupted"))
-        raise
-    except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or run.path}"
-        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):  # None: safetensors' error of a full disk
-            reason += " (earlier checkpoints are kept; make room and run again)"
-        with contextlib.suppress(OSError):  # the disk that is full is the one the status lives on; the log says it
-            run.set_status(Status("failed", **state, reason=reason))
-        raise
-    except BaseException as error:
-        run.set_status(Status("failed", **state, reason=one_line(error)))
-        raise
+        _tell(run, "data", data.fingerprint)
+        result = _train(run, data, should_stop, progress)
     if len(several := sessions.contributing(run.path)) > 1:
         record["sessions"] = several
     record["data"] = {"fingerprint": data.fingerprint, "corpus": spec.data.corpus, "tokenizer": spec.data.tokenizer}
@@ -208,6 +210,32 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress) -> None:
     run.set_status(Status("finished", **{**state, "step": state["steps"]}))
 
 
+@contextlib.contextmanager
+def _failure_in_status(run: Run, state: dict[str, Any]) -> Iterator[None]:
+    """Write into the status that and why the training stopped or failed.
+
+    Args:
+        state: progress, as the status has it.
+    """
+    from moelab.training.loop import TrainingStopped
+
+    try:
+        yield
+    except (TrainingStopped, KeyboardInterrupt) as stop:
+        run.set_status(Status("stopped", **state, reason=str(stop) or "interrupted"))
+        raise
+    except OSError as error:
+        reason = f"{error.strerror or error}: {error.filename or run.path}"
+        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):  # None: safetensors' error of a full disk
+            reason += " (earlier checkpoints are kept; make room and run again)"
+        with contextlib.suppress(OSError):  # the status is on the full disk, too; the log has the error
+            run.set_status(Status("failed", **state, reason=reason))
+        raise
+    except BaseException as error:
+        run.set_status(Status("failed", **state, reason=one_line(error)))
+        raise
+
+
 def _stop_others(run: Run, should_stop: ShouldStop) -> None:
     """Stop with the ranks that wait for the data, if that is asked; one rank alone is stopped by its training."""
     if run.spec.parallel.ranks > 1:
@@ -217,34 +245,28 @@ def _stop_others(run: Run, should_stop: ShouldStop) -> None:
 def _stop_early(run: Run, should_stop: ShouldStop) -> None:
     """Stop before the training, if that is asked: preparing a large text may take longer than a job has."""
     if should_stop():
-        if run.spec.parallel.ranks > 1:
-            process.publish("data", _STOP)
+        _tell(run, "data", _STOP)
         raise StoppedAtStart("stopped before the training began")
 
 
-def _train_along(run: Run, should_stop: ShouldStop) -> None:
-    """Train as a rank after the first, on the data that rank 0 has prepared."""
-    from moelab.data import prepare
-
-    fingerprint = _from_first("data")
-    data = prepare(run.spec.data, paths.home() / "data")
-    if data.fingerprint != fingerprint:
-        raise ValueError(f"run {run.spec.id}: this rank's data are {data.fingerprint}, rank 0's {fingerprint}")
-    _call_train(run, data, should_stop, lambda _: None)
-
-
-def _call_train(run: Run, data: TokenData, should_stop: ShouldStop, on_progress: OnProgress) -> dict[str, Any]:
+def _train(run: Run, data: TokenData, should_stop: ShouldStop, on_progress: OnProgress) -> dict[str, Any]:
+    """Train on this rank, first the trunk that the run branches off where that is needed; return the result."""
     import torch
+
+    from moelab.training.loop import Branch, train
 
     spec, runs = run.spec, run.path.parent
     steps = spec.train.steps(spec.data.context)
 
-    def train_until(trunk: RunSpec, folder: Path, start: Checkpoint | None, step: int) -> None:
-        def progress(p: Progress) -> None:
-            on_progress(replace(p, steps=steps))
+    def train_spec(spec: RunSpec, folder: Path, start: Checkpoint | None, **options: Any) -> dict[str, Any]:
+        branch = Branch(spec.start.tokens, spec.start.warmup_tokens, spec.start.upcycle) if spec.start else None
+        options |= {"parallel": spec.parallel, "teacher": _teacher(spec, runs), "branch": branch}
+        options |= {"start": start, "should_stop": should_stop}
+        return train(spec.model, spec.train, data, spec.data.context, folder, **options)
 
-        _train_in(trunk, folder, runs, data, start=start, until=step, on_progress=progress, should_stop=should_stop)
-        gc.collect()  # recomputation and FSDP2 make cycles, which would keep the trunk on the GPU beside the branch
+    def train_trunk(trunk: RunSpec, folder: Path, start: Checkpoint | None, step: int) -> None:
+        train_spec(trunk, folder, start, until=step, on_progress=lambda p: on_progress(replace(p, steps=steps)))
+        gc.collect()  # recomputation and FSDP2 make cycles, which would keep the trunk on the GPU during the branch
 
     def say(line: str) -> None:
         if (place := process.find()) is None or place.rank == 0:
@@ -254,27 +276,23 @@ def _call_train(run: Run, data: TokenData, should_stop: ShouldStop, on_progress:
     try:
         torch.set_num_threads(spec.train.threads)
         with torch.random.fork_rng(devices=[]):  # the steps seed the generator that a notebook draws from, too
-            start = starting_point(spec, run.path, runs, train_until, say)
-            return _train_in(spec, run.path, runs, data, start=start, on_progress=on_progress, should_stop=should_stop)
+            start = starting_point(spec, run.path, runs, train_trunk, say)
+            return train_spec(spec, run.path, start, on_progress=on_progress)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train_in(spec: RunSpec, folder: Path, runs: Path, data: TokenData, **options: Any) -> dict[str, Any]:
-    """Train a spec in a folder, with its teacher from the folder of all runs."""
+def _teacher(spec: RunSpec, runs: Path) -> Teacher | None:
+    """Return the finished run that a spec distils, from the folder of all runs; ValueError where it has no weights."""
+    if spec.teacher is None or spec.distill is None:
+        return None
     from moelab.training.distill import Teacher
-    from moelab.training.loop import Branch, train
 
-    teacher = None
-    if spec.teacher is not None and spec.distill is not None:
-        source = Run(spec.teacher, runs / spec.teacher.id)
-        if not source.finished:
-            raise ValueError(f"its teacher {spec.teacher.id} has no result: {source.status.state}")
-        source.require_weights()
-        teacher = Teacher(spec.teacher.model, source.path, spec.distill)
-    branch = Branch(spec.start.tokens, spec.start.warmup_tokens, spec.start.upcycle) if spec.start else None
-    given: dict[str, Any] = {"parallel": spec.parallel, "teacher": teacher, "branch": branch, **options}
-    return train(spec.model, spec.train, data, spec.data.context, folder, **given)
+    source = Run(spec.teacher, runs / spec.teacher.id)
+    if not source.finished:
+        raise ValueError(f"its teacher {spec.teacher.id} has no result: {source.status.state}")
+    source.require_weights()
+    return Teacher(spec.teacher.model, source.path, spec.distill)
 
 
 def _iso(seconds: float) -> str:

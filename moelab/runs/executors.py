@@ -53,7 +53,7 @@ def _failed(run: Run, error: Exception, before: int) -> None:
     """
     try:
         status = Status.read(run.path) or Status("new")
-        if not _said(run, status, before):  # it was raised before the training or after it
+        if not _has_reason(run, status, before):  # it was raised before the training or after it
             run.set_status(replace(status, state="failed", reason=one_line(error)))
         if run.spec.parallel.ranks == 1:  # ranks have logs of their own
             with open(run.path / "log.txt", "a", encoding="utf-8") as log:
@@ -142,7 +142,7 @@ class _Session:
     def ended(self, code: int) -> None:
         """Write into the run's status how its process ended, unless the process has said why or another one trains."""
         run, status = self.run, Status.read(self.run.path) or Status("new")
-        if code in (process.FINISHED, process.STOPPED) or _said(run, status, self.status):
+        if code in (process.FINISHED, process.STOPPED) or _has_reason(run, status, self.status):
             return
         if code < 0:
             how = postmortem.death_by_signal(-code, 0, [0], postmortem.oom_kills() > self.oom_kills)
@@ -154,7 +154,7 @@ class _Session:
             run.set_status(replace(status, state="stopped" if code < 0 else "failed", reason=reason))
 
 
-def _said(run: Run, status: Status, before: int) -> bool:
+def _has_reason(run: Run, status: Status, before: int) -> bool:
     """Return whether a run needs no reason: it has one that is newer than `before`, is finished, or is trained."""
     said = run.status_time != before and status.state not in ("new", "running")
     return said or run.finished or run.locked

@@ -202,7 +202,7 @@ def _text_now(data: DataConfig) -> str:
     """Return a digest that changes with the files of a user's text; empty for texts that do not change."""
     if not data.corpus.startswith(("folder:", "hf:")):
         return ""
-    from moelab.data import open_corpus
+    from moelab.data.corpus import open_corpus
 
     try:
         state = open_corpus(data, paths.home() / "data").state
@@ -218,12 +218,12 @@ def code() -> str:
 
 
 def source() -> str:
-    """Digest of moelab's source and data files, kernels and their C++ included, and of what was tuned here.
+    """Digest of moelab's source and data files, kernels and their C++ included.
 
     Hidden files and folders are left out: an editor keeps its locks and copies there.
     """
     hashed = hashlib.sha256()
-    places = {"tuned": [str(paths.home() / "tuned")]}
+    places: dict[str, list[str]] = {}
     for package in ("moelab", "moelab.kernels"):
         spec = find_spec(package)
         places[package] = list((spec.submodule_search_locations or ()) if spec else ())

@@ -108,7 +108,8 @@ def check_texts(specs: Sequence[RunSpec], *, same_files: bool = True, same_packa
         UnknownCorpus: a text with this name exists nowhere.
         ValueError: one line.
     """
-    from moelab.data import is_prepared, open_corpus
+    from moelab.data.corpus import open_corpus
+    from moelab.data.preparation import is_prepared
     from moelab.data.tokenizer import bpe_vocabulary
 
     folder = paths.home() / "data"

@@ -38,7 +38,7 @@ from moelab.terminal import plain
 
 def ended(folder: Path) -> str:
     """Return the reason of a run whose status says "running" while no process holds its lock, and nobody watched it."""
-    return f"its process ended without a word; it will resume{disk_full(folder)}"
+    return f"its process died; run it again to resume{disk_full(folder)}"
 
 
 def disk_full(folder: Path) -> str:
@@ -159,7 +159,7 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """Its state; a run whose process died without a word counts as stopped."""
+        """Its state; a run whose process died counts as stopped."""
         status = Status.read(self.path) or Status("new")
         if self.finished:
             return replace(status, state="finished", reason="")
@@ -342,7 +342,7 @@ class RunStore:
         for name in names:
             if not name or not any(run.startswith(name) for run in known):
                 kind = "finished run" if file == "result.json" else "run"
-                raise ValueError(f"run {name!r}: no {kind} begins so; {len(known)} are in {self.root}")
+                raise ValueError(f"run {name!r}: no id of a {kind} starts with it; {len(known)} are in {self.root}")
         return [run for run in known if not names or run.startswith(tuple(names))]
 
     def find(self, name: str) -> Path:
@@ -363,7 +363,7 @@ class RunStore:
         if len(matches) == 1:
             return known[matches[0]]
         if matches:
-            raise ValueError(f"run {name!r}: {len(matches)} runs begin so: {', '.join(matches[:5])}")
+            raise ValueError(f"run {name!r}: {len(matches)} runs start with it: {', '.join(matches[:5])}")
         starts = {run[: len(name)]: run for run in known}
         close = [starts[start] for start in difflib.get_close_matches(name, starts, n=3) if name]
         raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from moelab.engine.launch import RankFailed, launch
+from moelab.engine.launch.launcher import RankFailed, launch
 from moelab.engine.launch.postmortem import lost_connection
 from moelab.engine.launch.process import FINISHED, rank_name
 from moelab.runs.store import Run, Status

@@ -17,7 +17,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelab.engine.launch import RankFailed, process
+from moelab.engine.launch import process
+from moelab.engine.launch.launcher import RankFailed
 from moelab.engine.launch.process import FAILED, FINISHED, STOPPED
 from moelab.runs.execute import execute
 from moelab.runs.store import Run

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from moelab.simulate import bars as _bars
+from moelab.simulate import paper_figures
 from moelab.simulate.constants import FREE, Constants
 
 
 def fit(
-    bars: list[_bars.Bar] | None = None, start: Constants | None = None, held: tuple[str, ...] = ()
+    bars: list[paper_figures.Bar] | None = None, start: Constants | None = None, held: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Fit the constants of `FREE` on bars, except those in `held`, which keep their value in `start`.
 
@@ -30,7 +30,7 @@ def fit(
     """
     from scipy.optimize import least_squares
 
-    bars = _bars.fig10() if bars is None else bars
+    bars = paper_figures.fig10() if bars is None else bars
     names = [n for n in FREE if n not in held]
     low = np.log([FREE[n][0] for n in names])
     high = np.log([FREE[n][1] for n in names])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from moelab import paper
-from moelab.simulate import bars
+from moelab.simulate import paper_figures
 from moelab.simulate.constants import FREE, calibration
 from moelab.simulate.decoding import decode, decode_sweep
 from moelab.simulate.hardware import cluster
@@ -18,9 +18,9 @@ def memory() -> pd.DataFrame:
 
     Columns: variant, gpus, gib_per_gpu, fits (on the paper's machines), and the parts of the memory as <part>_gib.
     """
-    where = cluster(bars.CLUSTER)
+    where = cluster(paper_figures.CLUSTER)
     rows = []
-    for variant, model in bars.family("8B").items():
+    for variant, model in paper_figures.family("8B").items():
         for gpus in (4, 8, 16, 32, 64, 128):
             sweep = decode_sweep(model, layouts(model, (gpus,), where.gpus_per_node), where, context=2048)
             i = int(sweep.total.argmin())
@@ -41,9 +41,9 @@ def few_gpus() -> pd.DataFrame:
     """Return simulated latencies on few GPUs: columns base, variant, gpus, simulated_ms, fits."""
     rows = []
     for base, gpus in (("1.3B", 8), ("2.4B", 8), ("8B", 32)):
-        for bar in bars.variants((base,)):
-            layout = bars.layout(bar.model, gpus, bars.TENSOR[base], "deepspeed")
-            got = decode(bar.model, layout, bars.CLUSTER, context=bars.CONTEXT)
+        for bar in paper_figures.variants((base,)):
+            layout = paper_figures.layout(bar.model, gpus, paper_figures.TENSOR[base], "deepspeed")
+            got = decode(bar.model, layout, paper_figures.CLUSTER, context=paper_figures.CONTEXT)
             row = {"base": base, "variant": bar.label.split()[1], "gpus": gpus}
             rows.append({**row, "simulated_ms": got.latency_ms, "fits": got.fits})
     return pd.DataFrame(rows)

@@ -8,7 +8,7 @@ import numpy as np
 
 from moelab import paper
 from moelab.config.parallel import ParallelConfig
-from moelab.simulate import bars
+from moelab.simulate import paper_figures
 from moelab.simulate.calibrate import fit
 from moelab.simulate.constants import Constants
 from moelab.simulate.search import least_gpus
@@ -40,7 +40,7 @@ def rows(constants: Constants | None = None) -> list[Row]:
             }
         )
 
-    for bar in (*bars.fig10(), *bars.fig11(), *bars.tutorial()):
+    for bar in (*paper_figures.fig10(), *paper_figures.fig11(), *paper_figures.tutorial()):
         if bar.paper_ms is not None:
             row = bar.row(constants=constants)
             what = f"{bar.figure}: {bar.label}, {bar.system}, {bar.gpus} GPUs"
@@ -54,7 +54,7 @@ def rows(constants: Constants | None = None) -> list[Row]:
         assumed = "shapes and GPU count from the authors' script" if figure == "fig-15" else ""
         word = "faster" if metric == "speedup" else "cheaper"
         add("ratio", f"{figure}: {word} than dense", reported, ratio, "x", assumed=assumed)
-    family = bars.family("8B")
+    family = paper_figures.family("8B")
     needed = paper.inference_results(figure="fig-12", metric="gpus-needed")[0]
     assert needed.baseline_gpus is not None
     for what, gpus, model in (
@@ -62,7 +62,14 @@ def rows(constants: Constants | None = None) -> list[Row]:
         ("its PR-MoE+MoS", needed.value, family["PR-MoE+MoS"]),
     ):
         assumed = "" if what == "8B+MoE-128" else "experts from the authors' script"
-        add("GPUs", f"fig-12: fewest for {what}", gpus, least_gpus(model, bars.CLUSTER)[0], "GPUs", assumed=assumed)
+        add(
+            "GPUs",
+            f"fig-12: fewest for {what}",
+            gpus,
+            least_gpus(model, paper_figures.CLUSTER)[0],
+            "GPUs",
+            assumed=assumed,
+        )
     speeds = table3(constants)
     theirs = {t.model: t.samples_per_s for t in paper.training_throughput()}
     ours = {name: speeds[name].samples_per_s for name in theirs}
@@ -80,7 +87,7 @@ def median_error(found: list[Row], **wanted: str) -> float:
 
 def speedups(constants: Constants | None = None) -> dict[str, float]:
     """Return Fig 11's ratios, latency of PyTorch over DeepSpeed, for the sizes that have a printed one."""
-    latency = {(b.label, b.system): b.simulate(constants=constants).latency_ms for b in bars.fig11()}
+    latency = {(b.label, b.system): b.simulate(constants=constants).latency_ms for b in paper_figures.fig11()}
     labels = [r.model for r in paper.inference_results(figure="fig-11", metric="speedup")]
     return {label: latency[label, "pytorch"] / latency[label, "deepspeed"] for label in labels}
 
@@ -91,7 +98,7 @@ def against_dense(constants: Constants | None = None) -> dict[str, float]:
     Cost is GPU time per token: both sides rent the same machines.
     """
     ratios = {}
-    for figure, found in (("fig-14", bars.fig14()), ("fig-15", bars.fig15())):
+    for figure, found in (("fig-14", paper_figures.fig14()), ("fig-15", paper_figures.fig15())):
         dense, small = (found[i].simulate(constants=constants) for i in (0, -1))
         ratios[f"{figure}:speedup"] = dense.latency_ms / small.latency_ms
         ratios[f"{figure}:cost-saving"] = small.tokens_per_s_per_gpu / dense.tokens_per_s_per_gpu
@@ -113,7 +120,7 @@ def table3(constants: Constants | None = None) -> dict[str, TrainingEstimate]:
         found[row.model] = training(
             row.model,
             ParallelConfig(tensor=settings.script_tp, data=data, recompute=settings.activation_checkpointing),
-            bars.CLUSTER,
+            paper_figures.CLUSTER,
             batch=settings.batch_seqs,
             micro_batch=min(settings.micro_batch_seqs, settings.batch_seqs // data),
             zero=settings.zero_stage,
@@ -148,7 +155,7 @@ def sensitivity(values: dict[str, list[float]]) -> list[Row]:
         for value in options:
             start = Constants().with_free({name: value})
             table.append(row(name, value, start.with_free(fit(start=start, held=(name,))["constants"])))
-    undisputed = [b for b in bars.fig10() if (b.system, b.gpus) != ("pytorch", 64)]
+    undisputed = [b for b in paper_figures.fig10() if (b.system, b.gpus) != ("pytorch", 64)]
     known = Constants().with_free(fit(undisputed)["constants"])
     return [*table, row("far_us, fitted without the baseline's 64-GPU bar", known.far_us, known)]
 

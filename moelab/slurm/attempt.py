@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from moelab.config import from_json
-from moelab.engine.launch import RankFailed
+from moelab.engine.launch.launcher import RankFailed
 from moelab.runs.store import Run
 
 ATTEMPTS = "attempts.jsonl"

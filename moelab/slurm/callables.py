@@ -22,7 +22,7 @@ from typing import Any
 import submitit
 
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.launch import RankFailed
+from moelab.engine.launch.launcher import RankFailed
 from moelab.engine.launch.process import FINISHED, STOPPED
 from moelab.runs.store import Run
 from moelab.runs.supervisor import supervise

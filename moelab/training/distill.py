@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moelab.config import ModelConfig, TrainConfig
 from moelab.config.distill import DistillConfig
-from moelab.data import TokenData
+from moelab.data.tokens import TokenData
 from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh

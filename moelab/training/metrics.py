@@ -1,7 +1,7 @@
 """Write a run's metrics as JSON lines, one file for training rows and one for validation rows.
 
 A checkpoint records the lengths and SHA-256 of the files (`Metrics.state`). A run that resumes from it first cuts the
-files to these lengths, so that they equal those of an uninterrupted run; `objection` checks that the rows are there.
+files to these lengths, so that they equal those of an uninterrupted run; `missing_rows` checks that the rows are there.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Metrics:
         self._paths = {name: run_dir / name for name in (TRAIN, VALIDATION)}
         self._sizes, self._hashes = {}, {}
         for name, path in self._paths.items():
-            # A crash of the machine may take an empty file with it; `objection` tells of rows that are gone.
+            # A crash of the machine may take an empty file with it; `missing_rows` tells of rows that are gone.
             kept = (read_bytes(path) or b"")[: recorded[name]["bytes"]] if recorded else b""
             write_bytes(path, kept, durable=True)
             self._sizes[name], self._hashes[name] = len(kept), hashlib.sha256(kept)
@@ -154,7 +154,7 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield f"expert_load/layer{layer}/p{percent}", value
 
 
-def objection(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> str | None:
+def missing_rows(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> str | None:
     """Return one line about metrics that a checkpoint counts on and that are gone or changed; None when they are whole.
 
     Args:

@@ -26,7 +26,7 @@ def learning_rate(config: TrainConfig, tokens: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def rewarmed(config: TrainConfig, tokens: int, start: int, warmup_tokens: int) -> float:
+def branch_learning_rate(config: TrainConfig, tokens: int, start: int, warmup_tokens: int) -> float:
     """Return the learning rate of a step of a branch: `learning_rate`, times a linear warm-up after its start.
 
     Args:

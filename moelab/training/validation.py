@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from moelab.config import TrainConfig
-from moelab.data import TokenData
 from moelab.data.batches import PAIRS, bits_per_byte, overall_loss, pairs, validation_batches
+from moelab.data.tokens import TokenData
 from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
-from moelab.models import GPT
 from moelab.models.attention import uses_kernel
+from moelab.models.gpt import GPT
 from moelab.models.products import fastest_products
 from moelab.training.precision import autocast
 

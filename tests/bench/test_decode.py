@@ -20,7 +20,7 @@ from moelab.bench.decode import DecodeSettings
 from moelab.bench.decoders import decoders
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.launch import launch
+from moelab.engine.launch.launcher import launch
 from moelab.inference import Generator, Sampling, set_mode
 from moelab.inference.modes import STATIC_TOKENS
 from moelab.models.moe import MoE

@@ -7,7 +7,7 @@ import pytest
 
 from moelab.bench import exchange as bench
 from moelab.config.parallel import EXCHANGES
-from moelab.engine.launch import launch
+from moelab.engine.launch.launcher import launch
 from moelab.experiments import all_to_all
 from moelab.lab import Lab
 

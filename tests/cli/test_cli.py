@@ -18,7 +18,7 @@ import moelab as moelab_package
 from moelab import cli
 from moelab.bench import train
 from moelab.cli import bench, doctor, experiments, models
-from moelab.data import CorpusUnavailable
+from moelab.data.packages import CorpusUnavailable
 from moelab.engine.checkpoint import CheckpointError
 from moelab.experiments import EXPERIMENTS
 from moelab.inference.modes import MODES
@@ -93,7 +93,6 @@ def test_bad_input_is_one_line_and_starts_nothing_and_wrong_arguments_load_nothi
         (("import", "nosuch", "new"), "'nosuch' is no directory, and no name of a published model"),
         (("import", "docs", "."), "import: . exists; choose a new directory"),
         (("check-cluster", "--device", "tpu"), "--device must be cpu or cuda"),
-        (("gpu", "--part", "nosuch"), "gpu: no part 'nosuch'; allowed: tests, layer"),
         (("run", "pr-moe", "-p", "parallel.data=3"), "parallel.data must divide the batch"),
         (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "corpus 'folder:/nowhere' is no folder"),
         (("run", "pr-moe", "-p", "data.tokenizer=gpt2"), "tokenizer gpt2 has 50257 entries"),

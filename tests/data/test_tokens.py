@@ -25,7 +25,7 @@ from moelab.data.preparation import is_prepared, prepare
 from moelab.data.tokens import TokenData
 from moelab.files import sha256_of
 
-IMPORTS = "import sys; from pathlib import Path; from moelab.config import DataConfig; from moelab.data import prepare;"
+IMPORTS = "import sys; from pathlib import Path; from moelab.config import DataConfig; from moelab.data.preparation import prepare;"
 
 
 def rebuilt_text(tokens: np.ndarray, data: TokenData) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import ttest_ind
 
 from moelab import paper
-from moelab.design import comparison, stated
+from moelab.design import claim_values, comparison
 from moelab.design import verdicts as claims
 from moelab.design.judging import MARGIN, agreed, can_test, judge, judge_timing, restate
 from moelab.design.simulated import judge_simulated
@@ -565,7 +565,7 @@ def test_an_arm_may_be_compared_with_itself():
 
 
 def test_a_crossing_is_told_in_its_own_unit_and_losses_in_nats():
-    found = {claim.quantity: stated.unit(claim) for claim in paper.claims()}
+    found = {claim.quantity: claim_values.unit(claim) for claim in paper.claims()}
     assert found["training tokens at the crossing of the validation-loss curves"] == " billion tokens"
     assert found["final validation loss"] == found["validation loss early in training"] == " nats"
     assert found["training throughput"] == ""

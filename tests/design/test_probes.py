@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from moelab import paper, paths
-from moelab.design import comparison, stated
+from moelab.design import claim_values, comparison
 from moelab.design import verdicts as claims
 from moelab.design.judging import judge, restate
 from moelab.experiments import distillation, pr_moe, scaling
@@ -92,7 +92,7 @@ def made(claim, verdict):
     close = np.array([-1.0, 0.0, 1.0])
     wide, small = 100 * abs(claim.value or 1.0) * close, 1e-4 * close
     if claim.kind == "bound":
-        low, high = stated.paper_range(claim)
+        low, high = claim_values.paper_range(claim)
         ends = [end for end in (low, high) if math.isfinite(end)]
         middle, outside = (sum(ends) / 2, high * 2) if len(ends) > 1 else (ends[0] * 2, ends[0] / 2)
         if len(ends) == 1 and claim.direction == "lower":
@@ -103,7 +103,7 @@ def made(claim, verdict):
     apart = {claims.HOLDS: sign, claims.LARGER: 9 * sign, claims.SMALLER: 0.1 * sign, claims.FAILS: -sign}.get(
         verdict, 0.0
     )
-    effect = abs(claim.value - stated.neutral(claim)) if claim.value is not None else 0.1
+    effect = abs(claim.value - claim_values.neutral(claim)) if claim.value is not None else 0.1
     if claim.kind == "ratio":
         return {"values": list(1 + effect * apart + (wide if verdict == claims.CANNOT_TELL else small))}
     if claim.direction == "equal":  # within a quarter of the gain, which is 1

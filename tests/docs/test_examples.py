@@ -18,8 +18,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from moelab import data
 from moelab.cli import app
+from moelab.data.corpus import open_corpus
 from moelab.experiments import experiment
 from moelab.lab import Lab
 from moelab.runs.collection import Runs
@@ -272,11 +272,11 @@ def test_experiments_and_parameters_of_commands_are_accepted(page, tmp_path, mon
     prepared = []
 
     def prepare(config, folder, progress):
-        data.open_corpus(config, folder)
+        open_corpus(config, folder)
         prepared.append(config)
         return SimpleNamespace(train=SimpleNamespace(size=0), folder=folder)
 
-    monkeypatch.setattr(data, "prepare", prepare)
+    monkeypatch.setattr("moelab.data.preparation.prepare", prepare)
     for words in asked((ROOT / page).read_text()):
         unnamed = words[1].startswith("-") and words[1] != "--all"
         if unnamed or words[1] == "balance-loss" or "DIRECTORY" in str(words):

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moelab.engine.launch import Limits, RankFailed, launch, launcher, postmortem, process
+from moelab.engine.launch import launcher, postmortem, process
+from moelab.engine.launch.launcher import Limits, RankFailed, launch
 from moelab.engine.launch.process import rank_name
 from moelab.engine.launch.ranks import SlurmRanks
 from moelab.files import sweep
@@ -233,7 +234,7 @@ def test_an_interrupt_lets_ranks_write_a_checkpoint(ranks, ready, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 def test_no_rank_outlives_its_launcher(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from moelab.engine.launch import launch\n"
+        "import sys; from pathlib import Path; from moelab.engine.launch.launcher import launch\n"
         "launch([sys.executable, '-c', 'import time; time.sleep(600)'], 3, Path(sys.argv[1]), how='local')"
     )
     environment = {**os.environ, "MOELAB_TEST_MARK": str(tmp_path)}

@@ -6,7 +6,7 @@ import torch
 
 from moelab.config import DataConfig, DecoderConfig, ModelConfig, RoutingConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.data import encode_validation
+from moelab.data.preparation import encode_validation
 from moelab.data.tokenizer import Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.evaluation import routing

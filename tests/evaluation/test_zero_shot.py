@@ -397,7 +397,7 @@ def test_bad_input_is_one_line(lm_eval, exported, cache, monkeypatch):
     reason = "Dataset scripts are no longer supported, but found piqa.py"
     stubborn = SimpleNamespace(load=lambda _: (_ for _ in ()).throw(RuntimeError(f"{reason}\n")))
     monkeypatch.setattr(zero_shot, "_task_manager", lambda _: stubborn)
-    with pytest.raises(ValueError, match=rf"the data of packaged_nq cannot be had here \({reason}\)") as caught:
+    with pytest.raises(ValueError, match=rf"the data of packaged_nq could not be downloaded \({reason}\)") as caught:
         evaluate(folder, ["packaged_nq"], cache=cache)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(zero_shot, "find_spec", lambda name: None)
@@ -412,5 +412,5 @@ def test_a_task_of_lm_eval_that_is_not_there_or_has_no_network(lm_eval, exported
     folder = exported()
     with pytest.raises(ValueError, match=r"no task 'lambda'; allowed: packaged_lambada"):
         evaluate(folder, ["lambda"], cache=cache)
-    with pytest.raises(ValueError, match=r"the data of piqa cannot be had here \(.*without a network: packaged"):
+    with pytest.raises(ValueError, match=r"the data of piqa could not be downloaded \(.*without a network: packaged"):
         evaluate(folder, ["piqa"], cache=cache)

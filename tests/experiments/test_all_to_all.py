@@ -5,7 +5,7 @@ import pytest
 
 from moelab.design import verdicts as claims
 from moelab.experiments import all_to_all
-from moelab.simulate import ways
+from moelab.simulate import all_to_alls
 
 
 def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():
@@ -19,7 +19,7 @@ def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():
 
 
 def test_the_simulated_exchange_pays_with_ranks():
-    found = ways.times().set_index(["bytes", "way", "ranks"])["ratio"]
+    found = all_to_alls.times().set_index(["bytes", "way", "ranks"])["ratio"]
     for size in (1 << 14, 1 << 18, 1 << 22):
         assert found[size, "hierarchical", 8] == 1 and found[size, "hierarchical", 256] < 0.7
         assert found[size, "coordinated", 256] < found[size, "hierarchical", 256]

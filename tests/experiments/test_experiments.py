@@ -215,7 +215,9 @@ def test_sessions_on_ranks_are_a_row_each_and_need_both_arms():
 def test_speeds_are_of_sequences_as_long_as_the_runs(monkeypatch):
     asked = []
     monkeypatch.setattr("moelab.bench.train.side_by_side", lambda models, *_, **__: asked.extend(models.values()))
-    monkeypatch.setattr("moelab.bench.scaling.speed_ratios", lambda *sides: asked.extend(m for m, _ in sides[:2]) or [])
+    monkeypatch.setattr(
+        "moelab.bench.sessions.speed_ratios", lambda *sides: asked.extend(m for m, _ in sides[:2]) or []
+    )
     specs = top2_vs_residual.EXPERIMENT.specs("cpu", overrides={"data.context": 64})
     throughput.speeds(specs, 3, 3)
     top2_vs_residual.sessions(specs, 1, 1, 3, 3)

@@ -72,8 +72,8 @@ def test_pr_moe_saves_training_memory_while_experts_are_not_copied_and_the_paper
 def test_every_inference_claim_is_judged():
     dense = moe_vs_dense_inference.costs()
     found = [
-        *inference_scaling.verdicts(inference_scaling.bars()),
-        *inference_large.verdicts(inference_large.bars()),
+        *inference_scaling.verdicts(inference_scaling.latencies()),
+        *inference_large.verdicts(inference_large.latencies()),
         *model_variants_latency.verdicts(frames.memory(), model_variants_latency.latency()),
         *moe_vs_dense_inference.verdicts(dense),
     ]

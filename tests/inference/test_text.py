@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from moelab.cli import app
 from moelab.cli._options import run_names
 from moelab.config import ModelConfig
-from moelab.data import prepare
+from moelab.data.preparation import prepare
 from moelab.data.tokenizer import EOT, Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.inference import Sampling
@@ -107,7 +107,7 @@ def test_a_text_that_has_changed_is_refused(trained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="its text or the tokens of it have changed since the training") as error:
         Lab().generate(trained, "wave")
     assert "\n" not in str(error.value)
-    monkeypatch.setattr("moelab.data.prepare", lambda *_: other)
+    monkeypatch.setattr("moelab.data.preparation.prepare", lambda *_: other)
     later = replace(trained.spec, train=replace(trained.spec.train, seed=7))
     with pytest.raises(ValueError, match="has changed between them"):
         Lab().run([trained.spec, later], executor="inline")
@@ -207,7 +207,7 @@ def test_what_cannot_be_opened(trained, workspace, opened, tmp_path):
         open_text(empty, cache=workspace / "data")
     with pytest.raises(ValueError, match="dtype must be fp32 or bf16, got 'fp64'"):
         opened(dtype="fp64")
-    with pytest.raises(ValueError, match="2 runs begin so"):
+    with pytest.raises(ValueError, match="2 runs start with it"):
         store = RunStore(tmp_path / "two")
         store.run(trained.spec)
         store.run(replace(trained.spec, train=replace(trained.spec.train, lr=1e-3)))

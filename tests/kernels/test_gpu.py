@@ -1,4 +1,4 @@
-"""The Triton kernels at the sizes of real layers, against their references on the same device; `moelab gpu` begins with these.
+"""The Triton kernels at the sizes of real layers, against their references on the same device.
 
 Most valuable first: those that decide whether a model works.
 """

@@ -59,7 +59,9 @@ def test_a_full_disk_is_named(tiny_spec, monkeypatch):
     run = RunStore().run(tiny_spec)
     run.set_status(Status("running", 7, 24))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-    assert run.status.reason.endswith(f"without a word; it will resume; the disk of {run.path} is full, make room")
+    assert run.status.reason.endswith(
+        f"its process died; run it again to resume; the disk of {run.path} is full, make room"
+    )
 
 
 def test_a_run_killed_before_its_result_keeps_its_last_loss(tiny_spec):

@@ -54,7 +54,7 @@ def test_the_log_that_a_failure_names_has_the_traceback(tiny_spec, monkeypatch):
     def wrong(*_):
         raise ZeroDivisionError("division by zero in my router")
 
-    monkeypatch.setattr("moelab.data.prepare", wrong)
+    monkeypatch.setattr("moelab.data.preparation.prepare", wrong)
     with pytest.raises(NoResult, match=r"^1 of 1 runs: division by zero in my router \(.*log\.txt\)$") as error:
         Lab().run([tiny_spec], executor="inline")
     (run,) = error.value.runs

@@ -12,7 +12,7 @@ import torch
 
 from moelab import machine
 from moelab.config.distill import DistillConfig
-from moelab.data import is_prepared, prepare
+from moelab.data.preparation import is_prepared, prepare
 from moelab.experiments import EXPERIMENTS
 from moelab.files import write_json
 from moelab.lab import Lab

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.launch import RankFailed
+from moelab.engine.launch.launcher import RankFailed
 from moelab.lab import Lab
 from moelab.runs import branching, executors, supervisor
 from moelab.runs.collection import NoResult

@@ -234,7 +234,7 @@ def test_a_copy_of_a_run_and_a_damaged_one_keep_no_other_from_being_packed(finis
     assert f"{damaged.path}: unreadable (result.json" in said.err
     ((_, numbers),) = map(records.glance, records.archives_in(tmp_path / "zips"))
     assert numbers["validation_loss"] == 4.5
-    with pytest.raises(ValueError, match="run '': no finished run begins so"):
+    with pytest.raises(ValueError, match="run '': no id of a finished run starts with it"):
         export_([""], to=tmp_path / "zips")
 
 

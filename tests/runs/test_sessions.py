@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from moelab import paths
-from moelab.data import prepare
+from moelab.data.preparation import prepare
 from moelab.files import write_json
 from moelab.runs import records, sessions
 from moelab.runs.card import model_card
@@ -89,7 +89,7 @@ def test_a_run_on_a_cpu_does_not_name_the_gpus_beside_it(tiny_spec, result, monk
     monkeypatch.setattr(
         "moelab.runs.execute.provenance", lambda: {"commit": "a", "modified": False, "hardware": {**hardware}}
     )
-    monkeypatch.setattr("moelab.runs.execute._call_train", lambda *_: result())
+    monkeypatch.setattr("moelab.runs.execute._train", lambda *_: result())
     execute(run := RunStore().run(tiny_spec))
     assert run.provenance["hardware"] == {"cpu": "Test", "cores": 2}
     assert [one["hardware"] for one in sessions.contributing(run.path)] == [run.provenance["hardware"]]

@@ -254,7 +254,7 @@ def test_another_error_of_the_system_is_no_full_disk(tiny_spec, monkeypatch):
     def closed(*_):
         raise PermissionError(13, "Permission denied", "/texts/secret.txt")
 
-    monkeypatch.setattr("moelab.data.prepare", closed)
+    monkeypatch.setattr("moelab.data.preparation.prepare", closed)
     with pytest.raises(NoResult) as error:
         Lab().run([tiny_spec], executor="inline")
     assert error.value.runs[0].status.reason == "Permission denied: /texts/secret.txt"
@@ -465,7 +465,7 @@ def test_a_missing_result_is_explained_by_the_status_first(run):
     write_text(run.path / "log.txt", "Traceback\nMemoryError: no memory\n")
     assert run.why_missing() == "MemoryError: no memory"
     run.set_status(Status("running", step=24))
-    assert run.why_missing() == "its process ended without a word; it will resume"
+    assert run.why_missing() == "its process died; run it again to resume"
 
 
 def test_the_home_of_nobody_is_no_run():

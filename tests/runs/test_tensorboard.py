@@ -64,7 +64,7 @@ def test_what_has_not_changed_is_not_read_again_and_a_finished_run_holds_no_file
 
 def test_a_run_that_does_not_exist_is_one_line(run):
     assert tensorboard.select(["350m-moe"]) == tensorboard.select([]) == [run]
-    with pytest.raises(ValueError, match=r"run '6.7b': no run begins so; 1 are in"):
+    with pytest.raises(ValueError, match=r"run '6.7b': no id of a run starts with it; 1 are in"):
         tensorboard.select(["6.7b"])
 
 

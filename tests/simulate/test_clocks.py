@@ -7,7 +7,7 @@ import pytest
 
 from moelab import simulate
 from moelab.config.parallel import ParallelConfig
-from moelab.simulate import bars
+from moelab.simulate import paper_figures
 from moelab.simulate.clocks import WAIT, Span, kernels
 from moelab.simulate.systems import SYSTEMS
 
@@ -58,9 +58,11 @@ def test_waits_cost_and_only_where_the_device_is_behind():
     """The baseline without its waits is faster on many GPUs, where its exchanges are long; on few it hardly is."""
     never = replace(SYSTEMS["pytorch"], layer_waits=False, gate_wait=0)
     gain = {}
-    for bar in bars.fig10()[::2]:
+    for bar in paper_figures.fig10()[::2]:
         assert bar.system == "pytorch"
-        free = simulate.decode(bar.model, bar.parallel, bars.CLUSTER, program=never, context=bars.CONTEXT)
+        free = simulate.decode(
+            bar.model, bar.parallel, paper_figures.CLUSTER, program=never, context=paper_figures.CONTEXT
+        )
         gain[bar.gpus] = bar.simulate().latency_ms / free.latency_ms
     assert all(g >= 1 for g in gain.values()) and gain[64] > gain[16]
     graph = replace(SYSTEMS["pytorch"], graph=True)

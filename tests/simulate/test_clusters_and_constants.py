@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moelab import simulate
-from moelab.simulate import bars
+from moelab.simulate import paper_figures
 from moelab.simulate.constants import FREE, MODERN_FREE, PAPER_HAS_NONE, SOURCES, Constants
 from moelab.simulate.hardware import ALIASES, parse
 
@@ -68,7 +68,7 @@ def test_the_stored_fit_is_of_this_simulator():
         low, high, why = FREE[name]
         assert low <= value <= high and why
         assert (name in stored["at_bound"]) == (value in (low, high))
-    assert {(b.system, b.gpus): b.simulate().latency_ms for b in bars.fig10()} == pytest.approx(
+    assert {(b.system, b.gpus): b.simulate().latency_ms for b in paper_figures.fig10()} == pytest.approx(
         {(b["system"], b["gpus"]): b["simulated_ms"] for b in stored["bars"]}, rel=1e-3
     )
     assert set(stored) >= {"fitted_on", "method", "made"}
@@ -79,14 +79,21 @@ def test_the_stored_fit_is_of_this_simulator():
 def test_the_fit_finds_constants_that_made_the_bars():
     """Bars made by the simulator from known constants: the fit gives what can be identified back."""
     truth = Constants().with_free({"eager_us": 18.0, "far_us": 9.0})
-    made = [replace(b, paper_ms=b.simulate(constants=truth).latency_ms) for b in bars.fig10()]
+    made = [replace(b, paper_ms=b.simulate(constants=truth).latency_ms) for b in paper_figures.fig10()]
     found = simulate.fit(made)
     assert found["constants"]["eager_us"] == pytest.approx(18.0, rel=0.01)
     assert found["constants"]["far_us"] == pytest.approx(9.0, rel=0.05)
 
 
 def test_no_bar_but_fig_10_is_fitted_and_every_constant_has_a_source():
-    everything = bars.fig10() + bars.fig11() + bars.tutorial() + bars.variants() + bars.fig14() + bars.fig15()
+    everything = (
+        paper_figures.fig10()
+        + paper_figures.fig11()
+        + paper_figures.tutorial()
+        + paper_figures.variants()
+        + paper_figures.fig14()
+        + paper_figures.fig15()
+    )
     assert {b.figure for b in everything if b.fitted} == {"fig-10"}
     assert set(FREE) | set(SOURCES) | PAPER_HAS_NONE == set(Constants.__dataclass_fields__)
     modern = {name for names in MODERN_FREE.values() for name in names} | {"links_overlap"}

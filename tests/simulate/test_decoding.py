@@ -9,7 +9,7 @@ import pytest
 from moelab import paper, simulate
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.simulate import bars
+from moelab.simulate import paper_figures
 from moelab.simulate.decoding import busiest_distinct, decode_sweep, distinct_experts
 from moelab.simulate.exchange import all_reduce_us, collective_us
 from moelab.simulate.layouts import Layouts
@@ -61,7 +61,7 @@ def test_the_exchange_and_the_experts_by_hand():
 
 def test_parts_add_up_and_latency_is_never_below_the_floor():
     """The floor: weights that must be read, over the full bandwidth."""
-    for bar in bars.fig10() + bars.fig11() + bars.fig14() + bars.fig15():
+    for bar in paper_figures.fig10() + paper_figures.fig11() + paper_figures.fig14() + paper_figures.fig15():
         got = bar.simulate()
         assert got.latency_ms == pytest.approx(sum(got.parts_ms.values()))
         weights = (got.memory_gib["weights"] + got.memory_gib["experts"]) * 2**30
@@ -91,7 +91,7 @@ def test_distinct_experts_against_a_draw():
 def test_weights_of_all_gpus_are_the_model(name, gpus, tensor):
     """Summed over GPUs: experts once, everything else once a tensor group; against the paper's sizes."""
     model = ModelConfig.parse(name)
-    got = simulate.decode(model, bars.layout(model, gpus, tensor, "deepspeed"), "a100", batch=8)
+    got = simulate.decode(model, paper_figures.layout(model, gpus, tensor, "deepspeed"), "a100", batch=8)
     bytes_ = (got.memory_gib["experts"] * gpus + got.memory_gib["weights"] * tensor) * 2**30
     assert bytes_ / 2e9 == pytest.approx(paper.model(name).computed_B, rel=2e-3)
     pytorch, deepspeed, ours = (simulate.system(n) for n in ("pytorch", "deepspeed", "moelab"))
@@ -117,11 +117,11 @@ def test_todays_models_are_counted_too():
 
 def test_what_the_paper_says_about_variants_and_memory():
     """It served 52B on 8 GPUs, 2T on 256 (and the baseline on 128); 349B needs 32 GPUs, as PR-MoE with a student 16 (Fig 12)."""
-    for bar in bars.fig10() + bars.fig11() + bars.tutorial():
+    for bar in paper_figures.fig10() + paper_figures.fig11() + paper_figures.tutorial():
         assert bar.simulate().fits, bar
     assert simulate.least_gpus("8B+MoE-128", "a100")[0] == 32
-    assert simulate.least_gpus(bars.family("8B")["PR-MoE+MoS"], "a100")[0] == 16
-    large = bars.family("47B", layers=44)
+    assert simulate.least_gpus(paper_figures.family("8B")["PR-MoE+MoS"], "a100")[0] == 16
+    large = paper_figures.family("47B", layers=44)
     assert large["MoE"].parameters() / 1e12 == pytest.approx(1.5, rel=0.03)
     assert [(m.layers, m.moe_layers) for m in large.values()] == [(44, 22), (44, 22), (38, 19)], "the authors' script"
     assert not simulate.decode("175B", ParallelConfig(tensor=8), "a100").fits
@@ -158,7 +158,7 @@ def test_monotone(name, gpus, program):
 def test_latency_falls_as_gpus_are_added():
     """The paper's point of section 5.1: spread over more GPUs, each reads fewer experts, and the exchange must not eat that up."""
     model = ModelConfig.parse("1.3B+MoE-128")
-    spread = [bars.layout(model, n, 1, "deepspeed") for n in (8, 16, 32, 64, 128)]
+    spread = [paper_figures.layout(model, n, 1, "deepspeed") for n in (8, 16, 32, 64, 128)]
     latency = [simulate.decode(model, p, "a100").latency_ms for p in spread]
     assert latency == sorted(latency, reverse=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moelab.engine.launch import RankFailed
+from moelab.engine.launch.launcher import RankFailed
 from moelab.runs.store import RunStore, Status
 from moelab.slurm import attempt, queue
 from moelab.slurm.attempt import Attempt, Limits

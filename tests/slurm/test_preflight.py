@@ -176,11 +176,9 @@ def test_a_notebook_that_works_on_a_gpu_is_refused_here(name, scale):
     assert dry.exit_code == 0 and dry.output.startswith("nothing to train")
 
 
-@pytest.mark.parametrize("command", [("bench", "submit"), ("lab",)])
-def test_what_needs_slurm_is_refused_for_a_profile_without(command, monkeypatch):
-    monkeypatch.setattr("moelab.slurm.latency.announced", lambda *_: [])
+def test_what_needs_slurm_is_refused_for_a_profile_without(monkeypatch):
     monkeypatch.setattr("moelab.slurm.jupyter.executor.for_jupyter", lambda *_: 1 / 0)
-    failed = call(*command, "--profile", "processes")
+    failed = call("lab", "--profile", "processes")
     assert str(failed.exception).endswith("needs Slurm; profile processes has cluster: local")
 
 

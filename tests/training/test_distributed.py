@@ -12,7 +12,7 @@ import torch.distributed as dist
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig, TrainConfig
 from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.data import TokenData
+from moelab.data.tokens import TokenData
 from moelab.engine import checkpoint
 from moelab.engine.testing import Ranks
 from moelab.models import build

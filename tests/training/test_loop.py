@@ -16,9 +16,11 @@ from moelab.engine.mesh import Mesh
 from moelab.environment import HEARTBEAT
 from moelab.models import build
 from moelab.training import loop
-from moelab.training.loop import Trainer, TrainingDiverged, TrainingStopped, Window, evaluate, train
-from moelab.training.metrics import TRAIN, VALIDATION, Metrics, objection, read_rows
-from moelab.training.schedule import learning_rate, rewarmed
+from moelab.training import trainer as trainer_module
+from moelab.training.loop import TrainingDiverged, TrainingStopped, evaluate, train
+from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, missing_rows, read_rows
+from moelab.training.schedule import branch_learning_rate, learning_rate
+from moelab.training.trainer import Trainer
 from tests.conftest import numbers, stop_after
 
 
@@ -237,7 +239,7 @@ def test_a_start_is_not_watched(tiny_model, tiny_train, data, tmp_path, monkeypa
     """It may be silent for long, also after steps of a trunk, and its own signs of life do not count."""
     for name, value in {HEARTBEAT.name: str(tmp_path), "RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    sign, seen, real = tmp_path / process.rank_name(0), [], loop.engine.build
+    sign, seen, real = tmp_path / process.rank_name(0), [], trainer_module.engine.build
 
     def watched_build(*arguments):
         seen.append(sign.exists())
@@ -245,7 +247,7 @@ def test_a_start_is_not_watched(tiny_model, tiny_train, data, tmp_path, monkeypa
         seen.append(sign.exists())
         return real(*arguments)
 
-    monkeypatch.setattr(loop.engine, "build", watched_build)
+    monkeypatch.setattr(trainer_module.engine, "build", watched_build)
     process.beat()
     sign.touch()
     train(tiny_model, replace(tiny_train, tokens=128), data, 32, tmp_path / "run")
@@ -278,9 +280,9 @@ def test_schedules(tiny_train):
             ValueError, match=f"after warmup_tokens 100, so decay_tokens must be more.*got {decay_tokens}"
         ):
             replace(config, decay_tokens=decay_tokens)
-    rates = [rewarmed(cooldown, tokens, 500, 100) for tokens in (525, 550, 600, 700, 900)]
+    rates = [branch_learning_rate(cooldown, tokens, 500, 100) for tokens in (525, 550, 600, 700, 900)]
     assert rates == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.55]), "a branch warms up again"
-    assert rewarmed(cooldown, 525, 500, 0) == 1.0
+    assert branch_learning_rate(cooldown, 525, 500, 0) == 1.0
 
 
 def test_metrics_drop_a_torn_line_and_what_lies_after_the_checkpoint(tmp_path):
@@ -298,7 +300,7 @@ def test_metrics_drop_a_torn_line_and_what_lies_after_the_checkpoint(tmp_path):
     metrics.write(VALIDATION, {"step": 0})
     recorded = metrics.state()
     (new / TRAIN).unlink()
-    assert objection(new, recorded) is None
+    assert missing_rows(new, recorded) is None
     Metrics(new, resume_step=1, recorded=recorded)
     assert (new / TRAIN).read_bytes() == b"" and read_rows(new / VALIDATION) == [{"step": 0}]
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moelab.config.upcycle import UpcycleConfig
-from moelab.engine.checkpoint import shards, storage, upcycling
+from moelab.engine.checkpoint import shards, storage
 from moelab.engine.checkpoint.format import CheckpointError, Piece, directories, read_index, read_state, step_of, verify
 from moelab.engine.checkpoint.shards import Placements
 from moelab.engine.collectives import all_gather_json, broadcast_json
@@ -39,7 +39,7 @@ class Refused(CheckpointError):
 
 def latest(
     directory: Path,
-    objection: Callable[[dict[str, Any]], str | None] = lambda state: None,
+    why_unusable: Callable[[dict[str, Any]], str | None] = lambda state: None,
     *,
     only_weights: bool = False,
     up_to: int | None = None,
@@ -51,13 +51,13 @@ def latest(
 
     Args:
         directory: folder of the checkpoints.
-        objection: called on rank 0 with the caller's state; returns one line if a complete checkpoint cannot be used,
-            which is then skipped.
+        why_unusable: called on rank 0 with the caller's state; returns one line if a complete checkpoint cannot be
+            used, which is then skipped.
         only_weights: whether the optimizer's files may be broken.
         up_to: consider only checkpoints of at most so many steps.
 
     Raises:
-        Refused: there are complete checkpoints, and `objection` returned a line for each; has that of the newest.
+        Refused: there are complete checkpoints, and `why_unusable` returned a line for each; has that of the newest.
     """
     world = Group.world()
     listed = directories(directory) if world.index == 0 else []
@@ -66,7 +66,7 @@ def latest(
     for name in reversed(names):
         try:
             checkpoint = _verify(directory / name, world, only_weights)
-            if why := broadcast_json(objection(checkpoint.state) if world.index == 0 else None):
+            if why := broadcast_json(why_unusable(checkpoint.state) if world.index == 0 else None):
                 raise Refused(f"{checkpoint.path}: {why}")
             if name != names[-1] and world.index == 0:
                 log.warning("step %d is used in place of the newest checkpoint: %s", checkpoint.step, checkpoint.path)
@@ -158,6 +158,8 @@ def load(
     parameters = shards.parameters(model, placements)
     copied: dict[str, str | None] = {}
     if upcycle is not None:
+        from moelab.engine.checkpoint import upcycling
+
         shapes = {name: shards.placement_of(name, p, placements).shape for name, p in parameters.items()}
         copied = upcycling.sources(_stored(index), shapes)
     pieces = _model_pieces(path, index, model, placements, copied)

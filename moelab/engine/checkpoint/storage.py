@@ -38,7 +38,6 @@ from moelab.engine.collectives import broadcast_json, gather_json
 from moelab.engine.groups import Group
 from moelab.engine.placement import Index, overlap
 from moelab.files import sha256_of, sync, write_text
-from moelab.terminal import one_line
 
 Entry = dict[str, Any]
 """What the index says of a tensor: "dtype", "shape" and "pieces", of which each has "at", "size" and "file"."""
@@ -202,6 +201,8 @@ def _together(group: Group, path: Path, work: Callable[[], Any]) -> list[Any]:
     except OSError as error:
         answer = {"os_error": [error.errno, error.strerror or str(error), error.filename and str(error.filename)]}
     except Exception as error:
+        from moelab.terminal import one_line
+
         text = one_line(error)
         answer = {"error": text if isinstance(error, CheckpointError) else f"{path}: not written ({text})"}
     try:

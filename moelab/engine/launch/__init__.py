@@ -11,7 +11,3 @@ checkpoint written, for failed, leaves its ranks alive when it is killed, and lo
 (`tests/engine/test_torchs_own.py`). Ranks take their place from the variables that torchrun sets, so torchrun can start
 them, too.
 """
-
-from moelab.engine.launch.launcher import Limits, RankFailed, launch
-
-__all__ = ["Limits", "RankFailed", "launch"]

@@ -192,7 +192,7 @@ class _Watch:
                 return STOPPED if any(code != FINISHED for code in codes) else FINISHED
             if not self.asked and (should_stop() or STOPPED in codes):
                 self._ask()
-            if self._stays(codes):
+            if self._left_alone(codes):
                 if any(code in self._by_request for code in codes):
                     # A rank was asked before it could handle that, so no rank has come further than meeting the others.
                     self.started.end(0.0)
@@ -248,7 +248,7 @@ class _Watch:
         self.order += [rank for rank, code in enumerate(codes) if code not in good and rank not in self.order]
         return self.order
 
-    def _stays(self, codes: Sequence[int | None]) -> bool:
+    def _left_alone(self, codes: Sequence[int | None]) -> bool:
         """Return whether a rank goes on long after another has stopped."""
         ended = [code for code in codes if code not in (None, FINISHED)]
         if not ended or None not in codes:

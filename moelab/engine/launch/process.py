@@ -20,7 +20,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelab.engine.launch import rendezvous
 from moelab.environment import COLLECTIVE_S, HEARTBEAT, LAUNCHER, RENDEZVOUS
 
 if TYPE_CHECKING:
@@ -133,6 +132,8 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
     """
     import torch
     import torch.distributed as dist
+
+    from moelab.engine.launch import rendezvous
 
     place = find()
     if place is None:

@@ -123,7 +123,7 @@ class SlurmRanks:
         environment: Mapping[str, str],
         per_node: int,
     ) -> None:
-        self._ranks, self._said, self._per_node = ranks, session / "srun.txt", per_node
+        self._ranks, self._srun_log, self._per_node = ranks, session / "srun.txt", per_node
         fewest = _fewest_tasks(environment.get("SLURM_TASKS_PER_NODE", ""), per_node)
         if ranks > per_node > fewest:
             # srun would silently fill the nodes unevenly, and groups that must stay in a node would not.
@@ -139,7 +139,7 @@ class SlurmRanks:
         cpus = environment.get("SLURM_CPUS_PER_TASK")
         # `process.find` does not take a step of one task for a rank, which would then give no signs of life.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if ranks == 1 else {}
-        with open(self._said, "ab") as said:
+        with open(self._srun_log, "ab") as said:
             self._srun = subprocess.Popen(
                 [
                     "srun",
@@ -230,7 +230,7 @@ class SlurmRanks:
     def _text(self) -> str:
         """Return what srun has said; nothing when its file is gone, which ends no rank that lives."""
         try:
-            return self._said.read_text(errors="replace")
+            return self._srun_log.read_text(errors="replace")
         except FileNotFoundError:
             return ""
 

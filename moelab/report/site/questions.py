@@ -100,7 +100,7 @@ def _of_tables(result: Result | None, decided: dict[str, ClaimRow]) -> list[Answ
         return []
 
 
-def _said(values: Sequence[float], text: str = "%+.3f", unit: str = "") -> str:
+def _mean_text(values: Sequence[float], text: str = "%+.3f", unit: str = "") -> str:
     """Return a mean with its 95 % interval as text: ``−0.285 nats [−0.346, −0.225]``."""
     mean, low, high = interval(list(values))
     return typeset(text % mean + unit + (f" [{text % low}, {text % high}]" if len(values) > 1 else ""))
@@ -156,7 +156,7 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     if not result or not len(rows):
         return None
     parts = {COSTS.get(at, at): list(part["gap"]) for at, part in rows.groupby("at", sort=False)}
-    said = [f"{_said(values, unit=' nats')} at equal {at}" for at, values in parts.items()]
+    said = [f"{_mean_text(values, unit=' nats')} at equal {at}" for at, values in parts.items()]
     dearer = _to_equal_loss(result, MOE, BASE)[0]
     more = f"; to an equal loss its base takes {', '.join(dearer)}" if dearer else ""
     share = share_reached(result)
@@ -212,11 +212,11 @@ def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     sizes = effective_sizes(result) if result else {}
     if not result or not sizes:
         return None
-    said = [f"{_said(values, '%.2f')} at equal {at}" for at, values in sizes.items()]
+    said = [f"{_mean_text(values, '%.2f')} at equal {at}" for at, values in sizes.items()]
     rows = result.rows_or_none("against-dense.jsonl")
     behind = [row["gap"] for row in rows if (row.get("left"), row.get("right")) == (MOE, LARGER)]
     large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
-    more = f"; {_said(behind, unit=' nats')} from {LARGER}, {large / small:.0f}× its base" if behind else ""
+    more = f"; {_mean_text(behind, unit=' nats')} from {LARGER}, {large / small:.0f}× its base" if behind else ""
     share = share_reached(result)
     whole = comparison.tokens_a_parameter(BASE)
     end = budgets.paper_effective_size(MOE, BASE, LARGER, whole)

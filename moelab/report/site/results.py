@@ -326,8 +326,6 @@ BENCHMARKS = {
     "exchange": "Exchanges of tokens between ranks: time over the flat all-to-all",
     "gate": "The gate alone, forward and backward: time over ours",
     "layer": "One MoE layer, forward and backward: time over the dense layer of equal FLOPs",
-    "scaling": "Weak scaling of training over ranks of one machine",
-    "submit": "What Slurm adds: from submitting to the first step, many runs at once",
     "train": "Training speed of the twins, side by side",
     "decode": "A decoding step: ours, the paper's baseline, transformers, llama.cpp",
     "decode-bf16": "A decoding step in bf16: ours, the paper's baseline, transformers, llama.cpp",
