@@ -184,7 +184,7 @@ def _show(outcome: Outcome, runs: Runs, part: Part | None) -> None:
         rows["caution"] = "the runs are of several processors, which alone moves a loss by up to 0.02 nats"
     if part is not None and part.kind[0].isupper():
         rows["FLOPs"] = f"of {BASELINE} on both sides; what {part.name} adds is not counted"
-    view = terminal.table("", f"{o.idea} against {BASELINE}, {o.scale}, {o.seeds} seeds each")
+    view = terminal.table("", f"{o.idea} against {BASELINE}, {o.scale}, {o.seeds} seed{'s' * (o.seeds > 1)} each")
     view.columns[0].no_wrap = True
     from rich.markup import escape
 
@@ -197,10 +197,9 @@ def _speed_up(o: Outcome) -> str:
     if o.flops is None:
         return "unknown: the loss curves do not reach each other's end"
     bounds = [f"{bound:.2f}" if bound is not None else "?" for bound in (o.flops_low, o.flops_high)]
+    interval = f" ({bounds[0]} to {bounds[1]})" if o.low is not None else ""
     seconds = f", {o.seconds:.2f} times fewer seconds" if o.seconds is not None else ""
-    return (
-        f"{o.flops:.2f} times fewer FLOPs to an equal loss ({bounds[0]} to {bounds[1]}){seconds}; below 1 it takes more"
-    )
+    return f"{o.flops:.2f} times fewer FLOPs to an equal loss{interval}{seconds}; below 1 it takes more"
 
 
 def _show_past(as_json: bool) -> None:
