@@ -105,7 +105,7 @@ def test_a_missing_file_is_told_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^--file: .*nowhere.py does not exist$"):
         parts.load(tmp_path / "nowhere.py")
     (tmp_path / "text.txt").write_text("")
-    with pytest.raises(ValueError, match="its name must end in .py"):
+    with pytest.raises(ValueError, match=r"its name must end in \.py"):
         parts.load(tmp_path / "text.txt")
 
 
