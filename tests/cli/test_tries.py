@@ -93,7 +93,10 @@ def test_a_trace_is_written_where_it_is_asked_for(trained, tmp_path):
     done = moelab("trace", trained.spec.id, str(out), "--tokens", "64")
     assert done.exit_code == 0 and f"2 layers: {out}" in done.stdout.replace("\n", "")
     assert len(pd.read_parquet(out)) == 2 * 128
-    for words, said in ((["trace.csv"], "must end in .parquet"), (["t.parquet", "--tokens", "-1"], "--tokens must be 0")):
+    for words, said in (
+        (["trace.csv"], "must end in .parquet"),
+        (["t.parquet", "--tokens", "-1"], "--tokens must be 0"),
+    ):
         with pytest.raises(ValueError, match=said):
             moelab("trace", trained.spec.id, *words)
 
@@ -103,7 +106,9 @@ def test_a_layer_is_checked_and_the_exit_code_says_whether_it_passes(tmp_path, m
     found = json.loads(done.stdout)
     assert done.exit_code == 0 and found["checks"] == found["reference"]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a_bad_layer.py").write_text("from torch import nn\ndef make(hidden, *_): return nn.Linear(hidden, 1)\n")
+    (tmp_path / "a_bad_layer.py").write_text(
+        "from torch import nn\ndef make(hidden, *_): return nn.Linear(hidden, 1)\n"
+    )
     done = moelab("conform", "a_bad_layer:make")
     assert done.exit_code == 1 and "FAILS" in done.stdout and "not checked" in done.stdout
     with pytest.raises(ValueError, match="--top-k must be at most the number of experts, 2, got 3"):
