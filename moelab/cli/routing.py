@@ -30,7 +30,7 @@ def trace(
 ) -> None:
     """Write which token went to which expert, in every MoE layer, as parquet.
 
-    A row is one choice: domain, sequence, position, token, text, layer, choice, expert, weight, dropped.
+    A row is one choice of an expert; docs/trace.md describes the columns.
     """
     check_device(device)
     check_dtypes([dtype])
@@ -58,8 +58,9 @@ def conform(
 ) -> None:
     """Check somebody's MoE layer against the reference.
 
-    MODULE:CALLABLE is called with (hidden, experts, top_k) and returns a module of tokens [B, T, hidden]. Checks
-    balance, drops, gradients under accumulation and recomputation, and determinism. Exit code 1 if a check fails.
+    MODULE:CALLABLE takes (hidden, experts, top_k) and returns a module.
+
+    Checks balance, drops, gradients and determinism; exit code 1 on a failure.
     """
     for name, value, least in (("hidden", hidden, 1), ("experts", experts, 2), ("top-k", top_k, 1)):
         if value < least:

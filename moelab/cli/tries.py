@@ -53,8 +53,9 @@ def try_(
 ) -> None:
     """Train an idea and the baseline, and say whether it helps.
 
-    The baseline is the twin of MoE-128; its runs are read back where they exist. Prints the difference in nats per
-    token, the effective speed-up, the noise floor, the verdict, and how many seeds it would take to know.
+    The baseline is the twin of MoE-128; its runs are read back if they exist.
+
+    Prints difference, speed-up, noise floor, verdict, and seeds to know.
     """
     check_choice("--scale", scale, SCALES)
     given = _parsed(settings or [])
