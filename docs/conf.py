@@ -45,6 +45,9 @@ docs/explore
 docs/browse
 docs/reviewer
 docs/extend
+docs/try
+docs/trace
+docs/conform
 slurm/README
 docs/commands
 docs/environment

@@ -21,7 +21,7 @@ from moelab.report.site.template import number
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
-_OTHERS = ("README.md", "docs/simulator.md", "docs/full-length.md", "results/weights/README.md")
+_OTHERS = ("README.md", "docs/simulator.md", "docs/full-length.md", "results/weights/README.md", "docs/try.md")
 PAGES = (PAGE, *(ROOT / name for name in _OTHERS))
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -244,6 +244,29 @@ def before_and_after(rows: list[Row]) -> str:
     return _markdown(["verdict", "at 16 %", "now"], verdicts) + "\n" + table
 
 
+def tries(rows: list[Row]) -> str:
+    """A line an idea and scale: the difference, the speed-up, the verdict; a sentence where nothing is published."""
+    if not rows:
+        return "None yet.\n"
+    lines = []
+    for row in rows:
+        low, high = row["low"], row["high"]
+        interval = f" ({low:+.3f} to {high:+.3f})" if low is not None and high is not None else ""
+        faster = "–" if row["flops"] is None else f"{row['flops']:.2f}×"
+        known = "> 99" if row["to_know"] is None else f"{row['to_know']:.0f}"
+        named = f"{row['idea']} ({row['source']})"
+        cells = [named, row["scale"], str(row["seeds"]), f"{row['difference']:+.3f}{interval}", faster, row["verdict"]]
+        lines.append([*cells, known])
+    head = ["idea", "scale", "seeds", "nats per token (95 % interval)", "speed-up in FLOPs", "verdict", "seeds to know"]
+    return _markdown(head, lines)
+
+
+def _newest_tries(folder: Path) -> list[Row]:
+    """The rows of the newest result of each scale."""
+    newest = [max(scale.glob("*/tries.jsonl"), default=None) for scale in sorted(folder.glob("*"))]
+    return [json.loads(line) for file in newest if file for line in file.read_text().splitlines()]
+
+
 KINDS: dict[str, Callable[[list[Row]], str]] = {
     "answers": answers,
     "digest": digest,
@@ -255,6 +278,7 @@ KINDS: dict[str, Callable[[list[Row]], str]] = {
     "score": score,
     "texts": texts,
     "before_and_after": before_and_after,
+    "tries": tries,
 }
 
 
@@ -263,6 +287,8 @@ def render(page: str) -> str:
 
     def table(found: re.Match) -> str:
         opening, kind, file, _, closing = found.groups()
+        if kind == "tries":  # a folder of results, which may have none
+            return f"{opening}\n{tries(_newest_tries(ROOT / file))}\n{closing}"
         text = (ROOT / file).read_text()
         if file.endswith(".json"):
             rows = json.loads(text)["summary"]

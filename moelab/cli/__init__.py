@@ -16,7 +16,7 @@ import typer
 
 import moelab
 from moelab import environment, paths
-from moelab.cli import bench, cluster, experiments, kernels, models, runs, simulate, slurm, view
+from moelab.cli import bench, cluster, experiments, kernels, models, routing, runs, simulate, slurm, tries, view
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
 from moelab.files import REFUSED
 from moelab.terminal import one_line, plain
@@ -28,8 +28,10 @@ app = typer.Typer(
 )
 # The help shows groups and commands in this order, which is the order of use.
 experiments.register(app)
+tries.register(app)
 view.register(app)
 models.register(app)
+routing.register(app)
 app.add_typer(runs.app, name="runs", rich_help_panel=RUNS)
 slurm.register(app)
 app.command(rich_help_panel=SIMULATOR)(simulate.plan)

@@ -41,6 +41,8 @@ class RoutingConfig:
             (the paper), of all micro-batches of a "step", which needs each on its own data rank, or of each "sequence",
             whose losses are then averaged (DeepSeek-V2).
         z_loss: weight of the mean squared logsumexp of the gate's logits (ST-MoE; not in the paper).
+        precision: "bf16" rounds the gate's input, weights and logits to bf16 before everything else, which stays fp32
+            (Switch found that it must be "fp32").
     """
 
     capacity_factor: float = 1.0
@@ -57,6 +59,7 @@ class RoutingConfig:
     aux_choices: Literal["first", "all"] = "first"
     aux_scope: Literal["micro_batch", "step", "sequence"] = "micro_batch"
     z_loss: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         _check(

@@ -41,7 +41,7 @@ def pack(model: GPT) -> None:
         _pack(block.attention.out)
         ffn = block.ffn
         if isinstance(ffn, MoE):
-            ffn.router.packed = kernels.pack(ffn.router.weight.float())
+            ffn.router.packed = kernels.pack(ffn.router.rounded(ffn.router.weight.float()))
             _free(ffn.router, "weight")
             _pack_experts(ffn.experts)
             if isinstance(ffn.mix, SharedGate):

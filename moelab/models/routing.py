@@ -112,7 +112,14 @@ class Router(nn.Module):
         """Return the logits [S, E] of fp32 activations."""
         if self.training and (jitter := self.config.input_jitter):
             x_SM = x_SM * torch.empty_like(x_SM).uniform_(1 - jitter, 1 + jitter)
-        return F.linear(x_SM, self.weight.float()) if self.packed is None else packed.linear(x_SM, self.packed)
+        x_SM = self.rounded(x_SM)
+        if self.packed is not None:
+            return self.rounded(packed.linear(x_SM, self.packed))
+        return self.rounded(F.linear(x_SM, self.rounded(self.weight.float())))
+
+    def rounded(self, t: Tensor) -> Tensor:
+        """Return an fp32 tensor rounded to `RoutingConfig.precision`, again in fp32."""
+        return t if self.config.precision == "fp32" else t.bfloat16().float()
 
     def activate(self, logits_SE: Tensor) -> Tensor:
         """Return the scores [S, E] of logits, see `RoutingConfig.scores`."""

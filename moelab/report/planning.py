@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moelab import paper
+from moelab.config import ModelConfig, from_json
 from moelab.design import comparison, power, rates
 from moelab.design.judging import restate
 from moelab.design.verdicts import MEASURED
 from moelab.experiments import experiment as find
 from moelab.lazy import pd
 from moelab.report.summary import Summary, read_all
+from moelab.runs.spec import RunSpec
+from moelab.statistics import Estimate
 
 SMALLEST = 0.01
 """Nats per token: the effect that two arms are planned to show where no claim and no user names another."""
@@ -84,6 +89,38 @@ def needs_of(final: pd.DataFrame, *, against: str | None = None, effect: float |
     if not rows:
         raise ValueError("power: there are no two arms with two seeds each to take a spread from")
     return _frame(rows)
+
+
+def spread_of(spec: RunSpec, *results: Path) -> tuple[float, int, str] | None:
+    """Return the spread of a run's final loss over seeds in published results; None where no result has two seeds.
+
+    Runs count that have the model, the text and the length; budgets, whose decay begins as late in proportion, too. Of
+    several results the one with the most seeds counts.
+
+    Returns:
+        (standard deviation in nats per token, seeds, experiment and scale).
+    """
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for _, summary in read_all(*results)[0]:
+        for run in summary.runs:
+            if run.result.get("tokens") == spec.train.tokens and _alike(run.spec, spec):
+                losses = found.setdefault((f"{summary.experiment} at {summary.scale}", run.label), {})
+                losses[run.seed] = float(run.result["validation_loss"])
+    known = {place: losses for place, losses in found.items() if len(losses) > 1}
+    if not known:
+        return None
+    (where, _), losses = max(known.items(), key=lambda item: len(item[1]))
+    return Estimate.of(list(losses.values())).spread, len(losses), where
+
+
+def _alike(stored: Mapping[str, Any], spec: RunSpec) -> bool:
+    """Return whether a stored run has a spec's model, corpus and peak rate."""
+    try:
+        same = from_json(ModelConfig, stored["model"], known=True) == spec.model
+    except (ValueError, KeyError):  # of another version
+        return False
+    train, data = stored.get("train", {}), stored.get("data", {})
+    return same and data.get("corpus") == spec.data.corpus and train.get("lr") == spec.train.lr
 
 
 def _frame(rows: list[list]) -> pd.DataFrame:

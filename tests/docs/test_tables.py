@@ -1,5 +1,6 @@
 import csv
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -50,3 +51,14 @@ def test_values_and_verdicts_in_prose_are_those_of_the_ledger(page):
         if row["low"] and int(row["samples"]):
             said.append("({} to {})".format(*(number(float(row[end]), about) for end in ("low", "high"))))
         assert [part for part in said if part not in before] == [], name
+
+
+def test_tries_are_read_from_the_newest_result_of_each_scale_and_none_is_said(tables, tmp_path):
+    assert tables.tries(tables._newest_tries(tmp_path)) == "None yet.\n"
+    row = {"idea": "z-loss", "source": "ST-MoE", "scale": "quick", "seeds": 3, "difference": -0.0123, "low": -0.02}
+    row |= {"high": -0.004, "flops": 1.234, "verdict": "lowers the loss", "to_know": None}
+    for name, difference in (("20260101-000000", 9.0), ("20260202-000000", row["difference"])):
+        (folder := tmp_path / "quick" / name).mkdir(parents=True)
+        (folder / "tries.jsonl").write_text(json.dumps(row | {"difference": difference}) + "\n")
+    *_, line = tables.tries(tables._newest_tries(tmp_path)).splitlines()
+    assert line == "| z-loss (ST-MoE) | quick | 3 | -0.012 (-0.020 to -0.004) | 1.23× | lowers the loss | > 99 |"

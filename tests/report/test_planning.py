@@ -122,3 +122,30 @@ def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish):
     ):
         failed = CliRunner().invoke(app, ["power", *arguments.split()]).exception
         assert isinstance(failed, ValueError) and part in str(failed) and "\n" not in str(failed), arguments
+
+
+def test_the_spread_of_a_run_is_that_of_published_runs_of_its_model_length_and_rate(publish):
+    results = paths.results()
+    assert planning.spread_of(settings.spec("350M+MoE-128", "cpu"), results) is None
+    publish(results, "pr-moe", "cpu")
+    (summary,) = (json.loads(file.read_text()) for file in results.glob("pr-moe/cpu/*/summary.json"))
+    label = "350M+MoE-128"
+    spec = settings.spec(label, "cpu")
+    folder = results / "pr-moe" / "cpu" / "20990101-000000"
+    losses = {0: 3.0, 1: 3.1, 2: 3.2}
+    summary["runs"] = [
+        {
+            "id": f"run-{seed}-{lr:g}",
+            "label": f"{label} at {lr:g}",
+            "spec": {**spec.to_json(), "train": {**spec.to_json()["train"], "seed": seed, "lr": lr}},
+            "result": {"tokens": spec.train.tokens, "validation_loss": loss * (1 if lr == spec.train.lr else 2)},
+            "provenance": {},
+        }
+        for lr in (spec.train.lr, 1.0)
+        for seed, loss in losses.items()
+    ]
+    write_json(folder / SUMMARY, summary)
+    spread, seeds, where = planning.spread_of(spec, results)
+    assert spread == pytest.approx(0.1) and (seeds, where) == (3, "pr-moe at cpu")
+    assert planning.spread_of(settings.spec("350M", "cpu"), results) is None
+    assert planning.spread_of(replace(spec, train=replace(spec.train, tokens=8_192_000)), results) is None

@@ -150,6 +150,7 @@ def why_not(config: ModelConfig, kind: str) -> str | None:
         (d.smeared_keys, "has keys of single tokens, not smeared ones"),
         (own_size and kind not in ("mixtral", "qwen3_moe"), "has head_size M / H"),
         (r.scores != "softmax" or r.balance_rate > 0, "routes by a softmax, without bias"),
+        (r.precision != "fp32", "routes in fp32"),
         (r.drop_tokens, "routes without dropping"),
         (kind == "mixtral" and not r.normalizes(config.top_k), "renormalises the weights"),
         (kind not in _QWEN and 0 in config.experts, "has no dense layers"),
