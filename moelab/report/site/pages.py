@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +18,13 @@ from moelab.design.verdicts import STYLES
 from moelab.files import write_bytes
 from moelab.plotting.axis import mark
 from moelab.report.ledger import entries, family, scale_rank
-from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, template
+from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, sentences, template
 from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.glossary import TERMS
 from moelab.report.site.questions import ANSWERS, answers, share_reached
-from moelab.report.site.results import Picture, Result, read_benchmarks, read_results
+from moelab.report.site.results import Picture, Result, read_benchmarks, read_results, strongest
 from moelab.report.summary import unreadable_line
 
 TABLE_ROWS = 40
@@ -74,7 +76,8 @@ def build(root: Path) -> Built:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     ledger = entries((result.path, result.summary) for result in results)
     claims, parts = all_claims(results, ledger), chapters(results)
-    written += _write_if_changed(root / downloads.CLAIMS, downloads.claims_csv(ledger, claims))
+    counts = downloads.claims_csv(ledger, claims)
+    written += _write_if_changed(root / downloads.CLAIMS, counts)
     written += _write_downloads(root, results)
     counted = tally(ledger)
     used = {result.scale for result in results} | {row.scale for row in claims if row.result}
@@ -92,11 +95,13 @@ def build(root: Path) -> Built:
         "unreadable": unreadable,
         **_VIEW,
     }
-    shown, drawn = hero.write(results, root)
+    shown, drawn = hero.write(results, root, claims)
     rows = digest.digest(parts, claims)
     found = answers(results, claims)
     written += drawn + _write_if_changed(root / digest.FILE, digest.to_csv([vars(row) for row in rows]))
     written += _write_if_changed(root / ANSWERS, digest.to_csv([answer.row() for answer in found]))
+    cost = sentences.costs(strongest(results, "scaling"), strongest(results, "throughput"))
+    written += _write_if_changed(root / sentences.COSTS, digest.to_csv(cost))
     grid = explorer.explorer(results)
     start = {
         "explorer": explorer.PAGE if grid else "",
@@ -104,6 +109,7 @@ def build(root: Path) -> Built:
         "hero_caption": hero.caption(shown) if shown else "",
         "hero_picture": Picture.of(root / hero.FILE),
         "answers": found,
+        "score": sentences.score(csv.DictReader(io.StringIO(counts))) if claims else "",
         "shares": _shares([r for r in results if r is shown or any(r.path in answer.link for answer in found)]),
         "digest": rows,
         "hours": digest.hours(results),
