@@ -96,7 +96,7 @@ def test_the_dense_size_of_both_pairs_leads_where_it_is_judged(scaling):
         answer.row()["sentence"]
         == answer.sentence
         == (
-            "Over two pairs of twins, an MoE matches a dense model with 4.4 times its base’s parameters, without embeddings "
+            "An MoE matches a dense model with 4.4 times its base’s parameters, without embeddings "
             "(paper: 4 to 5): cannot tell yet."
         )
     )
@@ -237,15 +237,13 @@ def test_a_sentence_has_our_number_the_papers_and_the_verdict(scaling):
         kind=MEASURED,
     )
     assert sentences.gain(row) == (
-        "Adding 128 experts lowers the loss of the 1.3B twin by 0.425 nats per token at nearly the same computation "
+        "128 experts lower the 1.3B twin’s loss by 0.425 nats per token at nearly the same computation "
         "(paper: 0.215): holds, but larger (3 seeds)."
     )
     rows = [{"arm": arm, "flops_per_token": flops} for arm, flops in (("1.3B", 2.0), ("1.3B+MoE-128", 3.0))]
     (scaling.folder / "final.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [{}, *rows]))
     worse = replace(row, ours=0.1, verdict=FAILS)
-    assert "raises the loss of the 1.3B twin by 0.1 nats per token at 1.5 times the computation" in sentences.gain(
-        worse
-    )
+    assert "raise the 1.3B twin’s loss by 0.1 nats per token at 1.5 times the computation" in sentences.gain(worse)
     assert sentences.gain(replace(row, claim=paper.claim("moe128-beats-moe32"))) == "", "the paper has no number"
 
 
@@ -260,7 +258,7 @@ def test_the_score_counts_as_the_ledger_and_names_the_main_reason():
     row = {"claim": "moe128-beats-moe32", "same_as": "", "adjusted": HOLDS, "kind": MEASURED}
     open_ = row | {"claim": "pyramid-shrinks-gap", "adjusted": CANNOT_TELL}
     assert sentences.score([row]) == "Of the paper’s 1 claims 1 hold, and 0 do not."
-    assert sentences.score([row, open_]).endswith("1 are open, most of them because there are too few seeds to tell.")
+    assert sentences.score([row, open_]).endswith("1 are open, mostly because seeds are too few.")
 
 
 def test_the_ratios_of_cost_say_what_is_divided_by_what(scaling, tmp_path):

@@ -40,10 +40,10 @@ def gain(row: ClaimRow) -> str:
     flops = {run["arm"]: run["flops_per_token"] for run in row.result.rows_or_none("final.jsonl") if _complete(run)}
     more = flops[moe] / flops[base] if {moe, base} <= set(flops) else 1.0
     cost = "nearly the same computation" if more < _ALIKE else f"{more:.1f} times the computation"
-    verb = "lowers" if row.ours < 0 else "raises"
+    verb = "lower" if row.ours < 0 else "raise"
     return (
-        f"Adding {moe.rpartition('-')[2]} experts {verb} the loss of the {base} twin by {abs(row.ours):.3g} nats per "
-        f"token at {cost} (paper: {abs(theirs):.3g}): {_sure(row)}."
+        f"{moe.rpartition('-')[2]} experts {verb} the {base} twin’s loss by {abs(row.ours):.3g} nats per token "
+        f"at {cost} (paper: {abs(theirs):.3g}): {_sure(row)}."
     )
 
 
@@ -55,7 +55,7 @@ def size(row: ClaimRow) -> str:
     """Return how many times its base's size the dense model is that an MoE equals."""
     theirs = row.paper.rstrip("×")
     return (
-        f"Over two pairs of twins, an MoE matches a dense model with {row.ours:.1f} times its base’s parameters, "
+        f"An MoE matches a dense model with {row.ours:.1f} times its base’s parameters, "
         f"without embeddings (paper: {theirs}): {_sure(row)}."
     )
 
@@ -63,8 +63,8 @@ def size(row: ClaimRow) -> str:
 def speed(row: ClaimRow) -> str:
     """Return how many times as fast an MoE trains as the dense model that the paper finds equal."""
     return (
-        f"The larger MoE trains {row.ours:.1f} times as fast as the dense model that it matches, simulated on the "
-        f"paper’s GPUs (paper: {row.claim.value:.1f}): {_sure(row)}."
+        f"The larger MoE trains {row.ours:.1f} times as fast as the dense model it matches, simulated "
+        f"(paper: {row.claim.value:.1f}): {_sure(row)}."
     )
 
 
@@ -84,10 +84,10 @@ def score(rows: Iterable[Mapping[str, Any]]) -> str:
     if not distinct or not reasons:
         return f"Of the paper’s {len(distinct)} claims {held} hold, and {failed} {_do(failed)} not."
     (reason, count), left = reasons.most_common(1)[0], reasons.total()
-    which = "most of them because" if 2 * count > left else "the largest part because"
+    which = "mostly" if 2 * count > left else "often"
     return (
         f"Of the paper’s {len(distinct)} claims {held} hold, {failed} {_do(failed)} not, and {left} are open, {which} "
-        f"{reason}."
+        f"because {reason}."
     )
 
 
@@ -98,10 +98,10 @@ def _do(count: int) -> str:
 def _open(row: Mapping[str, Any]) -> str:
     """Return the reason for which a claim is open."""
     if row["adjusted"] == CANNOT_TEST:
-        return "our models and machines are too small"
+        return "models and machines are too small"
     if row["kind"] == MEASURED and not claim(row["claim"]).timed:
-        return "there are too few seeds to tell"
-    return "no result has a value for them"
+        return "seeds are too few"
+    return "no result has a value"
 
 
 def costs(scaling: Result | None, throughput: Result | None) -> list[dict[str, Any]]:
