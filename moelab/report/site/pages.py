@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ def build(root: Path) -> Built:
     """
     results, unreadable = read_results(root)
     written = 0
+    ledger = entries((result.path, result.summary) for result in results)
+    claims = all_claims(results, ledger)
     for result in results:
         if result.has("notebook.ipynb"):
             executed = result.folder / "notebook.ipynb"
@@ -69,13 +71,12 @@ def build(root: Path) -> Built:
                 unreadable.append(unreadable_line(executed, root, error))
                 result.names.discard("notebook.html")
         written += _write_if_changed(result.folder / downloads.RESULT, downloads.packed(downloads.members(result)))
-        written += _write_result(result, root, unreadable)
+        written += _write_result(result, root, unreadable, claims)
     benchmarks, unreadable_benchmarks = read_benchmarks(root)
     unreadable += unreadable_benchmarks
     for name in ASSETS:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
-    ledger = entries((result.path, result.summary) for result in results)
-    claims, parts = all_claims(results, ledger), chapters(results)
+    parts = chapters(results)
     counts = downloads.claims_csv(ledger, claims)
     written += _write_if_changed(root / downloads.CLAIMS, counts)
     written += _write_downloads(root, results)
@@ -167,9 +168,13 @@ def _write_if_changed(path: Path, content: str | bytes) -> bool:
     return True
 
 
-def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
+def _write_result(result: Result, root: Path, unreadable: list[str], claims: Sequence[ClaimRow]) -> int:
     """Write the page and the comparison data of a result; return how many files were written."""
-    rows = claims_of(result)
+    decided = {row.claim.id: row for row in claims if row.decides and row.result is result}
+    rows = [
+        replace(row, verdict=(last := decided.get(row.claim.id, row)).verdict, alone=last.alone)
+        for row in claims_of(result)
+    ]
     tables: dict[str, list[dict[str, Any]]] = {}
     for table in result.summary.tables:
         try:
