@@ -43,6 +43,7 @@ PAGES = """
 docs/README
 docs/explore
 docs/browse
+docs/experiments
 docs/reviewer
 docs/extend
 docs/try

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,11 +18,15 @@ from pathlib import Path
 from moelab.bench.train import DEFAULT
 from moelab.design.verdicts import CANNOT_TELL, today
 from moelab.paper import claim
+from moelab.report.site.sentences import score as score_of_claims
 from moelab.report.site.template import number
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
-_OTHERS = ("README.md", "docs/simulator.md", "docs/full-length.md", "results/weights/README.md", "docs/try.md")
+_OTHERS = (
+    *("README.md", "docs/experiments.md", "docs/simulator.md", "docs/full-length.md", "docs/try.md"),
+    "results/weights/README.md",
+)
 PAGES = (PAGE, *(ROOT / name for name in _OTHERS))
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -145,10 +150,33 @@ def decode(rows: list[Row]) -> str:
     return _markdown([f"ms a token, batch {' / '.join(map(str, batches))}", *heads], lines)
 
 
-def answers(rows: list[Row]) -> str:
-    """The start page's first three answers, with the verdict of the results pages where there is one."""
-    lines = [[row["question"], row["answer"], row["paper"], row["verdict"] or "–"] for row in rows[:3]]
-    return _markdown(["question", "ours", "the paper", "verdict"], lines)
+def sentences(rows: list[Row]) -> str:
+    """The three sentences of the start page, with links to their figures."""
+    return "".join(f"- {_link(row['sentence'], row['link'])}\n" for row in rows if row["sentence"])
+
+
+def _link(sentence: str, page: str) -> str:
+    """Return a sentence of which the part after the colon, its verdict, leads to a page of results."""
+    said, _, sure = sentence.rpartition(": ")
+    return textwrap.fill(f"{said}: [{sure.rstrip('.')}](results/{page}).", 118, subsequent_indent="  ", **_WHOLE)
+
+
+_WHOLE = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def tally(rows: list[Row]) -> str:
+    """How many claims hold, in a sentence."""
+    return textwrap.fill(score_of_claims(rows), 118) + "\n"
+
+
+def costs(rows: list[Row]) -> str:
+    """Each ratio of training costs, and what it divides by what."""
+    lines = []
+    for row in rows:
+        interval = f" ({float(row['low']):.1f} to {float(row['high']):.1f})" if row["low"] else ""
+        theirs = f"{float(row['paper']):.1f}×" if row["paper"] else "–"
+        lines.append([row["cost"], row["ratio"], f"{float(row['ours']):.1f}×{interval}", theirs])
+    return _markdown(["cost", "what is divided by what", "ours (95 % interval)", "the paper"], lines)
 
 
 def digest(rows: list[Row]) -> str:
@@ -158,7 +186,7 @@ def digest(rows: list[Row]) -> str:
         flops = f"{float(row['flops']):.2f}×" if row["flops"] else "–"
         hours = f"{float(row['hours']):.1f}" if float(row["hours"]) >= 0.05 else "< 0.1"
         effect = f"{row['effect']}: *{row['verdict']}*" if row["effect"] else "–"
-        title = f"[{row['title']}](results/{row['link']})"
+        title = f"[{row['title']}](../results/{row['link']})"
         seeds = row["seeds"] if row["seeds"] != "0" else "–"
         lines.append([title, row["outcome"], effect, flops, seeds, hours])
     return _markdown(["experiment", "outcome", "effect (95 % interval)", "FLOPs", "seeds", "hours"], lines)
@@ -268,7 +296,9 @@ def _newest_tries(folder: Path) -> list[Row]:
 
 
 KINDS: dict[str, Callable[[list[Row]], str]] = {
-    "answers": answers,
+    "sentences": sentences,
+    "tally": tally,
+    "costs": costs,
     "digest": digest,
     "layer": layer,
     "gate": gate,

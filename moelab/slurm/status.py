@@ -114,6 +114,7 @@ def _rows(
     answered: bool,
 ) -> Iterator[Row]:
     """Yield the rows of a submission, without runs, and notebooks that were not executed, that a newer one has too."""
+    points = _points(submission)
     for part in submission.parts:
         if part.values is not None:
             job = jobs.get((submission.id, part.name, 0))
@@ -128,8 +129,36 @@ def _rows(
             if run not in seen:
                 seen.add(run)
                 job = jobs.get((submission.id, part.name, index))
-                row = partial(_run, submission, store.root / run, job, answered)
+                row = partial(_run, submission, store.root / run, job, answered, points.get(run, ""))
                 yield _try(row, Row(submission.experiment, run, run, "unreadable"), job)
+
+
+def _points(submission: Submission) -> dict[str, str]:
+    """Return run id -> the points of a sweep that use it, as ``hidden=64`` or ``hidden=64, 128``.
+
+    A run that all points share is in none of them.
+    """
+    if submission.sweep is None:
+        return {}
+    parts = [part for part in submission.parts if part.values is not None]
+    found: dict[str, str] = {}
+    for run in dict.fromkeys(run for part in parts for run in part.runs):
+        users = [submission.sweep.at(part.values or {}) for part in parts if run in part.runs]
+        if len(users) < len(parts):
+            values = {name: dict.fromkeys(str(point[name]) for point in users) for name in submission.sweep.varied}
+            found[run] = " ".join(f"{name}={', '.join(of)}" for name, of in values.items())
+    return found
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of a notebook by name, those that override a spec's fields among them; without empty ones."""
+    own = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    inner = {name: value for part in values.values() if isinstance(part, dict) for name, value in part.items()}
+    return {name: value for name, value in (own | inner).items() if value not in ("", [], 0, False)}
+
+
+def _value(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _try(row: Callable[[], Row], instead: Row, job: queue.Job | None) -> Row:
@@ -190,7 +219,7 @@ class _Spec:
         return replace(spec, label=f"{title} · seed {spec.train.seed}")
 
 
-def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bool) -> Row:
+def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bool, point: str = "") -> Row:
     live = job if job and job.live else None
     spec = _Spec.read(path)
     finished = (path / "result.json").exists()
@@ -219,7 +248,7 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
     speed = status.tokens_per_s if state == "running" else None
     return Row(
         submission.experiment,
-        spec.label,
+        f"{spec.label} · {point}" if point else spec.label,
         path.name,
         state,
         # Without Slurm's answer, a run that stopped or failed may wait in the queue.
@@ -254,7 +283,7 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
         reason = f"its job ended{f' as {job.state}' if job else ''} without an outcome" + _AGAIN if answered else ""
     return Row(
         submission.experiment,
-        "notebook" + "".join(f" {k}={v}" for k, v in (part.values or {}).items() if v not in ("", [], 0, False)),
+        "notebook" + "".join(f" {name}={_value(value)}" for name, value in _settings(part.values or {}).items()),
         f"{submission.id}/{part.name}",
         state,
         **_job(live),

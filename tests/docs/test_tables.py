@@ -27,6 +27,22 @@ def test_the_tables_of_pages_and_readme_are_what_was_found(tables):
     assert [tables.render(tables.TABLE.sub(r"\1\5", page)) for page in pages] == pages, "each made anew, from none"
 
 
+def test_the_first_screen_of_the_readme_has_few_words_and_numbers():
+    """Before the commands stand at most 250 words and 15 numbers; links' addresses and remarks are not read."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Two commands")[0]
+    seen = re.sub(r"<!--.*?-->|!\[[^\]]*\]\([^)]*\)|(?<=\])\([^)]*\)", "", text, flags=re.DOTALL)
+    words = [word for word in seen.split() if re.search(r"\w", word)]
+    assert 100 < len(words) <= 250
+    assert 6 < len(re.findall(r"\d+(?:[.,]\d+)*", seen)) <= 15, re.findall(r"\d+(?:[.,]\d+)*", seen)
+    with open(ROOT / "results" / "answers.csv", encoding="utf-8") as file:
+        sentences = [row["sentence"] for row in csv.DictReader(file) if row["sentence"]]
+    said, page = (re.sub(r"[\[\]\s]+", " ", where) for where in (seen, (ROOT / "results/index.html").read_text()))
+    assert len(sentences) == 3
+    for sentence in sentences:
+        assert sentence.rstrip(".") in said, "the README has it"
+        assert sentence in page, "and the start page"
+
+
 def test_a_program_that_was_not_measured_has_no_column_and_several_ranks_no_row(tables):
     times = {(1, "baseline"): 3.0, (1, "optimised"): 2.0, (2, "optimised"): 0.1}
     rows = [

@@ -20,6 +20,7 @@ from moelab.design.parameters import resolve
 from moelab.experiments import pr_moe
 from moelab.files import write_json
 from moelab.notebook import execute as notebooks
+from moelab.notebook import watch
 from moelab.notebook.watch import execute_watched
 from moelab.runs import records
 from moelab.runs.measurements import file_digest
@@ -258,6 +259,24 @@ def test_a_reply_whose_signal_was_taken_is_found():
 
     with ThreadPoolExecutor(1) as own:  # the browser's tests leave a loop running in this thread
         assert own.submit(lambda: asyncio.run(wait())).result()["msg_type"] == "execute_reply"
+
+
+def test_a_run_is_compared_with_its_published_loss(tmp_path, monkeypatch):
+    def summary(losses, cpu):
+        spec, machine = {"train": {"seed": 3}}, {"hardware": {"cpu": cpu}}
+        runs = [(f"r{i}", {} if loss is None else {"validation_loss": loss}) for i, loss in enumerate(losses)]
+        rows = [{"id": i, "label": "Dense", "spec": spec, "result": r, "provenance": machine} for i, r in runs]
+        return {"experiment": "start", "runs": rows}
+
+    folder = tmp_path / "start" / "cpu" / "1"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary([5.76, 5.68, 5.0], "Zen")))
+    monkeypatch.setattr(watch.paths, "results", lambda: tmp_path)
+    said = "Dense, seed 3: published 5.760, yours 5.774 nats per token, "
+    assert watch.compared(summary([5.774], "Xeon")) == said + "another processor (expected within 0.02)"
+    same = watch.compared(summary([5.774, 5.681, None, 1.0], "Zen"))
+    assert same == said + "the same processor; the farthest apart of 2 runs"
+    assert watch.compared(summary([], "Zen")) == "" == watch.compared(summary([5.0], "Zen") | {"experiment": "x"})
 
 
 def test_who_publishes_hears_of_runs_whose_records_lack_numbers(tmp_path, monkeypatch, capsys, result):

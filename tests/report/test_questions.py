@@ -4,17 +4,20 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from moelab import paper
 from moelab.design import settings
-from moelab.design.verdicts import CANNOT_TELL, HOLDS
+from moelab.design.verdicts import CANNOT_TELL, FAILS, HELD, HOLDS, LARGER, MEASURED
 from moelab.experiments import EXPERIMENTS
-from moelab.report.site import charts, digest, hero, questions
-from moelab.report.site.claims import ClaimRow
+from moelab.report import ledger
+from moelab.report.site import charts, digest, hero, questions, sentences
+from moelab.report.site.claims import ClaimRow, tally
 from moelab.report.site.gallery import chapters
 from moelab.report.site.results import strongest
 from tests.report.helpers import result
@@ -55,7 +58,9 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     assert "−0.31 at its end" in first.paper and "16\u00a0% of its training" in first.paper
     assert first.line.startswith("−0.300 [−0.325, −0.275] (paper at 16")
     assert second.line.startswith("1.") and "× its base [" in second.line and second.line.endswith("×)")
-    assert "+0.300 nats" in second.short and second.short.startswith("350M+MoE-128, times its base’s size: 1.")
+    assert "+0.300 nats" in second.short and second.short.startswith(
+        "350M+MoE-128 equals a dense model of so many times its base’s parameters (without embeddings): 1."
+    )
     assert first.row()["verdict"] == "" and first.row()["link"].startswith("scaling/cpu/1/")
     assert questions.answers([], []) == []
     (scaling.folder / "equal-cost.jsonl").write_text("\n")  # as pandas writes an empty table: no budgets, at `full`
@@ -84,9 +89,17 @@ def test_the_dense_size_of_both_pairs_leads_where_it_is_judged(scaling):
     answer = questions.answers([scaling], [row])[1]
     assert answer.line == "4.37× its base [4, 4.74] (paper 4–5×)" and answer.claims == [row]
     assert answer.short.startswith(
-        "4.37× its base [4, 4.74], mean of two pairs. 350M+MoE-128, times its base’s size: 1."
+        "4.37× its base [4, 4.74], mean of two pairs. 350M+MoE-128 equals a dense model of so many times its base’s"
     )
     assert answer.paper.startswith("4 to 5×. 350M+MoE-128: ")
+    assert (
+        answer.row()["sentence"]
+        == answer.sentence
+        == (
+            "An MoE matches a dense model with 4.4 times its base’s parameters, without embeddings "
+            "(paper: 4 to 5): cannot tell yet."
+        )
+    )
 
 
 def test_what_a_dense_model_of_equal_quality_costs(scaling):
@@ -193,32 +206,71 @@ def test_the_papers_points_stand_at_the_share_of_its_training():
     assert charts.whole_training("nobody", "cpu") == 0
 
 
-def test_the_figure_of_the_start_page_takes_the_strongest_scale(scaling, tmp_path):
-    found = []
-    for scale in ("quick", "cpu"):
-        folder = tmp_path / scale
-        folder.mkdir()
-        rows = [
-            {"arm": arm, "seed": s, "tokens": t, "loss": -t / 1e8 - s / 100}
-            for arm in ("MoE-32", "MoE-128")
-            for s in (0, 1)
-            for t in (1e6, 8e6, 16e6)
-        ]
-        odd = [{}, {"arm": "MoE-32", "tokens": None, "loss": 1.0}, {"arm": "MoE-32", "tokens": 1e6, "loss": "x"}]
-        (folder / hero.DATA).write_text("".join(json.dumps(row) + "\n" for row in [*odd, *rows]))
-        names = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128"}
-        runs = [run("350M", 0) | {"label": arm, "spec": {"model": {"name": f"{names[arm]} twin"}}} for arm in names]
-        found.append(result(folder, "pr-moe", scale, seeds=[0, 1, 2], runs=runs))
-    shown, written = hero.write(found, tmp_path)
-    one = result(found[0].folder, "pr-moe", "full", seeds=[0])
-    others = result(found[0].folder, "pr-moe", "full", seeds=[1, 2, 3], parameters={"first_seed": 1})
-    assert strongest([one, others, *found], "pr-moe").scale == "cpu", "no verdict, or not of the plan"
-    two = result(found[0].folder, "pr-moe", "full", seeds=[0, 1])
-    assert strongest([others, one, two], "pr-moe") is two, "of results without a verdict the one of more seeds"
-    assert shown.scale == "cpu" and written and not hero.write(found, tmp_path)[1], "drawn once"
-    text = (tmp_path / hero.FILE).read_text()
-    assert "paper: MoE-128" in text and "MoE-32" in text and "of the paper’s tokens" in hero.caption(shown)
+def test_of_results_the_strongest_is_one_of_the_plan_with_most_seeds():
+    few, full = result(experiment="pr-moe", scale="full", seeds=[0]), {"experiment": "pr-moe", "scale": "full"}
+    found = result(experiment="pr-moe", scale="cpu", seeds=[0, 1, 2])
+    others = result(**full, seeds=[1, 2, 3], parameters={"first_seed": 1})
+    assert strongest([few, others, found], "pr-moe") is found, "no verdict, or not of the plan"
+    two = result(**full, seeds=[0, 1])
+    assert strongest([others, few, two], "pr-moe") is two, "of results without a verdict the one of more seeds"
+
+
+def test_the_figure_of_the_start_page_has_a_row_for_each_pair_and_their_mean(scaling, tmp_path):
+    claim = paper.claim("dense-equivalent-4-5x")
+    row = ClaimRow(claim, CANNOT_TELL, scaling, "cpu", 4.37, 4.0, 4.74, 3, decides=True)
+    pair, mean = hero.rows(scaling, [row])
+    assert pair.name == "350M with 128 experts" and pair.low <= pair.ours <= pair.high and pair.ours < 4
+    assert pair.paper == (pytest.approx(5.3, abs=0.05),) and mean.paper == (4, 5) and mean.ours == 4.37
+    quick = replace(scaling, summary=replace(scaling.summary, scale="quick"))
+    shown, written = hero.write([quick, scaling], tmp_path, [row])
+    assert shown is scaling and written and not hero.write([quick, scaling], tmp_path, [row])[1], "drawn once"
+    assert "a dense model 4.4× its base" in (tmp_path / hero.FILE).read_text()
     assert "twins of 0.2 to 0.2 million parameters" in hero.caption(shown)
-    assert "interval of that point by itself" in hero.caption(shown), "no look at the seeds was planned along a curve"
-    assert "the dense base’s: twins (lines" in hero.caption(result(shown.folder, "pr-moe", "cpu")), "without runs"
-    assert hero.write([scaling], tmp_path) == (None, False)
+    for text in ("\n", '{"arm": "350M"}\n', "torn"):
+        (scaling.folder / hero.DATA).write_text(text)
+        assert hero.write([scaling], tmp_path) == (None, False)
+
+
+def test_a_sentence_has_our_number_the_papers_and_the_verdict(scaling):
+    row = ClaimRow(
+        *(paper.claim("moe128-1.3b-beats-own-base"), LARGER, scaling, "full", -0.425, -0.44, -0.41, 3),
+        kind=MEASURED,
+    )
+    assert sentences.gain(row) == (
+        "128 experts lower the 1.3B twin’s loss by 0.425 nats per token at nearly the same computation "
+        "(paper: 0.215): holds, but larger (3 seeds)."
+    )
+    rows = [{"arm": arm, "flops_per_token": flops} for arm, flops in (("1.3B", 2.0), ("1.3B+MoE-128", 3.0))]
+    (scaling.folder / "final.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [{}, *rows]))
+    worse = replace(row, ours=0.1, verdict=FAILS)
+    assert "raise the 1.3B twin’s loss by 0.1 nats per token at 1.5 times the computation" in sentences.gain(worse)
+    assert sentences.gain(replace(row, claim=paper.claim("moe128-beats-moe32"))) == "", "the paper has no number"
+
+
+def test_the_score_counts_as_the_ledger_and_names_the_main_reason():
+    published = Path(__file__).parents[2] / "results"
+    said = sentences.score(csv.DictReader(io.StringIO((published / "claims.csv").read_text())))
+    counted = Counter()
+    for items in tally(ledger.ledger(published)).values():
+        counted.update({item.verdict: item.claims for item in items})
+    assert said.startswith(f"Of the paper’s {counted.total()} claims {sum(counted[v] for v in HELD)} hold")
+    assert f"{counted[CANNOT_TELL] + counted['cannot be tested here']} are open" in said
+    row = {"claim": "moe128-beats-moe32", "same_as": "", "adjusted": HOLDS, "kind": MEASURED}
+    open_ = row | {"claim": "pyramid-shrinks-gap", "adjusted": CANNOT_TELL}
+    assert sentences.score([row]) == "Of the paper’s 1 claims 1 hold, and 0 do not."
+    assert sentences.score([row, open_]).endswith("1 are open, mostly because seeds are too few.")
+
+
+def test_the_ratios_of_cost_say_what_is_divided_by_what(scaling, tmp_path):
+    rows = [
+        {"pair": "1.3B+MoE-128 − 6.7B", "seed": seed, "at": "time", "times": 3.0 + seed / 10, "paper": 6.2}
+        for seed in (0, 1)
+    ]
+    pd.DataFrame(rows).to_json(scaling.folder / "equal-loss.jsonl", orient="records", lines=True)
+    throughput = result(tmp_path, "throughput", "cpu")
+    compared = {"1.3B+MoE-128 over 6.7B": "training speed", "twins": 3.8, "paper's models": 5.3}
+    (tmp_path / "compared.jsonl").write_text(json.dumps(compared) + "\n")
+    speed, time = sentences.costs(scaling, throughput)
+    assert (speed["ratio"], speed["ours"], speed["paper"]) == ("1.3B+MoE-128’s tokens per second over 6.7B’s", 3.8, 5.3)
+    assert time["ratio"] == "6.7B’s over 1.3B+MoE-128’s" and time["low"] < time["ours"] < time["high"]
+    assert sentences.costs(None, None) == []

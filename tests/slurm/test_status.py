@@ -313,6 +313,20 @@ def test_the_last_notebook_of_a_sweep_compares_its_points(submitted, monkeypatch
     assert "the sweep's comparison: disk full" in capsys.readouterr().err
 
 
+def test_a_run_of_a_sweep_names_its_points(submitted):
+    runs, _, record, _ = submitted
+    points = tuple({"scale": "smoke", "seeds": 1, "overrides": {"model.hidden": hidden}} for hidden in (32, 64, 96))
+    record.sweep, ids = Sweep(("model.hidden",), points), [run.spec.id for run in runs]
+    used = ([ids[0], ids[1]], [ids[0], ids[2]], [ids[0], ids[2], ids[3]])
+    record.parts = [record.parts[0], *(Part(f"notebook-{i}", None, list(used[i]), points[i]) for i in range(3))]
+    record.write()
+    *found, first, _, _ = (row.what for row in status.overview().rows)
+    title = f"{runs[0].spec.title} · seed"
+    expected = ["0", "1 · model.hidden=32", "2 · model.hidden=64, 96", "3 · model.hidden=96"]
+    assert found == [f"{title} {rest}" for rest in expected], "one that all points share names none"
+    assert first == "notebook scale=smoke seeds=1 model.hidden=32", "no dict"
+
+
 def test_a_controller_that_is_down_is_said_to_be_waited_for(slurm, monkeypatch, capsys, tmp_path):
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(queue, "_PATIENCE_S", 0.2)
@@ -361,7 +375,7 @@ def test_a_reason_does_not_command_the_terminal_and_a_parameter_is_not_markup(su
     runs, job, record, _ = submitted
     record.parts[1].values = {"arms": ["[/b]", "[red]"]}
     record.write()
-    assert "arms=['[/b]', '[red]']" in shown(width=200)
+    assert "arms=[/b],[red]" in shown(width=200)
     hostile = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202egone"
     runs[0].set_status(Status("failed", reason=hostile))
     spec = read_json(runs[1].path / "spec.json")

@@ -1,71 +1,95 @@
-"""Draw the start page's figure: how far MoE twins are below their dense base, over the share of the training."""
+"""Draw the figure of the README and the start page: how large a dense model an MoE with 128 experts equals."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from moelab.config import ModelConfig
+from moelab.design import budgets, comparison
+from moelab.experiments.scaling import EQUAL_SIZE, PAIRS
 from moelab.files import write_text
 from moelab.lazy import pd
-from moelab.report.site.charts import gap_of_fig_1, models_of, whole_training
-from moelab.report.site.results import Result, strongest
+from moelab.plotting.typography import typeset
+from moelab.report.site.claims import ClaimRow
+from moelab.report.site.results import ODD, Result, strongest
+from moelab.statistics import interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FILE = "hero.svg"
-ARMS = ("MoE-32", "PR-MoE-32/64", "MoE-128")
-BASE = "Dense"
-DATA = "over-training.jsonl"
-"""Curves of differences to the base at the same step and seed, in a result of pr-moe."""
+DATA = "final.jsonl"
+"""Final losses, in a result of scaling."""
+
+AXIS = "dense model of equal loss: its parameters, divided by those of the MoE’s base (without embeddings)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row of the figure shows: our value with its 95 % interval, and the paper's, or its bounds."""
+
+    name: str
+    ours: float
+    low: float
+    high: float
+    paper: tuple[float, ...]
 
 
 def caption(result: Result) -> str:
-    """Return what the figure shows, and why its curves differ from the paper's."""
-    models = models_of(result)
-    reached = max(_curves(result, models)["share"], default=0.0)
+    """Return what the figure shows."""
     sizes = [run.result["parameters"] / 1e6 for run in result.summary.runs if "parameters" in run.result]
     size = f" of {min(sizes):.1f} to {max(sizes):.1f} million parameters" if sizes else ""
-    early = ", and lower their learning rate at their own end" if reached < 0.99 else ""
     return (
-        f"Loss minus the dense base’s: twins{size} (lines: mean of {result.seeds}; the bar at the end is the 95 % "
-        f"interval of that point by itself), which see {reached:.0%} of the paper’s tokens for each parameter, and the "
-        f"paper’s MoE-128 (diamonds: Fig 1, read off the plot). The twins are smaller and read other text{early}, so "
-        f"the size of a gap is not comparable; its sign and its course are."
+        f"How many times as many parameters as its base, without embeddings, the dense model has that an MoE with 128 "
+        f"experts equals. Bars: our twins{size}, mean of {result.seeds} with the 95 % interval; the loss between two "
+        f"dense models goes by the logarithm of their size. Diamonds: the paper, read off the ends of the curves of "
+        f"its Fig 1; in the last row the range of its text."
     )
 
 
-def write(results: Sequence[Result], folder: Path) -> tuple[Result | None, bool]:
+def rows(result: Result, claims: Sequence[ClaimRow]) -> list[Row]:
+    """Return the rows: one for each pair of an MoE and its base, then their mean, which is the claim's value."""
+    final = pd.DataFrame(result.rows_or_none(DATA))
+    found = []
+    try:
+        for moe, base, larger in PAIRS:
+            times = list(budgets.effective_size(final, moe, base, larger, result.summary.scale)["times"])
+            whole = comparison.tokens_a_parameter(base)
+            theirs = budgets.paper_effective_size(moe, base, larger, whole)
+            if times:
+                experts = max(ModelConfig.parse(moe).experts)
+                found.append(Row(f"{base} with {experts} experts", *interval(times), (theirs,) if theirs else ()))
+    except ODD:
+        return []
+    both = next((row for row in claims if row.claim.id == EQUAL_SIZE and row.decides and row.result is result), None)
+    if found and both and both.ours is not None and both.low is not None and both.high is not None:
+        bounds = tuple(value for value in (both.claim.value_low, both.claim.value_high) if value is not None)
+        found.append(Row("mean of both", both.ours, both.low, both.high, bounds))
+    return found
+
+
+def write(results: Sequence[Result], folder: Path, claims: Sequence[ClaimRow] = ()) -> tuple[Result | None, bool]:
     """Write the figure if its data have changed; return the result that it shows, and whether it was written."""
-    result = strongest(results, "pr-moe", DATA)
-    if result is None:
+    result = strongest(results, "scaling", DATA)
+    shown = rows(result, claims) if result else []
+    if not shown:
         return None, False
-    models = models_of(result)
-    curves = _curves(result, models)
-    theirs = gap_of_fig_1(models.get("MoE-128", ""), models.get(BASE, ""))
-    drawn = json.dumps([curves.to_numpy().tolist(), theirs]) + Path(__file__).read_text(encoding="utf-8")
+    drawn = json.dumps([asdict(row) for row in shown]) + Path(__file__).read_text(encoding="utf-8")
     mark = f"<!-- drawn from {hashlib.sha256(drawn.encode()).hexdigest()[:32]} -->"
     path = folder / FILE
     if path.exists() and path.read_text(encoding="utf-8", errors="replace").endswith(f"{mark}\n"):
         return result, False
-    _draw(curves, theirs, path)
+    _write(shown, path)
     write_text(path, f"{path.read_text(encoding='utf-8').rstrip()}\n{mark}\n")
     return result, True
 
 
-def _curves(result: Result, models: dict[str, str]) -> pd.DataFrame:
-    """Return the differences over the share of the paper's training: columns arm, share, loss, a row a seed."""
-    wholes = {arm: whole_training(models.get(arm, ""), result.summary.scale) for arm in ARMS}
-    found = []
-    for row in result.rows_or_none(DATA):
-        arm, tokens, loss = (row.get(name) for name in ("arm", "tokens", "loss"))
-        if arm not in ARMS or not isinstance(tokens, int | float) or not isinstance(loss, int | float):
-            continue
-        if wholes[arm] and tokens > 0:
-            found.append((arm, tokens / wholes[arm], loss))
-    return pd.DataFrame(found, columns=["arm", "share", "loss"])
-
-
-def _draw(curves: pd.DataFrame, theirs: Sequence[tuple[float, float, float]], path: Path) -> None:
+def _write(shown: Sequence[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,13 +98,30 @@ def _draw(curves: pd.DataFrame, theirs: Sequence[tuple[float, float, float]], pa
     from moelab.plotting import figures
 
     figures.theme()
-    fig, (ax,) = figures.panels(height=3.0)
-    read = pd.DataFrame(theirs, columns=["share", "gap", "uncertainty"])
-    read = read.assign(low=read["gap"] - read["uncertainty"], high=read["gap"] + read["uncertainty"])
-    figures.loss_curves(curves, ax, arms=ARMS, against=BASE, along="share", log=True, paper={"MoE-128": read})
-    ticks = (1, 2, 5, 10, 20, 50, 100)
-    ax.set_xticks(ticks, [f"{tick} %" for tick in ticks])
-    ax.minorticks_off()
-    ax.set(xlabel="share of the paper’s training (tokens a parameter)")
+    fig, (ax,) = figures.panels(height=0.85 * len(shown) + 0.7)
+    draw(shown, ax)
+    figures.legend_below(ax)
+    figures.title(fig, f"An MoE equals a dense model {shown[-1].ours:.1f}× its base")
     figures.save(fig, path.with_suffix(""))
     plt.close(fig)
+
+
+def draw(shown: Sequence[Row], ax: Axes) -> None:
+    """Draw a bar for each row from nothing to our value, with its interval, and the paper's diamonds."""
+    from moelab.plotting import figures, palette
+
+    color, below = palette.colors(["MoE-128"])["MoE-128"], 0.32
+    for at, row in enumerate(shown):
+        ax.barh(at, row.ours, height=0.34, color=color, label="ours, with the 95 % interval" if at == 0 else "")
+        around = [[row.ours - row.low], [row.high - row.ours]]
+        ax.errorbar([row.ours], [at], xerr=around, fmt="none", ecolor="#888888", elinewidth=1.8, capsize=4, zorder=2)
+        ax.annotate(f"{row.ours:.1f}×", (0.1, at), color="white", weight="bold", va="center")
+        if row.paper:
+            heights, label = [at + below] * len(row.paper), "paper" if at == 0 else ""
+            figures.paper_points(ax, row.paper, heights, across=True, line=len(row.paper) > 1, label=label)
+    figures.name_rows(ax, [typeset(row.name) for row in shown], above=0.22)
+    ax.set_ylim(len(shown) - 1 + below + 0.2, -0.75)
+    last = max(max(row.high, *row.paper) for row in shown)
+    ax.set_xlim(0, 1.05 * last)
+    ax.set_xticks(range(int(last) + 1), [f"{times}×" for times in range(int(last) + 1)])
+    ax.set_xlabel(AXIS)

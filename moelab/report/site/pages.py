@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ from moelab.design.verdicts import STYLES
 from moelab.files import write_bytes
 from moelab.plotting.axis import mark
 from moelab.report.ledger import entries, family, scale_rank
-from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, template
+from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, sentences, template
 from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.glossary import TERMS
 from moelab.report.site.questions import ANSWERS, answers, share_reached
-from moelab.report.site.results import Picture, Result, read_benchmarks, read_results
+from moelab.report.site.results import Picture, Result, read_benchmarks, read_results, strongest
 from moelab.report.summary import unreadable_line
 
 TABLE_ROWS = 40
@@ -57,6 +59,8 @@ def build(root: Path) -> Built:
     """
     results, unreadable = read_results(root)
     written = 0
+    ledger = entries((result.path, result.summary) for result in results)
+    claims = all_claims(results, ledger)
     for result in results:
         if result.has("notebook.ipynb"):
             executed = result.folder / "notebook.ipynb"
@@ -67,14 +71,14 @@ def build(root: Path) -> Built:
                 unreadable.append(unreadable_line(executed, root, error))
                 result.names.discard("notebook.html")
         written += _write_if_changed(result.folder / downloads.RESULT, downloads.packed(downloads.members(result)))
-        written += _write_result(result, root, unreadable)
+        written += _write_result(result, root, unreadable, claims)
     benchmarks, unreadable_benchmarks = read_benchmarks(root)
     unreadable += unreadable_benchmarks
     for name in ASSETS:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
-    ledger = entries((result.path, result.summary) for result in results)
-    claims, parts = all_claims(results, ledger), chapters(results)
-    written += _write_if_changed(root / downloads.CLAIMS, downloads.claims_csv(ledger, claims))
+    parts = chapters(results)
+    counts = downloads.claims_csv(ledger, claims)
+    written += _write_if_changed(root / downloads.CLAIMS, counts)
     written += _write_downloads(root, results)
     counted = tally(ledger)
     used = {result.scale for result in results} | {row.scale for row in claims if row.result}
@@ -92,11 +96,13 @@ def build(root: Path) -> Built:
         "unreadable": unreadable,
         **_VIEW,
     }
-    shown, drawn = hero.write(results, root)
+    shown, drawn = hero.write(results, root, claims)
     rows = digest.digest(parts, claims)
     found = answers(results, claims)
     written += drawn + _write_if_changed(root / digest.FILE, digest.to_csv([vars(row) for row in rows]))
     written += _write_if_changed(root / ANSWERS, digest.to_csv([answer.row() for answer in found]))
+    cost = sentences.costs(strongest(results, "scaling"), strongest(results, "throughput"))
+    written += _write_if_changed(root / sentences.COSTS, digest.to_csv(cost))
     grid = explorer.explorer(results)
     start = {
         "explorer": explorer.PAGE if grid else "",
@@ -104,6 +110,7 @@ def build(root: Path) -> Built:
         "hero_caption": hero.caption(shown) if shown else "",
         "hero_picture": Picture.of(root / hero.FILE),
         "answers": found,
+        "score": sentences.score(csv.DictReader(io.StringIO(counts))) if claims else "",
         "shares": _shares([r for r in results if r is shown or any(r.path in answer.link for answer in found)]),
         "digest": rows,
         "hours": digest.hours(results),
@@ -161,9 +168,13 @@ def _write_if_changed(path: Path, content: str | bytes) -> bool:
     return True
 
 
-def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
+def _write_result(result: Result, root: Path, unreadable: list[str], claims: Sequence[ClaimRow]) -> int:
     """Write the page and the comparison data of a result; return how many files were written."""
-    rows = claims_of(result)
+    decided = {row.claim.id: row for row in claims if row.decides and row.result is result}
+    rows = [
+        replace(row, verdict=(last := decided.get(row.claim.id, row)).verdict, alone=last.alone)
+        for row in claims_of(result)
+    ]
     tables: dict[str, list[dict[str, Any]]] = {}
     for table in result.summary.tables:
         try:

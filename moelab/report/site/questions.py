@@ -10,6 +10,7 @@ from moelab.design import budgets, comparison
 from moelab.design.verdicts import FAILS, HELD
 from moelab.lazy import np, pd
 from moelab.plotting.typography import typeset
+from moelab.report.site import sentences
 from moelab.report.site.charts import gap_of_fig_1, whole_training
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.results import ODD, Result, strongest
@@ -48,6 +49,7 @@ class Answer:
 
     Attributes:
         question: as a reader asks it.
+        sentence: the answer as a sentence that can be repeated (`moelab.report.site.sentences`); empty for none.
         line: the answer in a line, with the paper's number; what the start page shows before a click.
         short: the answer in full.
         paper: the paper's number beside it.
@@ -63,11 +65,13 @@ class Answer:
     basis: str = ""
     claims: Sequence[ClaimRow] = field(default=())
     link: str = ""
+    sentence: str = ""
 
     def row(self) -> dict[str, str]:
         """Return it as a row of a table; the verdict is that on the first claim."""
         return {
             "question": self.question,
+            "sentence": self.sentence,
             "answer": self.short,
             "paper": self.paper,
             "basis": self.basis,
@@ -95,7 +99,7 @@ def answers(results: Sequence[Result], rows: Iterable[ClaimRow]) -> list[Answer]
 
 def _of_tables(result: Result | None, decided: dict[str, ClaimRow]) -> list[Answer | None]:
     try:
-        return [_equal_cost(result, decided), _dense_size(result, decided), _equal_loss(result)]
+        return [_equal_cost(result, decided), _dense_size(result, decided), _equal_loss(result, decided)]
     except ODD:
         return []
 
@@ -182,6 +186,7 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
         basis(result),
         claims,
         f"{result.path}/index.html#{'gap-over-tokens' if result.has('gap-over-tokens.svg') else 'against-dense'}",
+        sentences.gain(claims[0]) if claims else "",
     )
 
 
@@ -212,7 +217,7 @@ def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     sizes = effective_sizes(result) if result else {}
     if not result or not sizes:
         return None
-    said = [f"{_mean_text(values, '%.2f')} at equal {at}" for at, values in sizes.items()]
+    said = {at: _mean_text(values, "%.2f") for at, values in sizes.items()}
     rows = result.rows_or_none("against-dense.jsonl")
     behind = [row["gap"] for row in rows if (row.get("left"), row.get("right")) == (MOE, LARGER)]
     large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
@@ -222,8 +227,9 @@ def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     end = budgets.paper_effective_size(MOE, BASE, LARGER, whole)
     theirs = budgets.paper_effective_size(MOE, BASE, LARGER, share * whole)
     here = f"{theirs:.1f}× at {share:.0%} of its training, " if share < 0.95 else ""
-    line = _line(said[0].replace(" ", "× its base ", 1), f"{_at(share)}{theirs:.1f}×")
-    short = f"{MOE}, times its base’s size: {', '.join(said)}{more}."
+    line = _line(next(iter(said.values())).replace(" ", "× its base ", 1), f"{_at(share)}{theirs:.1f}×")
+    times = ", ".join(f"{value} at equal {at}" for at, value in said.items())
+    short = f"{MOE} equals a dense model of so many times its base’s parameters (without embeddings): {times}{more}."
     beside = typeset(f"{MOE}: {here}{end:.1f}× at its end; against {LARGER} {_beside(result, LARGER)}")
     if both := decided.get(SIZE):  # what the verdict is about comes first
         of_both = f"{quantity(both.ours, both.claim)} its base [{both.interval.replace(' to ', ', ')}]"
@@ -237,6 +243,7 @@ def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
         basis(result),
         [decided[id] for id in (SIZE, "moe128-1.3b-matches-6.7b", "moe128-350m-beats-1.3b") if id in decided],
         link=f"{result.path}/index.html#against-dense",
+        sentence=sentences.size(both) if both else "",
     )
 
 
@@ -252,7 +259,7 @@ def _to_equal_loss(result: Result, moe: str, dense: str) -> tuple[list[str], lis
     return ours, theirs
 
 
-def _equal_loss(result: Result | None) -> Answer | None:
+def _equal_loss(result: Result | None, decided: dict[str, ClaimRow]) -> Answer | None:
     found = {pair: _to_equal_loss(result, *pair) for pair in EQUALS} if result else {}
     said = {f"{dense} takes {{}} of {moe}": both for (moe, dense), both in found.items() if both[0]}
     if not result or not said:
@@ -264,7 +271,9 @@ def _equal_loss(result: Result | None) -> Answer | None:
         f"To an equal loss {'; '.join(text.format(', '.join(ours)) for text, (ours, _) in said.items())}.",
         typeset(", ".join(theirs)),
         basis(result),
+        [speed] if (speed := decided.get(sentences.SPEED)) else (),
         link=f"{result.path}/index.html#equal-loss",
+        sentence=sentences.speed(speed) if speed else "",
     )
 
 
