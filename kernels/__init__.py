@@ -18,7 +18,7 @@ from ._cpp import instructions, version, why_not, why_not_loaded
 from ._hash import priorities
 from .activations import ACTIVATIONS, Activation, activate
 from .attention import attention
-from .experts import expert_ffn, routed_ffn
+from .experts import expert_ffn
 from .gating import Gate, gate
 from .packed import Packed, can_pack, pack
 from .permute import RowTable, combine, dispatch, row_table
@@ -43,7 +43,6 @@ __all__ = [
     "pack",
     "priorities",
     "residual_mix",
-    "routed_ffn",
     "row_table",
     "version",
     "why_not",
