@@ -37,17 +37,17 @@ class LayerWeights(NamedTuple):
     [M]: of a learned mix the difference of its rows, of a shared gate its only row.
     """
 
-    attention_norm: Tensor
-    attention_norm_bias: Tensor | None
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    shares: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    norm: Tensor
-    norm_bias: Tensor | None
+    attention_norm: Tensor | None
+    attention_norm_bias: Tensor | None = None
+    qkv: Tensor | None = None
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    shares: Tensor | None = None
+    out: Tensor | None = None
+    out_bias: Tensor | None = None
+    norm: Tensor | None = None
+    norm_bias: Tensor | None = None
     router: Tensor | None = None
     balance: Tensor | None = None
     up: Tensor | None = None

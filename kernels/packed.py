@@ -1,7 +1,7 @@
 """Pack matrices once, for the products of `decode` (``decode.py``) on a CPU.
 
-The operation is C++ (``_cpp/packed.cpp``) for float32 and bfloat16; `can_pack` says where it runs. A matrix is [N, K]; K
-is a multiple of `MULTIPLE`.
+The operation is C++ (``_cpp/packed.cpp``) for float32 and bfloat16; `can_pack` says where it runs. A matrix is [N, K];
+K is a multiple of `MULTIPLE`.
 """
 
 from __future__ import annotations

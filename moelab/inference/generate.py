@@ -5,11 +5,11 @@
     completions = generator.generate(prompts, Sampling(temperature=0))
 
 Sequences share forward passes but do not influence each other beyond rounding: routing is drop-free, and attention and
-random draws are computed per sequence. On a CPU one C++ call computes a step (`packing.py`), whose results have the same
-bits in any batch; what it cannot compute goes through the model's modules (`Generator.why_plain`). When a sequence ends, the next prompt
-takes its slot at once. On several ranks, every rank calls the same method with the same prompts; each data rank
-generates its part of them, and a rank that has finished joins the others' forward passes without tokens until all ranks
-have finished.
+random draws are computed per sequence. On a CPU one C++ call computes a step (`packing.py`), and a sequence has the
+same bits in any batch; what the call cannot compute goes through the model's modules (`Generator.why_plain`). When a
+sequence ends, the next prompt takes its slot at once. On several ranks, every rank calls the same method with the same
+prompts; each data rank generates its part of them, and a rank that has finished joins the others' forward passes
+without tokens until all ranks have finished.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from moelab.engine.collectives import all_gather_json, all_reduce
 from moelab.engine.mesh import Mesh
-from moelab.inference.cache import KVCache
 from moelab.inference import packing
+from moelab.inference.cache import KVCache
 from moelab.inference.modes import STATIC_TOKENS
 from moelab.inference.sampling import Sampling, choose, uniforms
 from moelab.models import GPT
@@ -83,7 +83,7 @@ class Generator:
             load.
         capture: on CUDA, replay static steps as a graph; False launches them one by one, so that their parts can be
             timed.
-        release: free the model's weights where they are packed, so that few exist twice; it computes nothing afterwards.
+        release: free the model's weights as they are packed, so that few exist twice; it computes nothing afterwards.
 
     Attributes:
         packed: the model's packed weights, which compute prompts and steps; None where its modules do.

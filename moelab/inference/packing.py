@@ -136,42 +136,49 @@ def _pack(model: GPT, release: bool) -> Decoder:
 def _pack_block(block: Block, release: bool) -> tuple[LayerWeights, LayerSizes, float]:
     """Return a layer's weights, its sizes, and the bias of its mix."""
     attention, ffn = block.attention, block.ffn
-    names: dict[str, Tensor | None] = {
-        "q_norm": None if attention.q_norm is None else attention.q_norm.weight.detach(),
-        "k_norm": None if attention.k_norm is None else attention.k_norm.weight.detach(),
-        "shares": None if attention.smear is None else attention.smear.detach().sigmoid().float(),
-    }
-    names["attention_norm"], names["attention_norm_bias"] = _norm(block.attention_norm)
-    names["norm"], names["norm_bias"] = _norm(block.ffn_norm)
+    weights: dict[str, Tensor | None] = {}
+    weights["attention_norm"], weights["attention_norm_bias"] = _norm(block.attention_norm)
+    weights["norm"], weights["norm_bias"] = _norm(block.ffn_norm)
+    if attention.q_norm is not None and attention.k_norm is not None:
+        weights["q_norm"], weights["k_norm"] = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+    if attention.smear is not None:
+        weights["shares"] = attention.smear.detach().sigmoid().float()
     for name, linear in (("qkv", attention.qkv), ("out", attention.out)):
-        names[name], names[f"{name}_bias"] = kernels.pack(linear.weight).data, _plain(linear.bias)
-    sizes, bias = {}, 0.0
+        weights[name], weights[f"{name}_bias"] = kernels.pack(linear.weight).data, _detached(linear.bias)
+    sizes, bias = LayerSizes(), 0.0
     if isinstance(ffn, MoE):
-        names["router"], names["balance"] = kernels.pack(ffn.router.weight.float()).data, _plain(ffn.router.balance_bias)
-        names["up"], names["up_bias"], names["down"], names["down_bias"] = _pack_experts(ffn.experts)
-        sizes |= {"experts": ffn.router.experts, "activation": ACTIVATIONS[ffn.experts.activation].number}
-        sizes["mix"] = MIXES.index("sum")
+        weights["router"] = kernels.pack(ffn.router.weight.float()).data
+        weights["balance"] = _detached(ffn.router.balance_bias)
+        weights["up"], weights["up_bias"], weights["down"], weights["down_bias"] = _pack_experts(ffn.experts)
+        sizes = LayerSizes(ffn.router.experts, _number(ffn.experts))
         if isinstance(ffn.mix, SharedGate):
-            names["mix"], sizes["mix"] = ffn.mix.weight.detach()[0].float(), MIXES.index("shared_gate")
+            weights["mix"], sizes = ffn.mix.weight.detach()[0].float(), sizes._replace(mix=MIXES.index("shared_gate"))
         elif isinstance(ffn.mix, Mix):
-            names["mix"], bias = differences(ffn.mix.weight, ffn.mix.bias)
-            sizes["mix"] = MIXES.index("learned")
+            weights["mix"], bias = differences(ffn.mix.weight, ffn.mix.bias)
+            sizes = sizes._replace(mix=MIXES.index("learned"))
     mlp = ffn.mlp if isinstance(ffn, MoE) else ffn
     if mlp is not None:
-        names["mlp_up"], names["mlp_up_bias"], names["mlp_down"], names["mlp_down_bias"] = _pack_mlp(mlp)
-        sizes["mlp_activation"] = ACTIVATIONS[mlp.activation].number
+        weights["mlp_up"], weights["mlp_up_bias"], weights["mlp_down"], weights["mlp_down_bias"] = _pack_mlp(mlp)
+        sizes = sizes._replace(mlp_activation=_number(mlp))
     if release:
         for module in (attention.qkv, attention.out, ffn):
             _free(module)
-    return LayerWeights(**names), LayerSizes(**sizes), bias
+    return LayerWeights(**weights), sizes, bias
+
+
+def _number(layer: MLP | Experts) -> int:
+    """Return the number of a layer's activation in the C++."""
+    number = ACTIVATIONS[layer.activation].number
+    assert number is not None  # else `why_not` has a reason
+    return number
 
 
 def _norm(norm: nn.LayerNorm | nn.RMSNorm) -> tuple[Tensor, Tensor | None]:
     """Return a norm's weight and, unless it has none, its bias."""
-    return norm.weight.detach(), _plain(getattr(norm, "bias", None))
+    return norm.weight.detach(), _detached(norm.bias if isinstance(norm, nn.LayerNorm) else None)
 
 
-def _plain(bias: Tensor | None) -> Tensor | None:
+def _detached(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
@@ -185,7 +192,7 @@ def _pack_mlp(mlp: MLP) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     gates = 1 + ACTIVATIONS[mlp.activation].gated
     up = kernels.pack(_filled(mlp.up.weight.unflatten(0, (gates, -1)), 1))
     up_bias = None if mlp.up.bias is None else _filled(mlp.up.bias.detach().view(gates, -1), 1).flatten()
-    return up.data, up_bias, kernels.pack(_filled(mlp.down.weight, 1)).data, _plain(mlp.down.bias)
+    return up.data, up_bias, kernels.pack(_filled(mlp.down.weight, 1)).data, _detached(mlp.down.bias)
 
 
 def _pack_experts(experts: Experts) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -193,7 +200,7 @@ def _pack_experts(experts: Experts) -> tuple[Tensor, Tensor | None, Tensor, Tens
     w1_EMN, b1_EN, w2_EFM, b2_EM = experts.weights()
     up = kernels.pack(_filled(w1_EMN.unflatten(2, (gates, -1)).permute(0, 2, 3, 1), 2))
     b1_EN = b1_EN if b1_EN is None else _filled(b1_EN.detach().unflatten(1, (gates, -1)), 2).flatten(1)
-    return up.data, b1_EN, kernels.pack(_filled(w2_EFM, 1).mT).data, _plain(b2_EM)
+    return up.data, b1_EN, kernels.pack(_filled(w2_EFM, 1).mT).data, _detached(b2_EM)
 
 
 def _filled(x: Tensor, dim: int) -> Tensor:

@@ -147,7 +147,7 @@ class Attention(nn.Module):
         squares_BT2 = torch.stack([x.to(wide).square().mean(-1) for x in (q_BTX, k_BTX)], -1)
         means_BT2 = pool(squares_BT2)
         for x, norm, mean_BT in zip((q_BTX, k_BTX), (self.q_norm, self.k_norm), means_BT2.unbind(-1), strict=True):
-            assert norm is not None
+            assert norm is not None and norm.eps is not None
             y = x.to(wide) * (mean_BT[..., None] + norm.eps).rsqrt() * norm.weight
             yield y.to(x.dtype).unflatten(-1, (-1, self.head_size))
 
