@@ -2,9 +2,9 @@
 
 One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, ``activation.cpp``, ``residual.cpp``,
 ``packed.cpp``, ``decode.cpp``, ``attention.cpp``, ``head.cpp``). Shared are ``vectors.h`` (vectors of the processor's
-width), ``activations.h``, ``products.h`` (blocks of sums in registers, while memory fetches what the next product needs),
-``operands.h`` (the layouts of matrices for products), ``tiles.h`` (products of bfloat16 by AMX), ``packed.h`` and
-``operation.h`` (PyTorch's tensors and threads). The same sources compile for every instruction set in `INSTRUCTIONS`. A
+width), ``activations.h``, ``products.h`` (blocks of sums in registers, while memory fetches what the next product
+needs), ``operands.h`` (the layouts of matrices for products), ``tiles.h`` (products of bfloat16 by AMX), ``packed.h``,
+``decode.h`` (what a decoding step is made of) and ``operation.h`` (PyTorch's tensors and threads). The same sources compile for every instruction set in `INSTRUCTIONS`. A
 result has the same bits on any number of threads.
 
 The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), in a folder named after the

@@ -15,8 +15,8 @@ from moelab.models import GPT
 from moelab.models.moe import MoE
 
 PARTS = ("attention", "gate", "dispatch", "all-to-all", "experts", "combine", "feed-forward", "head", "sums", "rest")
-"""experts: with packed weights (`breakdown` in decode_steps.py) also dispatch and combine. feed-forward: dense layers and
-the fixed MLP of residual ones. sums: all-reduces and all-gathers outside the exchange. rest: norms, embeddings,
+"""experts: with packed weights (`breakdown` in decode_steps.py) also dispatch and combine. feed-forward: dense layers
+and the fixed MLP of residual ones. sums: all-reduces and all-gathers outside the exchange. rest: norms, embeddings,
 choosing tokens, Python."""
 
 

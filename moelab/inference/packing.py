@@ -148,7 +148,8 @@ def _pack_block(block: Block, release: bool) -> tuple[LayerWeights, LayerSizes, 
     sizes, bias = LayerSizes(), 0.0
     if isinstance(ffn, MoE):
         weights["router"] = kernels.pack(ffn.router.weight.float()).data
-        weights["balance"] = _detached(ffn.router.balance_bias)
+        if ffn.router.balance_bias is not None:
+            weights["balance"] = ffn.router.balance_bias.detach().float()
         weights["up"], weights["up_bias"], weights["down"], weights["down_bias"] = _pack_experts(ffn.experts)
         sizes = LayerSizes(ffn.router.experts, _number(ffn.experts))
         if isinstance(ffn.mix, SharedGate):
