@@ -4,8 +4,8 @@ One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, 
 ``packed.cpp``, ``decode.cpp``, ``attention.cpp``, ``head.cpp``). Shared are ``vectors.h`` (vectors of the processor's
 width), ``activations.h``, ``products.h`` (blocks of sums in registers, while memory fetches what the next product
 needs), ``operands.h`` (the layouts of matrices for products), ``tiles.h`` (products of bfloat16 by AMX), ``packed.h``,
-``decode.h`` (what a decoding step is made of) and ``operation.h`` (PyTorch's tensors and threads). The same sources compile for every instruction set in `INSTRUCTIONS`. A
-result has the same bits on any number of threads.
+``decode.h`` (what a decoding step is made of) and ``operation.h`` (PyTorch's tensors and threads). The same sources
+compile for every instruction set in `INSTRUCTIONS`. A result has the same bits on any number of threads.
 
 The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), in a folder named after the
 digest of what it was made of. That folder appears complete or not at all, and is not replaced while it is whole: beside
