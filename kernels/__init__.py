@@ -20,7 +20,7 @@ from .activations import ACTIVATIONS, Activation, activate
 from .attention import attention
 from .experts import expert_ffn
 from .gating import Gate, gate
-from .packed import Packed, can_pack, pack
+from .packed import pack
 from .permute import RowTable, combine, dispatch, row_table
 from .residual import residual_mix
 
@@ -29,11 +29,9 @@ __all__ = [
     "Activation",
     "Backend",
     "Gate",
-    "Packed",
     "RowTable",
     "activate",
     "attention",
-    "can_pack",
     "combine",
     "cpp_available",
     "dispatch",

@@ -5,8 +5,8 @@ accumulated in float32, without gradients. A sequence's logits have the same bit
 number of threads. The plain modules of ``moelab.models`` are the reference.
 
 Shapes: R tokens, B sequences, V vocabulary, L layers, E experts, M hidden, H heads, N heads of keys and values, D head
-size, T longest sequence. All widths are multiples of 16. Matrices are ``Packed`` (``packed.py``), those of a gated
-activation two each. Weights have the model's dtype, unless it is named.
+size, T longest sequence. All widths are multiples of 16. Matrices are packed (`pack` of ``packed.py``), those of a
+gated activation two each. Weights have the model's dtype, unless it is named.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Pack matrices once, for the products of `decode` (``decode.py``) on a CPU.
 
-The operation is C++ (``_cpp/packed.cpp``) for float32 and bfloat16; `can_pack` says where it runs. A matrix is [N, K];
-K is a multiple of `MULTIPLE`.
+The operation is C++ (``_cpp/packed.cpp``) for float32 and bfloat16. A matrix is [N, K]; K is a multiple of `MULTIPLE`.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,36 +12,20 @@ from . import _cpp
 from ._common import MULTIPLE
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Return whether matrices [..., N, K] of this dtype and size can be packed here."""
-    fits = weight.dtype in (torch.float32, torch.bfloat16) and weight.dim() > 1 and weight.shape[-1] % MULTIPLE == 0
-    return fits and weight.device.type == "cpu" and _cpp.available()
+def pack(weight: Tensor) -> Tensor:
+    """Return matrices [N, K] or [..., N, K] in the order in which the products read them.
 
-
-class Packed(NamedTuple):
-    """Hold matrices [N, K] in the order in which the products read them.
-
-    Attributes:
-        data: [matrices, N / 32 rounded up, K, 32], values in an order of its own.
-        columns: N.
-    """
-
-    data: Tensor
-    columns: int
-
-
-def pack(weight: Tensor) -> Packed:
-    """Return matrices [N, K] or [..., N, K], packed.
-
-    Those of a gated activation are two, [..., 2, N, K]: gate and up.
+    It is [matrices, N / 32 rounded up, K, 32], values in an order of its own. Those of a gated activation are two,
+    [..., 2, N, K]: gate and up.
 
     Raises:
-        ValueError: K is not a multiple of 16, or this machine cannot compute with them (`can_pack`).
+        ValueError: K is not a multiple of 16, or this machine cannot compute with them.
     """
-    if not can_pack(weight):
+    fits = weight.dtype in (torch.float32, torch.bfloat16) and weight.dim() > 1 and weight.shape[-1] % MULTIPLE == 0
+    if not fits or weight.device.type != "cpu" or not _cpp.available():
         raise ValueError(
             f"pack: {weight.dtype} {tuple(weight.shape)} on {weight.device.type}: the C++ kernels pack float32 or "
             f"bfloat16 matrices on a CPU whose last size is a multiple of {MULTIPLE}"
         )
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
-    return Packed(_cpp.operations().pack.default(stack.contiguous()), weight.shape[-2])
+    return _cpp.operations().pack.default(stack.contiguous())

@@ -117,7 +117,7 @@ def _pack(model: GPT, release: bool) -> Decoder:
         model.token_embedding.weight.detach(),
         None if model.position_embedding is None else model.position_embedding.weight.detach(),
         *_norm(model.norm),
-        kernels.pack(model.output_weight).data,
+        kernels.pack(model.output_weight),
     ]
     head_norm = HEAD_NORMS.index(config.decoder.qk_norm)
     heads = config.heads, config.kv_heads, config.head_size, head_norm
@@ -144,10 +144,10 @@ def _pack_block(block: Block, release: bool) -> tuple[LayerWeights, LayerSizes, 
     if attention.smear is not None:
         weights["shares"] = attention.smear.detach().sigmoid().float()
     for name, linear in (("qkv", attention.qkv), ("out", attention.out)):
-        weights[name], weights[f"{name}_bias"] = kernels.pack(linear.weight).data, _detached(linear.bias)
+        weights[name], weights[f"{name}_bias"] = kernels.pack(linear.weight), _detached(linear.bias)
     sizes, bias = LayerSizes(), 0.0
     if isinstance(ffn, MoE):
-        weights["router"] = kernels.pack(ffn.router.weight.float()).data
+        weights["router"] = kernels.pack(ffn.router.weight.float())
         if ffn.router.balance_bias is not None:
             weights["balance"] = ffn.router.balance_bias.detach().float()
         weights["up"], weights["up_bias"], weights["down"], weights["down_bias"] = _pack_experts(ffn.experts)
@@ -193,7 +193,7 @@ def _pack_mlp(mlp: MLP) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     gates = 1 + ACTIVATIONS[mlp.activation].gated
     up = kernels.pack(_filled(mlp.up.weight.unflatten(0, (gates, -1)), 1))
     up_bias = None if mlp.up.bias is None else _filled(mlp.up.bias.detach().view(gates, -1), 1).flatten()
-    return up.data, up_bias, kernels.pack(_filled(mlp.down.weight, 1)).data, _detached(mlp.down.bias)
+    return up, up_bias, kernels.pack(_filled(mlp.down.weight, 1)), _detached(mlp.down.bias)
 
 
 def _pack_experts(experts: Experts) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -201,7 +201,7 @@ def _pack_experts(experts: Experts) -> tuple[Tensor, Tensor | None, Tensor, Tens
     w1_EMN, b1_EN, w2_EFM, b2_EM = experts.weights()
     up = kernels.pack(_filled(w1_EMN.unflatten(2, (gates, -1)).permute(0, 2, 3, 1), 2))
     b1_EN = b1_EN if b1_EN is None else _filled(b1_EN.detach().unflatten(1, (gates, -1)), 2).flatten(1)
-    return up.data, b1_EN, kernels.pack(_filled(w2_EFM, 1).mT).data, _detached(b2_EM)
+    return up, b1_EN, kernels.pack(_filled(w2_EFM, 1).mT), _detached(b2_EM)
 
 
 def _filled(x: Tensor, dim: int) -> Tensor:
