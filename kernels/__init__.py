@@ -18,9 +18,9 @@ from ._cpp import instructions, version, why_not, why_not_loaded
 from ._hash import priorities
 from .activations import ACTIVATIONS, Activation, activate
 from .attention import attention
-from .experts import expert_ffn, routed_ffn
+from .experts import expert_ffn
 from .gating import Gate, gate
-from .packed import Packed, can_pack, pack
+from .packed import pack
 from .permute import RowTable, combine, dispatch, row_table
 from .residual import residual_mix
 
@@ -29,11 +29,9 @@ __all__ = [
     "Activation",
     "Backend",
     "Gate",
-    "Packed",
     "RowTable",
     "activate",
     "attention",
-    "can_pack",
     "combine",
     "cpp_available",
     "dispatch",
@@ -43,7 +41,6 @@ __all__ = [
     "pack",
     "priorities",
     "residual_mix",
-    "routed_ffn",
     "row_table",
     "version",
     "why_not",

@@ -87,15 +87,6 @@ def named(op: str, name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def number_of(op: str, name: str) -> int:
-    """Return the number of the activation in the C++; raise ``ValueError`` in ``op``'s name if it has none."""
-    activation = ACTIVATIONS.get(name)
-    if activation is None or activation.number is None:
-        known = ", ".join(a.name for a in ACTIVATIONS.values() if a.number is not None)
-        raise ValueError(f"{op}: activation must be one of {known}, got {name!r}")
-    return activation.number
-
-
 def activate(pre: Tensor, activation: str, *, backend: Backend = "auto") -> Tensor:
     """Return h [..., F] of pre-activations [..., F], or [..., 2 F] if gated, in their dtype. Differentiable (once).
 

@@ -12,10 +12,6 @@ from it; this takes a third less memory than keeping both. On a CPU, the activat
 Weight gradients are written expert by expert, in a fixed order and without atomics, so that they are bitwise
 reproducible.
 
-The weights may be packed (``packed.py``), as the matrices [N, K] of the products: ``pack(w1_EMF.mT)``, with a gated
-activation ``pack(w1_EMN.unflatten(2, (2, F)).permute(0, 2, 3, 1))``, and ``pack(w2_EFM.mT)``. Then nothing is
-differentiable, and a row has the same bits in any batch.
-
 The Triton implementation is in ``_experts_triton.py``, that for CPU in ``_cpp/experts.cpp``.
 """
 
@@ -32,9 +28,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._common import FLOATS, MULTIPLE, Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import operations
-from .activations import ACTIVATIONS, Activation, named, number_of
-from .gating import Gate
-from .packed import Packed
+from .activations import ACTIVATIONS, Activation, named
 
 LARGEST = 64 << 20
 """Most bytes of an expert's weights that the C++ takes: each thread holds some of its matrices in another order."""
@@ -43,9 +37,9 @@ LARGEST = 64 << 20
 def expert_ffn(
     x_RM: torch.Tensor,
     offsets_E1: torch.Tensor,
-    w1_EMF: torch.Tensor | Packed,
+    w1_EMF: torch.Tensor,
     b1_EF: torch.Tensor | None,
-    w2_EFM: torch.Tensor | Packed,
+    w2_EFM: torch.Tensor,
     b2_EM: torch.Tensor | None,
     *,
     activation: str = "gelu_tanh",
@@ -59,14 +53,6 @@ def expert_ffn(
     (``_common.dot_precision``). ``activation`` is a name in ``ACTIVATIONS``. Raises ``ValueError`` for another one, and
     for shapes or dtypes that do not fit.
     """
-    if isinstance(w1_EMF, Packed) or isinstance(w2_EFM, Packed):
-        if not (isinstance(w1_EMF, Packed) and isinstance(w2_EFM, Packed)) or backend not in ("auto", "cpp"):
-            raise ValueError(
-                f"expert_ffn: both weights are packed or none, for backend 'auto' or 'cpp', not {backend!r}"
-            )
-        weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("expert_ffn", activation))
-        offsets_E1 = offsets_E1.to(torch.int32).contiguous()
-        return operations().packed_experts.default(x_RM.contiguous(), offsets_E1, *weights)
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
     act, tensors = ACTIVATIONS[activation], cast(tuple[Any, ...], (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM))
     fits = act.number is not None and _fits(x_RM, tensors[3], act.gated)
@@ -86,28 +72,6 @@ def expert_ffn(
     from ._experts_triton import TritonExperts
 
     return TritonExperts.apply(*contiguous(*tensors, offsets_E1), activation, keep)
-
-
-def routed_ffn(
-    x_SM: torch.Tensor,
-    gate: Gate,
-    w1_EMF: Packed,
-    b1_EF: torch.Tensor | None,
-    w2_EFM: Packed,
-    b2_EM: torch.Tensor | None,
-    *,
-    activation: str = "gelu_tanh",
-    add_SM: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return each token's weighted sum of its experts' outputs, with ``add_SM`` added, [S, M] in x's dtype.
-
-    It is `row_table`, `dispatch`, `expert_ffn` and `combine` with packed weights in one call, as a decoding step needs
-    it.
-    """
-    routing = (gate.expert_SK, gate.slot_SK, gate.kept_E, gate.weight_SK)
-    weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("routed_ffn", activation))
-    x_SM, add_SM = contiguous(x_SM, add_SM)
-    return operations().routed_experts.default(x_SM, *routing, *weights, add_SM)
 
 
 def _check(x, offsets_E1, activation, *layers) -> None:

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import operations
-from .packed import pack_mix
 
 
 def residual_mix(
@@ -53,6 +52,12 @@ def residual_mix(
     return _Mix.apply(*contiguous(moe_SM, mlp_SM, x_SM, w_2M, b_2), chosen)
 
 
+def differences(w_2M: torch.Tensor, b_2: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return the first row minus the second, float32 [M], and the same of the bias, as the C++ takes them."""
+    w_2M, b_2 = w_2M.detach().float(), b_2.detach().float()
+    return (w_2M[0] - w_2M[1]).contiguous(), float(b_2[0] - b_2[1])
+
+
 class _Mix(torch.autograd.Function):
     """Mix with the two-way softmax of a linear map of x."""
 
@@ -64,7 +69,7 @@ class _Mix(torch.autograd.Function):
             y, a_S2 = mix_triton(moe, mlp, x, w_2M, b_2)
         else:
             a_S2 = torch.empty(len(moe), 2, dtype=torch.float32)
-            y = operations().mix.default(moe, mlp, a_S2, x, *pack_mix(w_2M, b_2), None)
+            y = operations().mix.default(moe, mlp, a_S2, x, *differences(w_2M, b_2), None)
         ctx.save_for_backward(moe, mlp, x, w_2M, b_2, a_S2)
         ctx.backend = backend
         return y
@@ -82,7 +87,7 @@ class _Mix(torch.autograd.Function):
         else:
             d_moe, d_mlp, dx = (torch.empty_like(t) for t in (moe, mlp, x))
             sums = torch.empty(x.shape[1] + 1, dtype=torch.float32)
-            difference_M = pack_mix(w_2M, b_2).difference_M
+            difference_M, _ = differences(w_2M, b_2)
             operations().mix_backward.default(dy, moe, mlp, a_S2, x, difference_M, d_moe, d_mlp, dx, sums)
             dw_M, db = sums[:-1], sums[-1]
         # the second row of every gradient is the negated first

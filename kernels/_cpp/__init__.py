@@ -1,11 +1,11 @@
 """Compute every operation on CPU tensors by C++ of our own, compiled where it is first used.
 
 One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, ``activation.cpp``, ``residual.cpp``,
-``packed.cpp``, ``attention.cpp``, ``head.cpp``). Shared are ``vectors.h`` (vectors of the processor's width),
-``activations.h``, ``products.h`` (blocks of sums in registers, while memory fetches what the next product needs),
-``operands.h`` (the layouts of matrices for products), ``tiles.h`` (products of bfloat16 by AMX), ``packed.h`` and
-``operation.h`` (PyTorch's tensors and threads). The same sources compile for every instruction set in `INSTRUCTIONS`. A
-result has the same bits on any number of threads.
+``packed.cpp``, ``decode.cpp``, ``attention.cpp``, ``head.cpp``). Shared are ``vectors.h`` (vectors of the processor's
+width), ``activations.h``, ``products.h`` (blocks of sums in registers, while memory fetches what the next product
+needs), ``operands.h`` (the layouts of matrices for products), ``tiles.h`` (products of bfloat16 by AMX), ``packed.h``,
+``decode.h`` (what a decoding step is made of) and ``operation.h`` (PyTorch's tensors and threads). The same sources
+compile for every instruction set in `INSTRUCTIONS`. A result has the same bits on any number of threads.
 
 The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), in a folder named after the
 digest of what it was made of. That folder appears complete or not at all, and is not replaced while it is whole: beside
@@ -34,7 +34,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 SOURCES = (
     "experts.cpp", "products.cpp", "attention.cpp", "gating.cpp", "residual.cpp", "permute.cpp", "packed.cpp",
-    "head.cpp", "activation.cpp",
+    "head.cpp", "decode.cpp", "activation.cpp",
 )  # fmt: skip
 """Those that take longest to compile come first."""
 

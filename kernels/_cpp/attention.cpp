@@ -1,4 +1,4 @@
-// The attention of a decoding step over cached keys and values (kernels/packed.py describes it), and that of whole short
+// The attention of new tokens over cached keys and values (kernels/decode.py describes it), and that of whole short
 // sequences with its gradient (kernels/attention.py).
 //
 // A task is one sequence's head, or group of heads that share keys and values, so that a result has the same bits in any
@@ -6,13 +6,13 @@
 #include <cmath>
 #include <limits>
 
-#include "operation.h"
+#include "decode.h"
 #include "products.h"
 
 namespace moelab {
 namespace {
 
-constexpr int64_t kHeadSize = 512;  // at most; LARGEST_HEAD in kernels/packed.py
+constexpr int64_t kHeadSize = 512;  // at most; LARGEST_HEAD in kernels/decode.py
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <typename T>
@@ -67,50 +67,106 @@ void attend_head(const T* q, const T* keys, const T* values, const T* next, int6
   }
 }
 
+// Turn the halves of a row [D] against each other by angles whose cosines and sines are given, [D / 2].
 template <typename T>
-void attend_as(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
-    const Tensor& positions, const Tensor& y) {
-  const int64_t B = q.size(0), H = q.size(1), D = q.size(3), N = k.size(1), longest = keys.size(2);
-  const auto *Q = data<T>(q), *KEY = data<T>(k), *VALUE = data<T>(v);
-  auto *KEYS = data<T>(keys), *VALUES = data<T>(values), *Y = data<T>(y);
-  const auto* at = data<int64_t>(positions);
-  const auto row = [](const Tensor& t, int64_t i, int64_t j) { return i * t.stride(0) + j * t.stride(1); };
-  for (int64_t b = 0; b < B; ++b)
-    check(0 <= at[b] && at[b] < longest, "attend: position ", at[b], ", allowed are 0 to ", longest - 1);
-  parallel(B * N, 1, [&](int64_t first, int64_t last) {
-    auto& scratch = Scratch::of_thread();
-    scratch.reserve(round_up(longest, kLanes) * sizeof(float));
-    float* p = scratch.take<float>(round_up(longest, kLanes));
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t b = i / N, n = i % N, j = std::min(i + 1, B * N - 1);
-      T *own_keys = KEYS + row(keys, b, n), *own_values = VALUES + row(values, b, n);
-      std::copy_n(KEY + row(k, b, n), D, own_keys + at[b] * D);
-      std::copy_n(VALUE + row(v, b, n), D, own_values + at[b] * D);
-      const T* next = KEYS + row(keys, j / N, j % N);
-      for (int64_t h = n * H / N; h < (n + 1) * H / N; ++h)
-        attend_head(Q + row(q, b, h), own_keys, own_values, next, at[b] + 1, D, p, Y + (b * H + h) * D);
-    }
+void rotate(T* x, const float* cosines, const float* sines, int64_t D) {
+  each_vector(D / 2, [&](int64_t d, auto... n) {
+    T* other = x + D / 2;
+    const Vec first = load(x + d, n...), second = load(other + d, n...);
+    const Vec c = load(cosines + d, n...), s = load(sines + d, n...);
+    store(x + d, first * c - second * s, n...);
+    store(other + d, second * c + first * s, n...);
   });
 }
 
-Tensor attend(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
-    const Tensor& positions) {
-  const int64_t B = q.size(0), N = k.size(1), D = q.size(3);
-  const auto side_by_side = [&](const Tensor& t) { return t.size(3) == D && t.stride(3) == 1; };
-  const auto alike = [](const Tensor& s, const Tensor& t) { return s.sizes() == t.sizes() && s.strides() == t.strides(); };
-  check(
-      N > 0 && D % kMultiple == 0 && D <= kHeadSize && q.size(2) == 1 && q.size(1) % N == 0 && k.size(0) == B &&
-          k.size(2) == 1 && k.sizes() == v.sizes() && alike(keys, values) && keys.size(0) >= B && keys.size(1) == N &&
-          keys.stride(2) == D && positions.numel() == B && positions.is_contiguous() && side_by_side(q) &&
-          side_by_side(k) && side_by_side(v) && side_by_side(keys) && same_dtype(q, k, v, keys, values) &&
-          positions.scalar_type() == ScalarType::Long,
-      "attend: queries [", B, ", ", q.size(1), ", 1, ", D, "], keys of ", N, " heads and the cache do not fit");
-  auto y = empty(q, {B, q.size(1), 1, D});
-  (is_float(q) ? attend_as<float> : attend_as<BFloat16>)(q, k, v, keys, values, positions, y);
-  return y;
+// x = x + share (before - x) of rows [D].
+template <typename T>
+void smear(T* x, const T* before, float share, int64_t D) {
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const Vec own = load(x + d);
+    store(x + d, fma(load(before + d) - own, all(share), own));
+  }
 }
+
+template <typename T>
+struct Attends {
+  const Heads& heads;
+  const Sequences& sequences;
+  const Cached& cached;
+  T* qkv;
+  int64_t layer, width = (heads.queries + 2 * heads.keys) * heads.size;
+  const T *q_norm = data<T>(heads.q_norm), *k_norm = data<T>(heads.k_norm);
+
+  // The cached row at a place of a sequence: of keys, or of values.
+  T* row(const Tensor& cache, int64_t sequence, int64_t head, int64_t place) const {
+    const int64_t slot = sequences.slot[sequence], slots = cache.size(1), length = cache.size(3);
+    return data<T>(cache) + (((layer * slots + slot) * heads.keys + head) * length + place) * heads.size;
+  }
+  void turn(T* x, int64_t place) const {
+    const int64_t half = heads.size / 2;
+    if (heads.angles.has_value()) {
+      const float* angles = data<float>(*heads.angles) + place * heads.size;
+      rotate(x, angles, angles + half, heads.size);
+    }
+  }
+  // Write the new keys and values of one head of a sequence to the cache.
+  void remember(int64_t sequence, int64_t head) const {
+    const int64_t D = heads.size, first = sequences.first(sequence), n = sequences.count[sequence];
+    alignas(64) T newest[kHeadSize];
+    const auto key = [&](int64_t i) { return qkv + (first + i) * width + (heads.queries + head) * D; };
+    for (int64_t i = 0; i < n && heads.norm == kOfHead; ++i) rms_norm(key(i), k_norm, heads.eps, D, key(i));
+    if (heads.shares.has_value()) {
+      const int64_t slots = cached.last->size(1);
+      T* last = data<T>(*cached.last) + ((layer * slots + sequences.slot[sequence]) * heads.keys + head) * D;
+      std::copy_n(key(n - 1), D, newest);
+      for (int64_t i = n - 1; i >= 0; --i)  // backwards, as each needs the one before it as it was
+        if (i > 0 || sequences.start[sequence] > 0)
+          smear(key(i), i > 0 ? key(i - 1) : last, data<float>(*heads.shares)[head], D);
+      std::copy_n(newest, D, last);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t place = sequences.start[sequence] + i;
+      turn(key(i), place);
+      std::copy_n(key(i), D, row(cached.keys, sequence, head, place));
+      std::copy_n(key(i) + heads.keys * D, D, row(cached.values, sequence, head, place));
+    }
+  }
+  // Attend from each new token of a sequence, by the query heads that share one head of keys.
+  void attend(int64_t sequence, int64_t head, const T* next, float* p, T* y) const {
+    const int64_t D = heads.size, H = heads.queries, N = heads.keys;
+    const T *keys = row(cached.keys, sequence, head, 0), *values = row(cached.values, sequence, head, 0);
+    for (int64_t i = 0; i < sequences.count[sequence]; ++i) {
+      const int64_t r = sequences.first(sequence) + i, place = sequences.start[sequence] + i;
+      for (int64_t h = head * H / N; h < (head + 1) * H / N; ++h) {
+        T* q = qkv + r * width + h * D;
+        if (heads.norm == kOfHead) rms_norm(q, q_norm, heads.eps, D, q);
+        turn(q, place);
+        attend_head(q, keys, values, i + 1 < sequences.count[sequence] ? keys : next, place + 1, D, p, y + (r * H + h) * D);
+      }
+    }
+  }
+  void all(T* y) const {
+    const int64_t B = sequences.slot.size(), N = heads.keys, D = heads.size, length = cached.keys.size(3);
+    if (heads.norm == kOfAll)
+      parallel(sequences.rows(), 16, [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; ++r) {
+          T *q = qkv + r * width, *k = q + heads.queries * D;
+          rms_norm(q, q_norm, heads.eps, heads.queries * D, q);
+          rms_norm(k, k_norm, heads.eps, N * D, k);
+        }
+      });
+    parallel(B * N, 1, [&](int64_t from, int64_t to) {
+      auto& scratch = Scratch::of_thread();
+      scratch.reserve(round_up(length, kLanes) * sizeof(float));
+      float* p = scratch.take<float>(round_up(length, kLanes));
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t j = std::min(i + 1, B * N - 1);
+        remember(i / N, i % N);
+        attend(i / N, i % N, row(cached.keys, j / N, j % N, 0), p, y);
+      }
+    });
+  }
+};
 
 constexpr int64_t kTile = 32;  // queries of a tile, whose scores are computed up to the last one that it may see
 
@@ -247,16 +303,25 @@ void attention_backward(const Tensor& dy, const Tensor& qkv, const Tensor& p, co
 }
 
 }  // namespace
+
+Tensor attend(
+    const Tensor& qkv, const Heads& heads, const Sequences& sequences, const Cached& cached, int64_t layer) {
+  auto y = empty(qkv, {qkv.size(0), heads.queries * heads.size});
+  if (is_float(qkv))
+    Attends<float>{heads, sequences, cached, data<float>(qkv), layer}.all(data<float>(y));
+  else
+    Attends<BFloat16>{heads, sequences, cached, data<BFloat16>(qkv), layer}.all(data<BFloat16>(y));
+  return y;
+}
+
 }  // namespace moelab
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
-  library.def("attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor positions) -> Tensor");
   library.def("attention(Tensor qkv, Tensor(a!) p, Tensor(b!) y) -> ()");
   library.def("attention_backward(Tensor dy, Tensor qkv, Tensor p, Tensor(a!) d_qkv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MOELAB_OPERATIONS, CPU, library) {
-  library.impl("attend", TORCH_BOX(&moelab::attend));
   library.impl("attention", TORCH_BOX(&moelab::attention));
   library.impl("attention_backward", TORCH_BOX(&moelab::attention_backward));
 }

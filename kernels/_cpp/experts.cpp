@@ -4,6 +4,7 @@
 // A task is one expert and some of its rows, or some of its inner columns, so that a result has the same bits however
 // many threads share the tasks. M: width, F: inner width, N: columns of the first weights (2 F with gates, else F);
 // M and F are multiples of 16. The kept slopes [R, N] are the derivatives of h = act(p) to p.
+#include "decode.h"
 #include "packed.h"
 #include "permute.h"
 
@@ -333,6 +334,8 @@ Tensor packed_experts(
   return y;
 }
 
+}  // namespace
+
 // Return each token's weighted sum of its experts' outputs, with `add` added: what row table, dispatch, experts and
 // combine compute one by one, in one call.
 Tensor routed_experts(
@@ -352,7 +355,6 @@ Tensor routed_experts(
   return y;
 }
 
-}  // namespace
 }  // namespace moelab
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
@@ -362,17 +364,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
   library.def(
       "experts_backward(Tensor dy, Tensor x, Tensor offsets, Tensor w1, Tensor w2, Tensor h, Tensor? slope, "
       "Tensor(a!) d_pre, Tensor(b!)? dx, Tensor(c!)? dw1, Tensor(d!)? db1, Tensor(e!)? dw2, Tensor(f!)? db2) -> ()");
-  library.def(
-      "packed_experts(Tensor x, Tensor offsets, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, int inner, "
-      "int activation) -> Tensor");
-  library.def(
-      "routed_experts(Tensor x, Tensor expert, Tensor slot, Tensor kept, Tensor weight, Tensor up, Tensor? up_bias, "
-      "Tensor down, Tensor? down_bias, int inner, int activation, Tensor? add) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MOELAB_OPERATIONS, CPU, library) {
   library.impl("experts_forward", TORCH_BOX(&moelab::experts_forward));
   library.impl("experts_backward", TORCH_BOX(&moelab::experts_backward));
-  library.impl("packed_experts", TORCH_BOX(&moelab::packed_experts));
-  library.impl("routed_experts", TORCH_BOX(&moelab::routed_experts));
 }

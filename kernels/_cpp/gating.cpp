@@ -7,7 +7,7 @@
 // S: tokens, E: experts, K: experts per token, C: capacity.
 #include <limits>
 
-#include "operation.h"
+#include "decode.h"
 
 namespace moelab {
 namespace {
@@ -207,6 +207,8 @@ void keep_random(
     }
 }
 
+}  // namespace
+
 // Return the gate's results: experts, slots, weights, loads, kept entries. With `losses`, both follow, then what the
 // backward pass needs: the softmax's numbers and the shares of first choices.
 std::vector<Tensor> gate_forward(
@@ -280,6 +282,8 @@ std::vector<Tensor> gate_forward(
   *data<float>(results[6]) = float(square / tokens + poison);
   return results;
 }
+
+namespace {
 
 // dL/dlogit = p (a_e + r_s), plus p_k q_k at the kept choices, with q = dL/dp there; r_s = 2/S dz lse_s - <p_s, a> -
 // sum_k p_k q_k.

@@ -9,9 +9,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "vectors.h"
@@ -94,13 +97,105 @@ inline Tensor empty_rows(const Tensor& x, int64_t n) {
 inline Tensor ints(std::initializer_list<int64_t> sizes) { return empty(aoti_torch_dtype_int32(), sizes); }
 inline Tensor floats(std::initializer_list<int64_t> sizes) { return empty(aoti_torch_dtype_float32(), sizes); }
 
-// Run work(first, past) on PyTorch's threads over parts of 0 to n - 1, of at least `grain` each.
+// PyTorch's threads, started once for a whole operation: while the caller computes one part after the other, the others
+// wait for its parallel loops and take pieces of them. A piece is whoever's comes first, and nobody waits for a thread
+// that has none, so that it does not matter how many threads there really are.
+class Team {
+ public:
+  // The team that this thread leads, or null.
+  static Team*& led() {
+    static thread_local Team* team = nullptr;
+    return team;
+  }
+  // Run work() on this thread, with a team unless it has one or PyTorch has one thread.
+  template <typename Work>
+  static void lead(const Work& work) {
+    const int64_t threads = torch::stable::get_num_threads();
+    if (threads == 1 || led()) return work();
+    Team team(threads);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t past) {
+      for (int64_t i = first; i < past; ++i) i == 0 ? team.begin(work) : team.help();
+    });
+    if (team.error_) std::rethrow_exception(team.error_);
+  }
+  int64_t threads() const { return threads_; }
+  // Run work(piece) for 0 to n - 1 and return when all are done.
+  template <typename Work>
+  void run(int64_t n, const Work& work) {
+    call_ = [](const void* given, int64_t piece) { (*static_cast<const Work*>(given))(piece); };
+    work_ = &work;
+    pieces_ = n;
+    done_.store(0, std::memory_order_relaxed);
+    ticket_.store((++generation_ << 32) | uint64_t(n), std::memory_order_release);
+    while (take()) {}
+    for (int64_t waited = 0; done_.load(std::memory_order_acquire) < n; ++waited) rest(waited);
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  explicit Team(int64_t threads) : threads_(threads) {}
+  template <typename Work>
+  void begin(const Work& work) {
+    led() = this;
+    try {
+      work();
+    } catch (...) {
+      fails();
+    }
+    led() = nullptr;
+    over_.store(true, std::memory_order_release);
+  }
+  void help() {
+    for (int64_t waited = 0; !over_.load(std::memory_order_acquire); waited = take() ? 0 : waited + 1) rest(waited);
+  }
+  // Take a piece of the loop and compute it; return whether there was one. The ticket's lower half counts pieces that
+  // nobody has taken; its upper half is the number of the loop, whose end waits for those that were taken.
+  bool take() {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    do {
+      if (!(ticket & 0xffffffffu)) return false;
+    } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel));
+    try {
+      call_(work_, pieces_ - int64_t(ticket & 0xffffffffu));
+    } catch (...) {
+      fails();
+    }
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
+  }
+  void fails() {
+    const std::lock_guard<std::mutex> one(mutex_);
+    if (!error_) error_ = std::current_exception();
+  }
+  static void rest(int64_t waited) {
+    if (waited > 4000) return std::this_thread::yield();
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+
+  const int64_t threads_;
+  uint64_t generation_ = 0;
+  void (*call_)(const void*, int64_t) = nullptr;
+  const void* work_ = nullptr;
+  int64_t pieces_ = 0;
+  std::exception_ptr error_;
+  std::mutex mutex_;
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+  alignas(64) std::atomic<bool> over_{false};
+};
+
+inline int64_t threads() { return Team::led() ? Team::led()->threads() : torch::stable::get_num_threads(); }
+
+// Run work(first, past) on the team's or PyTorch's threads over parts of 0 to n - 1, of at least `grain` each.
 template <typename Work>
 void parallel(int64_t n, int64_t grain, const Work& work) {
-  if (n <= grain || torch::stable::get_num_threads() == 1)
-    work(0, n);
-  else
-    torch::stable::parallel_for(0, n, grain, work);
+  if (n <= grain || threads() == 1) return work(0, n);
+  Team* team = Team::led();
+  if (!team) return torch::stable::parallel_for(0, n, grain, work);
+  const int64_t pieces = std::min(team->threads(), (n + grain - 1) / grain), size = (n + pieces - 1) / pieces;
+  team->run((n + size - 1) / size, [&](int64_t i) { work(i * size, std::min(n, (i + 1) * size)); });
 }
 
 // Run `work(task, next)` for each task on PyTorch's threads; a thread takes the next task when one is done, which is
@@ -108,10 +203,10 @@ void parallel(int64_t n, int64_t grain, const Work& work) {
 template <typename Task, typename Work>
 void share(const std::vector<Task>& tasks, const Work& work) {
   std::atomic<size_t> next{0};
-  const size_t threads = std::min<size_t>(torch::stable::get_num_threads(), tasks.size());
-  parallel(threads, 1, [&](int64_t, int64_t) {
+  const size_t some = std::min<size_t>(threads(), tasks.size());
+  parallel(some, 1, [&](int64_t, int64_t) {
     for (size_t i = next++; i < tasks.size(); i = next++)
-      work(tasks[i], i + threads < tasks.size() ? &tasks[i + threads] : nullptr);
+      work(tasks[i], i + some < tasks.size() ? &tasks[i + some] : nullptr);
   });
 }
 

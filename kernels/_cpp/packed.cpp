@@ -1,10 +1,10 @@
-// Matrices that are packed once, their products, and the RMS norm; kernels/packed.py describes the operations.
+// Matrices that are packed once, and their products; kernels/packed.py describes the operations.
 //
 // An element is the sum of its products in the order of k, by the same instructions whatever the number of rows, so that
 // a row has the same bits in any batch and on any number of threads.
 #include "packed.h"
 
-#include <cmath>
+#include "decode.h"
 
 namespace moelab {
 namespace {
@@ -59,6 +59,8 @@ void linear_as(
   });
 }
 
+}  // namespace
+
 Tensor linear(
     const Tensor& x, const Tensor& packed, const Optional& bias, int64_t N, int64_t activation, const Optional& add) {
   const int64_t K = packed.size(2), gates = packed.size(0), dims = x.dim();
@@ -75,46 +77,12 @@ Tensor linear(
   return y;
 }
 
-template <typename T>
-void rms_norm_as(const Tensor& x, const Tensor& weight, float eps, const Tensor& y) {
-  const int64_t K = weight.size(0), R = x.numel() / K;
-  const auto *X = data<T>(x), *W = data<T>(weight);
-  auto* Y = data<T>(y);
-  parallel(R, 64, [&](int64_t from, int64_t to) {
-    for (int64_t r = from; r < to; ++r) {
-      Vec squares{};
-      for (int64_t k = 0; k < K; k += kLanes) {
-        const Vec v = load(X + r * K + k);
-        squares = fma(v, v, squares);
-      }
-      const float scale = 1.f / std::sqrt(sum(squares) / K + eps);
-      for (int64_t k = 0; k < K; k += kLanes) store(Y + r * K + k, load(X + r * K + k) * scale * load(W + k));
-    }
-  });
-}
-
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const int64_t K = weight.size(0);
-  check(K > 0 && x.size(x.dim() - 1) == K && K % kMultiple == 0, "rms_norm: weight [", K, "] does not fit x");
-  check(
-      same_dtype(x, weight) && contiguous(x, weight),
-      "rms_norm: tensors must be contiguous, all float32 or all bfloat16");
-  auto y = empty_rows(x, K);
-  (is_float(x) ? rms_norm_as<float> : rms_norm_as<BFloat16>)(x, weight, eps, y);
-  return y;
-}
-
-}  // namespace
 }  // namespace moelab
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
   library.def("pack(Tensor weight) -> Tensor");
-  library.def("linear(Tensor x, Tensor packed, Tensor? bias, int columns, int activation, Tensor? add) -> Tensor");
-  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MOELAB_OPERATIONS, CPU, library) {
   library.impl("pack", TORCH_BOX(&moelab::pack));
-  library.impl("linear", TORCH_BOX(&moelab::linear));
-  library.impl("rms_norm", TORCH_BOX(&moelab::rms_norm));
 }

@@ -18,7 +18,7 @@ inline int64_t panels_of(int64_t N) { return (N + kPackedPanel - 1) / kPackedPan
 
 // Return how many panels a task has, where there are `panels` in all: several tasks for each thread.
 inline int64_t panels_of_task(int64_t panels) {
-  return std::clamp<int64_t>(panels / (4 * torch::stable::get_num_threads()), 1, 16);
+  return std::clamp<int64_t>(panels / (4 * threads()), 1, 16);
 }
 
 // Matrices [K, N] side by side ("gates"), in panels.

@@ -3,7 +3,7 @@
 // A task is kBlock tokens. Sums over tokens are taken within a block first, then over the blocks in order, so that a
 // result has the same bits on any number of threads.
 #include "activations.h"
-#include "operation.h"
+#include "decode.h"
 
 namespace moelab {
 namespace {
@@ -89,6 +89,8 @@ void mix_backward_as(
     for (int64_t j = 0; j <= M; ++j) DW[j] += sums[b * (M + 1) + j];
 }
 
+}  // namespace
+
 Tensor mix(
     const Tensor& moe, const Tensor& mlp, const Optional& a, const Tensor& x, const Tensor& difference, double bias,
     const Optional& add) {
@@ -104,6 +106,8 @@ Tensor mix(
   (is_float(moe) ? mix_as<float> : mix_as<BFloat16>)(moe, mlp, a, x, difference, bias, add, y);
   return y;
 }
+
+namespace {
 
 void mix_backward(
     const Tensor& dy, const Tensor& moe, const Tensor& mlp, const Tensor& a, const Tensor& x, const Tensor& difference,

@@ -15,8 +15,8 @@ from moelab.models import GPT
 from moelab.models.moe import MoE
 
 PARTS = ("attention", "gate", "dispatch", "all-to-all", "experts", "combine", "feed-forward", "head", "sums", "rest")
-"""experts: with packed weights also dispatch and combine, which are one call with them. feed-forward: dense layers and
-the fixed MLP of residual ones. sums: all-reduces and all-gathers outside the exchange. rest: norms, embeddings,
+"""experts: with packed weights (`breakdown` in decode_steps.py) also dispatch and combine. feed-forward: dense layers
+and the fixed MLP of residual ones. sums: all-reduces and all-gathers outside the exchange. rest: norms, embeddings,
 choosing tokens, Python."""
 
 
@@ -78,7 +78,6 @@ class Clock:
                     replace(ffn, "forward", "feed-forward")
                     continue
                 replace(ffn.experts, "forward", "experts")
-                replace(ffn.experts, "of_tokens", "experts")
                 replace(ffn.dispatcher, "dispatch", "dispatch")
                 replace(ffn.dispatcher, "combine", "combine")
                 if ffn.mlp is not None:

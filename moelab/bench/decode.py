@@ -77,7 +77,7 @@ def measure(config: ModelConfig, batches: list[int], settings: DecodeSettings) -
 def _measure(
     reference: GPT, others: Mapping[str, peers.Peer | llama.Peer], batches: list[int], settings: DecodeSettings
 ) -> list[Row]:
-    """Return the rows of `measure`; `reference` is packed here."""
+    """Return the rows of `measure`; `reference` is switched to the optimised mode."""
     config, timing = reference.config, settings.timing
     read, products = reader(timing), harness.product_rate(settings.torch_dtype, timing)
     models = {

@@ -19,8 +19,10 @@ from moelab.bench.clock import PARTS, Clock
 from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig
 from moelab.inference.generate import Generator
+from moelab.inference.packing import Packed
 from moelab.inference.sampling import Sampling
 from moelab.inference.text import DTYPES
+from moelab.kernels.decode import PARTS as CALL_PARTS
 from moelab.models import GPT, empty
 
 Turns = list[float]
@@ -136,6 +138,8 @@ def breakdown(generator: Generator, prompts: list[list[int]], settings: DecodeSe
     Args:
         generator: not captured: the clock waits for the device inside the step, which a CUDA graph does not allow.
     """
+    if generator.packed is not None:
+        return _breakdown_of_call(generator, generator.packed, prompts, settings)
     clock = Clock(generator.cache.device.type)
     with clock.attached(generator.model):
         for turn, _ in enumerate(steps(generator, prompts, settings.output)):
@@ -148,6 +152,28 @@ def breakdown(generator: Generator, prompts: list[list[int]], settings: DecodeSe
         "parts_ms": {part: spent[part] / n * 1e3 for part in PARTS if spent[part]},
         "collectives": collectives / n,
         "distinct_experts": statistics.mean(clock.distinct) if clock.distinct else None,
+    }
+
+
+def _breakdown_of_call(
+    generator: Generator, packed: Packed, prompts: list[list[int]], settings: DecodeSettings
+) -> dict[str, Any]:
+    """Return the same where one call computes a step and books its parts itself; what is outside it is "rest"."""
+    seconds, whole, began = packed.time(), 0.0, 0.0
+    for turn, _ in enumerate(steps(generator, prompts, settings.output)):
+        if turn == 0:
+            seconds.zero_()
+            began = perf_counter()
+        whole = perf_counter() - began
+    packed.seconds = None
+    *parts, distinct, layers = seconds.tolist()
+    spent = dict(zip(CALL_PARTS, parts, strict=True))
+    spent["rest"] += whole - sum(parts)
+    n = settings.output - 1
+    return {
+        "parts_ms": {part: spent[part] / n * 1e3 for part in PARTS if spent.get(part)},
+        "collectives": 0.0,
+        "distinct_experts": distinct / layers if layers else None,
     }
 
 

@@ -191,7 +191,7 @@ def beside(model: GPT, prompts: list[list[int]], tokens: int) -> Iterator[dict[s
     else is left out, and a line says so.
 
     Args:
-        model: not packed by `set_mode`.
+        model: with its weights.
         prompts, tokens: for the check.
     """
     weight, kind = model.token_embedding.weight, hf.suitable_format(model.config)

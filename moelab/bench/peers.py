@@ -183,7 +183,7 @@ class _Watch:
 
 
 def generators(model: GPT, length: int) -> dict[str, Peer]:
-    """Return name -> transformers' counterpart of a model that is not packed; none where transformers is not installed.
+    """Return name -> transformers' counterpart of a model with its weights; none where transformers is not installed.
 
     A model that one of transformers' classes describes (GPT-2, or one of the MoE families of
     `moelab.engine.checkpoint.hf_families`) is exported and loaded: the same weights, and the tokens must be the same. A

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +71,9 @@ def generate(
     mesh = join_ranks(directory, device, **layout, gpus_per_node=gpus_per_node)
     cache, batch = paths.home() / "data", min(len(prompts), 32)
     writer = open_text(directory, cache=cache, mode=mode, dtype=dtype, device=device, batch=batch, mesh=mesh)
+    why, rank = writer.generator.why_plain, 0 if mesh is None else mesh.rank
+    if why and mode == "optimised" and rank == 0:
+        print(f"moelab: PyTorch's modules compute this model instead of one C++ call a step: {why}", file=sys.stderr)
     if len(prompts) == 1 and mesh is None and not as_json:
         pieces = writer.stream(prompts, sampling)  # a prompt that is too long is refused, not printed
         print(prompts[0], end="", flush=True)

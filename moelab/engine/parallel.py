@@ -20,7 +20,6 @@ from moelab.engine.collectives import all_reduce
 from moelab.engine.mesh import ExpertGroups, Mesh
 from moelab.engine.placement import Placement
 from moelab.models.gpt import GPT, Block, allocate, initial_weight
-from moelab.models.layers import RMSNorm
 from moelab.models.moe import MLP, Experts, MoE
 
 
@@ -92,7 +91,7 @@ def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
         if config.decoder.qk_norm == "all":
             for name in ("q_norm", "k_norm"):
                 norm = getattr(attention, name)
-                setattr(attention, name, RMSNorm(norm.normalized_shape[0] // tensor.size, eps=norm.eps))
+                setattr(attention, name, torch.nn.RMSNorm(norm.normalized_shape[0] // tensor.size, eps=norm.eps))
             attention.pool = functools.partial(mean_over_group, group=tensor)
         if attention.smear is not None:
             attention.smear = torch.nn.Parameter(torch.empty(attention.kv_heads))

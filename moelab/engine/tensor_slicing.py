@@ -7,36 +7,34 @@ one dim of their local shapes is divided by the group's size.
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from moelab.engine.differentiable import copy_to_group, reduce_from_group
 from moelab.engine.groups import Group
-from moelab.kernels import activate
-from moelab.models.layers import Linear
 
 
-class ColumnLinear(Linear):
+class ColumnLinear(nn.Linear):
     """Computes this rank's part of a linear layer's outputs."""
 
     def __init__(self, in_features: int, out_features: int, group: Group, bias: bool = True) -> None:
         super().__init__(in_features, out_features // group.size, bias=bias)
         self.group = group
 
-    def forward(self, x: Tensor, activation: str = "none", add: Tensor | None = None) -> Tensor:
-        """Return [..., out_features / group size], this rank's outputs for x [..., in_features], as `Linear`."""
-        return super().forward(copy_to_group(x, self.group), activation, add)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out_features / group size], this rank's outputs for x [..., in_features]."""
+        return super().forward(copy_to_group(x, self.group))
 
 
-class RowLinear(Linear):
+class RowLinear(nn.Linear):
     """Computes a linear layer from this rank's part of its inputs; the bias is added once, to the sum over ranks."""
 
     def __init__(self, in_features: int, out_features: int, group: Group, bias: bool = True) -> None:
         super().__init__(in_features // group.size, out_features, bias=bias)
         self.group = group
 
-    def forward(self, x: Tensor, activation: str = "none", add: Tensor | None = None) -> Tensor:
-        """Return [..., out_features], equal on all ranks, for this rank's part of the inputs, as `Linear`."""
-        y = reduce_from_group(self.product(x, None), self.group)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out_features], equal on all ranks, for this rank's part of the inputs."""
+        y = reduce_from_group(F.linear(x, self.weight), self.group)
         # Autocast makes y bf16; it does not convert the operands of a sum.
-        y = activate(y if self.bias is None else y + self.bias.to(y.dtype), activation)
-        return y if add is None else y + add
+        return y if self.bias is None else y + self.bias.to(y.dtype)

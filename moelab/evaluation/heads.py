@@ -45,7 +45,7 @@ def head_effects(model: GPT, data: TokenData, batch_size: int, context: int, max
     """Return, for each head of each layer, how far the loss rises where its output is zero.
 
     Args:
-        model: in evaluation mode, its weights not packed; unchanged afterwards.
+        model: in evaluation mode; unchanged afterwards.
         batch_size, context: sequences at a time, and tokens of each.
         max_tokens: validation tokens of each domain; 0 means all.
     """

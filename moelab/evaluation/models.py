@@ -93,7 +93,7 @@ class AsCausalLM:
 
 
 def ours(model: GPT, tokenizer: Tokenizer) -> Evaluated:
-    """Return a model of moelab for lm-eval; its weights may be packed by it.
+    """Return a model of moelab for lm-eval.
 
     Raises:
         ValueError: the tokenizer has more entries than the model's embedding.
@@ -101,7 +101,7 @@ def ours(model: GPT, tokenizer: Tokenizer) -> Evaluated:
     from transformers import PreTrainedTokenizerFast
 
     _check_entries(tokenizer, model.config.vocab)
-    weights = _fingerprint(digest(model.config), model, tokenizer)  # before the weights may be packed
+    weights = _fingerprint(digest(model.config), model, tokenizer)
     end = tokenizer.backend.id_to_token(tokenizer.eot)
     texts = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend, bos_token=end, eos_token=end, split_special_tokens=True

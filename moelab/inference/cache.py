@@ -7,9 +7,9 @@ Prefill takes whole prompts of any lengths concatenated, [1, N] tokens without p
 attention treats tokens independently, and attention is computed prompt by prompt. Decode takes one token per sequence,
 [B, 1], in one of two ways:
 
-- dynamic (CPU): the unfinished sequences occupy the first slots. Attention covers exactly the existing tokens
-  (`moelab.kernels.packed.attend`; without a C++ compiler, PyTorch's, one call for each length), so that a sequence's
-  attention does not depend on the others.
+- dynamic (CPU): the unfinished sequences occupy the first slots. Attention covers exactly the existing tokens, one call
+  for each length, so that a sequence's attention does not depend on the others. With packed weights (`packing.py`) the
+  C++ reads and writes `keys`, `values` and `last` itself.
 - static (CUDA): all slots, attention over all T positions under a mask computed from the positions, which are on the
   device. Shapes are the same at each step and nothing comes from the host, so that a CUDA graph can capture the step.
 """
@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moelab.kernels import can_pack, packed
 from moelab.models import GPT
 
 
@@ -32,6 +31,7 @@ class KVCache:
 
     Attributes:
         keys, values: [L, B, N, T, D].
+        last: with smeared keys, the last key of each sequence, not mixed with the one before it, [L, B, N, D].
         positions_BT: int64, positions of the tokens of the next forward pass.
         layers: one `moelab.models.gpt.Past` per attention layer.
         slots, length: B and T.
@@ -54,15 +54,13 @@ class KVCache:
         self._gqa = config.kv_heads < config.heads
         shape = (config.layers, slots, heads, length, config.head_size)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        # The last key of each sequence, not mixed with the one before it.
         last = (*shape[:3], config.head_size)
-        self._last = torch.zeros(last, dtype=dtype, device=device) if config.decoder.smeared_keys else None
-        self._fused = can_pack(self.keys) and config.head_size <= packed.LARGEST_HEAD
+        self.last = torch.zeros(last, dtype=dtype, device=device) if config.decoder.smeared_keys else None
         self.slots, self.length, self.device = slots, length, torch.device(device)
         self.positions_BT = torch.zeros(1, 0, dtype=torch.long, device=device)
         self.layers = [_Layer(self, i) for i in range(config.layers)]
         self._spans: list[tuple[int, int, int]] | None = None  # prefill: (slot, first, past the last packed token)
-        # Dynamic decode by PyTorch: (first slot, past the last slot, visible tokens) of each run of equal lengths.
+        # Dynamic decode: (first slot, past the last slot, visible tokens) of each run of equal lengths.
         self._runs: list[tuple[int, int, int]] = []
         self._mask_B11T: Tensor | None = None  # static decode
         self._rows = torch.arange(slots, device=device)
@@ -81,7 +79,7 @@ class KVCache:
         self._spans = self._mask_B11T = None
         self.positions_BT = torch.tensor(lengths, dtype=torch.long, device=self.device)[:, None]
         self._runs, first = [], 0
-        for n, same in () if self._fused else itertools.groupby(lengths):
+        for n, same in itertools.groupby(lengths):
             past = first + len(list(same))
             self._runs.append((first, past, n + 1))
             first = past
@@ -96,8 +94,8 @@ class KVCache:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
         for cached in (self.keys, self.values):
             cached[:, target, :, :length] = cached[:, source, :, :length]
-        if self._last is not None:
-            self._last[:, target] = self._last[:, source]
+        if self.last is not None:
+            self.last[:, target] = self.last[:, source]
 
 
 class _Layer:
@@ -106,7 +104,7 @@ class _Layer:
     def __init__(self, cache: KVCache, layer: int) -> None:
         self._cache = cache
         self._keys, self._values = cache.keys[layer], cache.values[layer]
-        self._last = None if cache._last is None else cache._last[layer]
+        self._last = None if cache.last is None else cache.last[layer]
 
     def before(self, k_BTND: Tensor) -> Tensor:
         """Return the unmixed key of the token before each new one (of a first token its own), and store the new."""
@@ -125,8 +123,6 @@ class _Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""
         cache, keys, values = self._cache, self._keys, self._values
-        if cache._fused and cache._spans is None and cache._mask_B11T is None:
-            return packed.attend(q, k, v, keys, values, cache.positions_BT)
         attention = F.scaled_dot_product_attention
         if cache._spans is not None:
             y = torch.empty_like(q)

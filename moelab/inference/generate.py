@@ -4,11 +4,12 @@
     for piece in generator.stream(prompts, Sampling(temperature=0.8, top_k=50)): ...
     completions = generator.generate(prompts, Sampling(temperature=0))
 
-Sequences share forward passes but do not influence each other beyond rounding (with packed weights, in no bit):
-routing is drop-free, and attention and random draws are computed per sequence. When a sequence ends, the next prompt
-takes its slot at once. On several ranks, every rank calls the same method with the same prompts; each data rank
-generates its part of them, and a rank that has finished joins the others' forward passes without tokens until all ranks
-have finished.
+Sequences share forward passes but do not influence each other beyond rounding: routing is drop-free, and attention and
+random draws are computed per sequence. On a CPU one C++ call computes a step (`packing.py`), and a sequence has the
+same bits in any batch; what the call cannot compute goes through the model's modules (`Generator.why_plain`). When a
+sequence ends, the next prompt takes its slot at once. On several ranks, every rank calls the same method with the same
+prompts; each data rank generates its part of them, and a rank that has finished joins the others' forward passes
+without tokens until all ranks have finished.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from moelab.engine.collectives import all_gather_json, all_reduce
 from moelab.engine.mesh import Mesh
+from moelab.inference import packing
 from moelab.inference.cache import KVCache
 from moelab.inference.modes import STATIC_TOKENS
 from moelab.inference.sampling import Sampling, choose, uniforms
@@ -81,6 +83,11 @@ class Generator:
             load.
         capture: on CUDA, replay static steps as a graph; False launches them one by one, so that their parts can be
             timed.
+        release: free the model's weights as they are packed, so that few exist twice; it computes nothing afterwards.
+
+    Attributes:
+        packed: the model's packed weights, which compute prompts and steps; None where its modules do.
+        why_plain: why they do, on a CPU, else None.
 
     Raises:
         ValueError: batch or length is out of range, or `static` is set although the host must read numbers.
@@ -95,6 +102,7 @@ class Generator:
         mesh: Mesh | None = None,
         static: bool | None = None,
         capture: bool = True,
+        release: bool = False,
     ) -> None:
         context = model.config.context
         if batch < 1:
@@ -114,10 +122,18 @@ class Generator:
                 f"generate: static decoding in baseline mode takes at most {STATIC_TOKENS} sequences, got {batch}"
             )
         self.length = length or context
+        self.why_plain = self._why_plain() if not cuda else None
+        self.packed = None if cuda or self.why_plain else packing.Packed(model, release=release)
         self.cache = KVCache(model, batch, length or 1, weight.dtype, weight.device)
         self._step: _StaticStep | None = None
         self._capture = capture and cuda
         self._newest: object = None  # the stream that the cache belongs to
+
+    def _why_plain(self) -> str | None:
+        """Return why the model's own modules compute on this CPU, or None if packed weights do."""
+        if self.mesh is not None:
+            return "it is on several ranks"
+        return "static steps are asked for" if self.static else packing.why_not(self.model)
 
     def generate(
         self,
@@ -225,6 +241,8 @@ class Generator:
     @torch.inference_mode()
     def _prefill(self, fresh: list[_Sequence], slots: Sequence[int]) -> Tensor:
         """Return the logits [B, V] after each prompt."""
+        if self.packed is not None:
+            return self.packed.prefill(self.cache, slots, [s.prompt for s in fresh])
         lengths = [len(s.prompt) for s in fresh]
         tokens = torch.tensor([list(itertools.chain.from_iterable(s.prompt for s in fresh))], dtype=torch.long)
         self.cache.prefill(slots, lengths)
@@ -235,6 +253,8 @@ class Generator:
     @torch.inference_mode()
     def _decode(self, alive: list[_Sequence]) -> Tensor:
         """Return the logits [B, V] after each sequence's newest token."""
+        if self.packed is not None:
+            return self.packed.step(self.cache, [s.tokens[-1] for s in alive], [s.cached for s in alive])
         self.cache.decode([s.cached for s in alive])
         tokens = torch.tensor([s.tokens[-1] for s in alive], dtype=torch.long, device=self.cache.device)
         x_B1M, _ = self.model.hidden_states(tokens[:, None], self.cache)

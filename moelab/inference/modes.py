@@ -5,9 +5,10 @@ rows as the busiest one (`moelab.models.baseline`). Among ranks, all slots, also
 all-to-alls (`moelab.engine.padded`).
 
 **optimised**: the kernels that training uses, without losses. On CUDA these are the fused gate, table and grouped
-experts. On a CPU with a C++ compiler, the weights are packed once (`moelab.inference.packing`), and a sequence has the
-same bits in any batch. Without a compiler, in another dtype than fp32 and bf16, or with a width that is no multiple of
-16, PyTorch's products compute, whose bits may depend on the other sequences of the batch.
+experts. On a CPU, a `Generator` packs the weights of a model in this mode once and computes a step in one C++ call
+(`moelab.inference.packing`), in which a sequence has the same bits in any batch. Without a compiler, in another dtype
+than fp32 and bf16, or with a width that is no multiple of 16, the model's modules compute, whose bits may depend on the
+other sequences of the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moelab import kernels
-from moelab.inference.packing import can_pack, pack
 from moelab.models import GPT
 from moelab.models.baseline import mask_gate
 from moelab.models.moe import MoE
@@ -26,7 +26,7 @@ STATIC_TOKENS = 64
 
 
 def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> GPT:
-    """Switch the model to a mode and to evaluation, in place, and return it; once, where the weights are packed.
+    """Switch the model to a mode and to evaluation, in place, and return it.
 
     Args:
         mode: one of `MODES`.
@@ -34,15 +34,10 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
             other tokens of the batch.
 
     Raises:
-        ValueError: unknown mode, or the model's weights are packed.
+        ValueError: unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"inference: mode must be {' or '.join(map(repr, MODES))}, got {mode!r}")
-    if model.packed is not None:
-        raise ValueError(
-            f"inference: mode {mode!r} needs a model with its weights, and an earlier set_mode has packed those of "
-            "this one; build or load it again"
-        )
     static_tokens = STATIC_TOKENS if model.token_embedding.weight.device.type == "cuda" else 0
     for moe in [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]:
         if drop_free:
@@ -52,6 +47,4 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
             moe.router.gate, moe.dispatcher = mask_gate, moe.own.baseline(static_tokens)
         else:
             moe.router.gate, moe.dispatcher = kernels.gate, moe.own
-    if mode == "optimised" and can_pack(model):
-        pack(model)
     return model.eval()

@@ -124,7 +124,7 @@ def open_text(
         CheckpointError: the checkpoint belongs to another model.
     """
     model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device, mesh=mesh)
-    return Writer(Generator(set_mode(model, mode), batch=batch, mesh=mesh), tokenizer)
+    return Writer(Generator(set_mode(model, mode), batch=batch, mesh=mesh, release=True), tokenizer)
 
 
 def open_model(

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from moelab import kernels
 from moelab.config import ModelConfig
 from moelab.kernels.attention import has_kernel
-from moelab.models.layers import Linear, RMSNorm
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, sin), fp32 [B or 1, T, D]: the angles by which the two halves of each head are rotated together."""
@@ -81,25 +80,19 @@ class Attention(nn.Module):
         decoder, D = config.decoder, config.head_size
         self.heads, self.kv_heads, self.head_size, self.dropout = config.heads, config.kv_heads, D, config.dropout
         biases = decoder.biases
-        self.qkv = Linear(config.hidden, (config.heads + 2 * config.kv_heads) * D, bias=biases != "none")
-        self.out = Linear(config.heads * D, config.hidden, bias=biases == "all")
+        self.qkv = nn.Linear(config.hidden, (config.heads + 2 * config.kv_heads) * D, bias=biases != "none")
+        self.out = nn.Linear(config.heads * D, config.hidden, bias=biases == "all")
         self.norms_heads = decoder.qk_norm == "head"
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
+        self.q_norm: nn.RMSNorm | None = None
+        self.k_norm: nn.RMSNorm | None = None
         self.pool: Callable[[Tensor], Tensor] | None = None
         self.smear = nn.Parameter(torch.empty(config.kv_heads)) if decoder.smeared_keys else None
         if decoder.qk_norm != "none":
             widths = (D, D) if self.norms_heads else (config.heads * D, config.kv_heads * D)
-            self.q_norm, self.k_norm = (RMSNorm(width, eps=decoder.norm_eps) for width in widths)
+            self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=decoder.norm_eps) for width in widths)
 
-    def forward(
-        self,
-        x_BTM: Tensor,
-        past: Past | None = None,
-        rotation: Rotation | None = None,
-        add: Tensor | None = None,
-    ) -> Tensor:
-        """Return the attention's output, with `add` added, both [B, T, M].
+    def forward(self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None) -> Tensor:
+        """Return the attention's output, [B, T, M].
 
         Args:
             past: earlier tokens to attend to as well.
@@ -107,12 +100,12 @@ class Attention(nn.Module):
         """
         B, T, _ = x_BTM.shape
         D = self.head_size
-        qkv_BTX = self.qkv.forward(x_BTM)
+        qkv_BTX = self.qkv(x_BTM)
         whole = past is None and not (self.training and self.dropout)
         if rotation is None and self.q_norm is None and self.smear is None and self.heads == self.kv_heads:
             qkv_BT3HD = qkv_BTX.view(B, T, 3, self.heads, D)
             if whole:
-                return self.out.forward(kernels.attention(qkv_BT3HD).flatten(2), add=add)
+                return self.out(kernels.attention(qkv_BT3HD).flatten(2))
             q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4).unbind()
         else:
             q_BTX, k_BTX, v_BTX = qkv_BTX.split([n * D for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
@@ -129,7 +122,7 @@ class Attention(nn.Module):
             if whole and q_BTHD.device.type == "cpu" and has_kernel(T, D):
                 shared = self.heads // self.kv_heads
                 keys_values = (t if shared == 1 else t.repeat_interleave(shared, 2) for t in (k_BTND, v_BTND))
-                return self.out.forward(kernels.attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2), add=add)
+                return self.out(kernels.attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2))
             q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTND, v_BTND))
         if past is not None:
             y_BHTD = past.attend(q, k, v)
@@ -139,9 +132,9 @@ class Attention(nn.Module):
                 k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
                 grouped = False
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-        return self.out.forward(y_BHTD.transpose(1, 2).flatten(2), add=add)
+        return self.out(y_BHTD.transpose(1, 2).flatten(2))
 
-    def _normed(self, x_BTX: Tensor, norm: RMSNorm | None) -> Tensor:
+    def _normed(self, x_BTX: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         """Return queries or keys by head, [B, T, heads, D], normalised."""
         if norm is not None and not self.norms_heads:
             x_BTX = _rms(x_BTX, norm)
@@ -154,15 +147,13 @@ class Attention(nn.Module):
         squares_BT2 = torch.stack([x.to(wide).square().mean(-1) for x in (q_BTX, k_BTX)], -1)
         means_BT2 = pool(squares_BT2)
         for x, norm, mean_BT in zip((q_BTX, k_BTX), (self.q_norm, self.k_norm), means_BT2.unbind(-1), strict=True):
-            assert norm is not None
+            assert norm is not None and norm.eps is not None
             y = x.to(wide) * (mean_BT[..., None] + norm.eps).rsqrt() * norm.weight
             yield y.to(x.dtype).unflatten(-1, (-1, self.head_size))
 
 
-def _rms(x: Tensor, norm: RMSNorm) -> Tensor:
+def _rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """Return norm(x) in x's dtype, also under autocast, which leaves the weight and on CUDA the result in fp32."""
-    if norm.packed:
-        return norm.forward(x)
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps).to(x.dtype)
 
 

@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab.config import ModelConfig
-from moelab.kernels import packed
 from moelab.kernels.head import SoftTargets
 from moelab.models.attention import Attention, Past, Rotation, rotation_at
-from moelab.models.layers import RMSNorm
 from moelab.models.loss import linear_losses
 from moelab.models.moe import MLP, Experts, MoE
 from moelab.models.routing import Routing
@@ -68,17 +66,14 @@ class Cache(Protocol):
         ...
 
 
-def make_norm(config: ModelConfig) -> nn.LayerNorm | RMSNorm:
+def make_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
     """Return a norm over the hidden size."""
-    kind = nn.LayerNorm if config.decoder.norm == "layer" else RMSNorm
+    kind = nn.LayerNorm if config.decoder.norm == "layer" else nn.RMSNorm
     return kind(config.hidden, eps=config.decoder.norm_eps)
 
 
 class Block(nn.Module):
-    """Compute one layer: attention, then a feed-forward or MoE, each after a norm and added to the residual.
-
-    A block calls its modules' `forward`, because a module's call, which looks for hooks, takes a microsecond more.
-    """
+    """Compute one layer: attention, then a feed-forward or MoE, each after a norm and added to the residual."""
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
         super().__init__()
@@ -92,26 +87,18 @@ class Block(nn.Module):
         self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None
     ) -> tuple[Tensor, Routing | None]:
         """Return (the layer's output [B, T, M], the routing, None for a dense layer)."""
-        drops = self.training and self.dropout.p > 0  # between a layer and its sum with the residual stream
-        h_BTM = self.attention_norm.forward(x_BTM)
-        y_BTM = self.attention.forward(h_BTM, past, rotation, add=None if drops else x_BTM)
-        x_BTM = x_BTM + self.dropout(y_BTM) if drops else y_BTM
-        h_BTM = self.ffn_norm.forward(x_BTM)
-        result = self.ffn.forward(h_BTM, add=None if drops else x_BTM)
+        x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM), past, rotation))
+        result = self.ffn(self.ffn_norm(x_BTM))
         y_BTM, routing = result if isinstance(result, tuple) else (result, None)
-        return x_BTM + self.dropout(y_BTM) if drops else y_BTM, routing
+        return x_BTM + self.dropout(y_BTM), routing
 
 
 class GPT(nn.Module):
     """Compute the decoder of a `ModelConfig`.
 
     Its weights are uninitialised until `init_weights` is called; on the meta device nothing is allocated.
-
-    Attributes:
-        packed: the packed matrix of the output head, in place of `output_weight`; see `moelab.models.layers`.
     """
 
-    packed: packed.Packed | None = None
     blocks: Sequence[Block]
 
     def __init__(self, config: ModelConfig) -> None:
@@ -177,18 +164,13 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of the next token, [..., V], from the hidden states [..., M]."""
-        x = self.norm.forward(x)
-        return F.linear(x, self.output_weight) if self.packed is None else packed.linear(x, self.packed)
+        return F.linear(self.norm(x), self.output_weight)
 
     def losses(
         self, x_BTM: Tensor, targets_BT: Tensor, reduction: str = "mean", soft: SoftTargets | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (`Output.loss`, `Output.soft_loss`) from the hidden states; arguments as of `forward`."""
-        if self.packed is not None:
-            assert soft is None  # inference teaches nobody
-            logits_NV = self.head(x_BTM.flatten(0, 1)).float()
-            return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction=reduction), logits_NV.new_zeros(())
-        x_NM = self.norm.forward(x_BTM).flatten(0, 1)
+        x_NM = self.norm(x_BTM).flatten(0, 1)
         return linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, soft)
 
     @torch.no_grad()

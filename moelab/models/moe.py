@@ -9,17 +9,13 @@ the same interface, inference the router's gate, and both the dispatch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.config import FeedForward, ModelConfig
-from moelab.kernels import packed
 from moelab.kernels.gating import MAX_EXPERTS
 from moelab.models.dispatch import Dispatch, LocalDispatch
-from moelab.models.layers import Linear, sigmoid
 from moelab.models.routing import Router, Routing
 
 
@@ -32,12 +28,12 @@ class MLP(nn.Module):
     def __init__(self, shape: FeedForward) -> None:
         super().__init__()
         self.activation = shape.activation
-        self.up = Linear(shape.hidden, shape.inner, bias=shape.biases)
-        self.down = Linear(shape.ffn, shape.hidden, bias=shape.biases)
+        self.up = nn.Linear(shape.hidden, shape.inner, bias=shape.biases)
+        self.down = nn.Linear(shape.ffn, shape.hidden, bias=shape.biases)
 
-    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """Return the output [..., M] of x [..., M], with `add` [..., M] added."""
-        return self.down.forward(self.up.forward(x, self.activation), add=add)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output [..., M] of x [..., M]."""
+        return self.down(kernels.activate(self.up(x), self.activation))
 
 
 class Experts(nn.Module):
@@ -45,13 +41,8 @@ class Experts(nn.Module):
 
     The parameters are those of `FeedForward.tensors`. If gated, `up` [E, M, 2, F] holds gate and up side by side, so
     that one grouped product computes both.
-
-    Attributes:
-        packed: the four weights that `moelab.kernels.expert_ffn` takes, with packed matrices, in place of the
-            parameters; see `moelab.models.layers`.
     """
 
-    packed: tuple[kernels.Packed, Tensor | None, kernels.Packed, Tensor | None] | None = None
     up: nn.Parameter
     down: nn.Parameter
     up_bias: nn.Parameter | None
@@ -69,15 +60,11 @@ class Experts(nn.Module):
 
         Expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]` (int32).
         """
-        weights: tuple[Any, ...] = self.packed or self.weights()
-        if self.packed is None and self.up.dtype != torch.float32:  # else the kernel converts them
-            weights = tuple(w if w is None else w.to(rows_RM.dtype) for w in weights)
-        return kernels.expert_ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
-
-    def of_tokens(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:
-        """Return the weighted sum of each token's experts' outputs, with `add_SM` added, [S, M]; by packed weights."""
-        assert self.packed is not None
-        return kernels.routed_ffn(x_SM, routing, *self.packed, activation=self.activation, add_SM=add_SM)
+        w1, b1, w2, b2 = self.weights()
+        if self.up.dtype != torch.float32:  # else the kernel converts them
+            w1, w2 = w1.to(rows_RM.dtype), w2.to(rows_RM.dtype)
+            b1, b2 = (None if b is None else b.to(rows_RM.dtype) for b in (b1, b2))
+        return kernels.expert_ffn(rows_RM, offsets_E1, w1, b1, w2, b2, activation=self.activation)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Return (w1 [E, M, N], b1 [E, N], w2 [E, F, M], b2 [E, M]) of `expert_ffn`: N is F, with a gate 2 F."""
@@ -91,31 +78,25 @@ class Mix(nn.Linear):
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden, 2)
 
-    packed: packed.PackedMix | None = None
-
     def forward(  # type: ignore[override]  # a linear map only by its parameters
-        self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor, add_SM: Tensor | None = None
+        self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor
     ) -> Tensor:
-        """Return the branches' weighted sum by the layer's input `x_SM`, with `add_SM` added, [S, M]."""
-        if self.packed is not None:
-            return packed.mix(routed_SM, fixed_SM, x_SM, self.packed, add_SM)
+        """Return the branches' weighted sum by the layer's input `x_SM`, [S, M]."""
         weight, bias = self.weight.to(x_SM.dtype), self.bias.to(x_SM.dtype)
-        y_SM = kernels.residual_mix(routed_SM, fixed_SM, x_SM, weight, bias)
-        return y_SM if add_SM is None else y_SM + add_SM
+        return kernels.residual_mix(routed_SM, fixed_SM, x_SM, weight, bias)
 
 
-class SharedGate(Linear):
+class SharedGate(nn.Linear):
     """Add the shared experts' output to the routed one, times a learned sigmoid per token (Qwen2-MoE)."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden, 1, bias=False)
 
     def forward(  # type: ignore[override]  # a linear map only by its parameters
-        self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor, add_SM: Tensor | None = None
+        self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor
     ) -> Tensor:
-        """Return the branches' sum, with `add_SM` added, [S, M]; the layer's input `x_SM` gives the coefficient."""
-        y_SM = routed_SM + fixed_SM * sigmoid(self.product(x_SM, None))
-        return y_SM if add_SM is None else y_SM + add_SM
+        """Return the branches' sum, [S, M]; the layer's input `x_SM` gives the coefficient."""
+        return routed_SM + fixed_SM * torch.sigmoid(super().forward(x_SM))
 
 
 class MoE(nn.Module):
@@ -146,25 +127,15 @@ class MoE(nn.Module):
         self.own: Dispatch = LocalDispatch()
         self.dispatcher: Dispatch = self.own
 
-    def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Return (y [..., M], `add` included, the routing) of x [..., M]; S is the product of the leading dims."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """Return (y [..., M], the routing) of x [..., M]; S is the product of the leading dims."""
         x_SM = x.reshape(-1, x.shape[-1])
         sequences = x.shape[0] if x.dim() == 3 else 1
         routing = self.router(x_SM, sequences)
         if torch.is_autocast_enabled(x.device.type):  # our kernels compute in their input's dtype
             x_SM = x_SM.to(torch.get_autocast_dtype(x.device.type))
-        add_SM = None if add is None else add.reshape(x_SM.shape)
-        if self.mlp is None:
-            return self._routed(x_SM, routing, add_SM).view(x.shape), routing
-        y_SM = self._routed(x_SM, routing, None)
-        if self.mix is not None:
-            return self.mix.forward(y_SM, self.mlp.forward(x_SM), x_SM, add_SM).view(x.shape), routing
-        y_SM = self.mlp.forward(x_SM, y_SM)
-        return (y_SM if add_SM is None else y_SM + add_SM).view(x.shape), routing
-
-    def _routed(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:
-        """Return each token's weighted sum of its experts' outputs, with `add_SM` added, [S, M]."""
-        if self.experts.packed is not None and isinstance(self.dispatcher, LocalDispatch):
-            return self.experts.of_tokens(x_SM, routing, add_SM)
         y_SM = self.dispatcher(x_SM, routing, self.experts)
-        return y_SM if add_SM is None else y_SM + add_SM
+        if self.mlp is not None:
+            fixed_SM = self.mlp(x_SM)
+            y_SM = y_SM + fixed_SM if self.mix is None else self.mix(y_SM, fixed_SM, x_SM)
+        return y_SM.view(x.shape), routing

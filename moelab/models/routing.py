@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.config import RoutingConfig
-from moelab.kernels import Gate, packed
-from moelab.models.layers import sigmoid
+from moelab.kernels import Gate
 
 
 def gumbel(logits_SE: Tensor) -> Tensor:
@@ -42,12 +41,9 @@ NOISE: dict[str, Callable[[Tensor], Tensor]] = {"gumbel": gumbel, "gumbel_second
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_SE: logits_SE.softmax(1),
-    "sigmoid": sigmoid,
+    "sigmoid": torch.sigmoid,
 }
-"""`RoutingConfig.scores` -> function from logits to scores, positive and growing with the logits of a token.
-
-For inference, a token's bits should not depend on the other tokens, see `moelab.models.layers.sigmoid`.
-"""
+"""`RoutingConfig.scores` -> function from logits to scores, positive and growing with the logits of a token."""
 
 LOSSES: dict[str, Callable[[Tensor, Gate], Tensor]] = {
     "z_loss": lambda logits_SE, routing: routing.z_loss,
@@ -79,13 +75,11 @@ class Router(nn.Module):
         pool: function that averages a tensor over the data ranks; the engine sets it when `aux_scope` is "step" and
             there are several.
         losses: whether the gate computes its losses; without them they are None.
-        packed: the packed fp32 weight, in place of `weight`; see `moelab.models.layers`.
         entropies: while a list is set, each call appends the router's normalised entropy (see `normalized_entropy`).
     """
 
     gate: Callable[..., kernels.Gate] = staticmethod(kernels.gate)
     balance_bias: nn.Parameter | None
-    packed: packed.Packed | None = None
 
     def __init__(self, hidden: int, experts: int, top_k: int, config: RoutingConfig) -> None:
         super().__init__()
@@ -113,8 +107,6 @@ class Router(nn.Module):
         if self.training and (jitter := self.config.input_jitter):
             x_SM = x_SM * torch.empty_like(x_SM).uniform_(1 - jitter, 1 + jitter)
         x_SM = self.rounded(x_SM)
-        if self.packed is not None:
-            return self.rounded(packed.linear(x_SM, self.packed))
         return self.rounded(F.linear(x_SM, self.rounded(self.weight.float())))
 
     def rounded(self, t: Tensor) -> Tensor:
@@ -149,7 +141,7 @@ class Router(nn.Module):
         if self.losses and special:
             loss = self._aux_loss(logits_SE, routing.expert_SK, sequences, pool)
             routing = routing._replace(aux_loss=loss + 0 * routing.aux_loss.detach())  # NaN stays: see _loss
-        if self.losses:  # a decoding step, which has none, is spared the copy
+        if self.losses:
             routing = Routing(*routing)
             routing.loss = self._loss(logits_SE, routing)
         if self.entropies is not None:

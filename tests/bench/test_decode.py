@@ -286,8 +286,7 @@ def captured_step(generator):
 
 @pytest.mark.parametrize("config", [DENSE, MOE, replace(MOE, residual=True)], ids=["dense", "MoE", "residual"])
 @pytest.mark.parametrize("mode", ["optimised", "baseline"])
-def test_a_captured_step_reads_nothing_from_the_device(mode, config, host_reads, monkeypatch):
-    monkeypatch.setattr("moelab.inference.modes.can_pack", lambda model: False)  # packing is the CPU's
+def test_a_captured_step_reads_nothing_from_the_device(mode, config, host_reads):
     model = set_mode(decode_steps.filled(config, "cpu"), mode)
     for block in model.blocks:
         if mode == "baseline" and isinstance(block.ffn, MoE):
@@ -297,9 +296,8 @@ def test_a_captured_step_reads_nothing_from_the_device(mode, config, host_reads,
         step()
 
 
-def test_the_trap_catches_the_clock(host_reads, monkeypatch):
+def test_the_trap_catches_the_clock(host_reads):
     """Why the clock is attached to steps that are not captured."""
-    monkeypatch.setattr("moelab.inference.modes.can_pack", lambda model: False)
     generator = Generator(set_mode(decode_steps.filled(MOE, "cpu")), batch=2, static=True)
     step = captured_step(generator)
     for device, what in (("cuda", "synchronize"), ("cpu", "item")):

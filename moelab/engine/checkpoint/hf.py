@@ -70,7 +70,9 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None, mode
     kind = _format(model_type or suitable_format(config))
     there = {name: () if is_sharded(p) else tuple(p.shape) for name, p in model.named_parameters()}
     if there != dict(_shapes(config)):
-        raise ValueError("export: weights of this model are packed for inference or on other ranks; load it as a whole")
+        raise ValueError(
+            "export: weights of this model were released to a generator or are on other ranks; load it as a whole"
+        )
     tensors = _tensors(kind, config, ((name, p.detach()) for name, p in model.named_parameters()))
     with _new(directory) as new, torch.no_grad():
         _write(new, kind, config, eot, tensors)
