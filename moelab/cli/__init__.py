@@ -144,10 +144,11 @@ def _one_line(error: Any) -> str:
         names.insert(0, at.info_name)
         at = at.parent
     hint = f"see `{' '.join(['moelab', *names])} --help`" if context else ""
-    if context and (command := re.fullmatch(r"No such command '(.*)'", message)):
+    if context and (command := re.match(r"No such command '(.*?)'", message)):
         known = getattr(context.command, "commands", {})
-        meant = _MEANT.get(command[1])  # similar names are Typer's to suggest
-        hint = f"did you mean {meant}? {hint}" if meant in known else hint
+        meant = _MEANT.get(command[1])
+        if meant in known:  # before a name that is only spelt alike, which Typer suggests
+            message, hint = command[0], f"did you mean {meant}? {hint}"
     if type(error).__name__ == "NoSuchOption":
         message = f"no option {error.option_name}"
         options = {option for parameter in context.command.params for option in parameter.opts} if context else set()
