@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moelab.config import ModelConfig, RoutingConfig
-from moelab.inference.packing import pack
+from moelab.inference.packing import why_not
 from moelab.models import build
 from moelab.models.moe import MoE
 from moelab.models.routing import LOSSES, Router
@@ -146,7 +146,7 @@ def test_a_router_weighs_its_losses_and_computes_none_at_weight_zero(monkeypatch
     assert nowhere(torch.randn(7, 12)).loss.isnan(), "tokens that cannot be routed are noticed at weight 0, too"
 
 
-def test_a_router_in_bf16_rounds_input_weights_and_logits_trained_and_packed_alike():
+def test_a_router_in_bf16_rounds_input_weights_and_logits_and_is_not_packed():
     router, x = Router(16, 5, 1, RoutingConfig(precision="bf16")), torch.randn(64, 16)
     torch.nn.init.normal_(router.weight)
     expected = (x.bfloat16().float() @ router.weight.bfloat16().float().T).bfloat16().float()
@@ -156,9 +156,4 @@ def test_a_router_in_bf16_rounds_input_weights_and_logits_trained_and_packed_ali
     logits.sum().backward()
     torch.testing.assert_close(router.weight.grad, x.bfloat16().float().sum(0).expand(5, -1), rtol=0.01, atol=0.1)
     config = replace(BASE, hidden=16, routing=replace(FREE, precision="bf16"))
-    trained, inferred = (build(config, 0).eval() for _ in range(2))
-    pack(inferred)
-    tokens = torch.arange(16)[None]
-    for one, other in zip(trained(tokens).routing, inferred(tokens).routing, strict=True):
-        assert torch.equal(one.expert_SK, other.expert_SK)
-        torch.testing.assert_close(one.weight_SK, other.weight_SK, rtol=0.01, atol=1e-3)
+    assert why_not(build(config, 0).eval()) == "its router computes in bf16"
