@@ -21,11 +21,15 @@ from pathlib import Path
 from moelab import paper
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
 from moelab.design import settings
-from moelab.design.expert_laws import FORMS, DenseCurve, Form, fit, fit_dense
+from moelab.design.expert_laws import FORMS, DenseCurve, Fit, Form, Law, fit, fit_dense
 from moelab.lazy import np, pd
 from moelab.runs import records
+from moelab.statistics import ALPHA
 
 FIRST = Path(__file__).with_name("first_prediction.csv")
+
+TWINS = FIRST.with_name("first_twins.csv")
+"""The runs that it was fitted to, as `published_twins` returned them then: later runs do not change it."""
 
 MAIN = ("full", "effective")
 """Twins and law of the main prediction."""
@@ -152,9 +156,13 @@ def simpler(runs: pd.DataFrame, at: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def write_first(path: Path = FIRST) -> None:
-    """Write the first prediction, of the settings of seal `first`: columns twins (empty: none), and as `predict`."""
-    runs, at = published_twins(), cells("first")
+def write_first(runs: pd.DataFrame, path: Path = FIRST) -> None:
+    """Write the first prediction, of the settings of seal `first`: columns twins (empty: none), and as `predict`.
+
+    Args:
+        runs: from `published_twins`, or `first_twins`.
+    """
+    at = cells("first")
     parts = [predict(part, FORMS, at).assign(twins=twins) for twins, part in runs.groupby("twins", sort=False)]
     table = pd.concat([*parts, simpler(runs[runs["twins"] == MAIN[0]], at).assign(twins="")], ignore_index=True)
     table = table[["twins", "law", *table.columns.drop(["twins", "law"])]]
@@ -164,6 +172,12 @@ def write_first(path: Path = FIRST) -> None:
 def first() -> pd.DataFrame:
     """Return the first prediction as it was committed, see `write_first`."""
     return pd.read_csv(FIRST, keep_default_na=False, na_values=[""]).fillna({"twins": ""})
+
+
+def first_twins(twins: str | None = None) -> pd.DataFrame:
+    """Return the runs that the first prediction was fitted to, of one group or both: columns as `published_twins`."""
+    runs = pd.read_csv(TWINS)
+    return runs if twins is None else runs[runs["twins"] == twins]
 
 
 def measured(*seals: str) -> pd.DataFrame:
@@ -253,3 +267,42 @@ def scores(compared: pd.DataFrame) -> pd.DataFrame:
     order = [MAIN, *((t, f) for t in ("full", "cpu") for f in FORMS if (t, f) != MAIN), *(("", s) for s in SIMPLER)]
     place = [order.index(pair) for pair in zip(table["twins"], table["law"], strict=True)]
     return table.iloc[np.argsort(place, kind="stable")].reset_index(drop=True)
+
+
+def twin_factors(runs: pd.DataFrame, law: Law) -> pd.DataFrame:
+    """Return the factor of parameters of each setting of the twins: columns parameters, experts, times.
+
+    Args:
+        runs: as `published_twins`, of one group.
+        law: whose dense curve is taken, moved to the dense twins of a size.
+    """
+    means = runs.groupby(["parameters", "experts"])["loss"].mean().unstack("experts")
+    gains = means.rsub(means[1], axis=0).drop(columns=1).stack().rename("gain").reset_index()
+    times = factor(gains["parameters"], gains["gain"], law.dense)
+    return gains.assign(times=times)[["parameters", "experts", "times"]]
+
+
+DRAWN = (2, 8, 16, 128, 512)
+"""Numbers of experts in the figure: those of both, and the ends of what was opened."""
+
+
+def drawn(fitted: Fit) -> dict[int, tuple[float, float, float]]:
+    """Return the factor of parameters that a law `effective` gives `DRAWN` experts, with 95 % of a single setting."""
+    times = 1 + fitted.scatter * np.random.default_rng(3).standard_t(fitted.freedom, size=len(fitted.draws))
+    found = {}
+    for experts in DRAWN:
+        draws = [math.exp(law.effect(1e6, experts) * t) for law, t in zip(fitted.draws, times, strict=True)]
+        low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2])
+        found[experts] = (math.exp(fitted.law.effect(1e6, experts)), float(low), float(high))
+    return found
+
+
+def headline(compared: pd.DataFrame) -> str:
+    """Return in one line how the main prediction did, and where it missed most; `compared` comes from `compare`."""
+    main = compared[(compared["twins"] == MAIN[0]) & (compared["law"] == MAIN[1])]
+    few, many = (main[main["experts"] <= 16], main[main["experts"] > 16])
+    inside = [f"{int(part['inside'].sum())} of {len(part)}" for part in (few, many)]
+    return (
+        f"Twins of 0.1 to 2 million parameters predict Clark's models with 2 to 16 experts ({inside[0]} inside the "
+        f"95 % intervals) but not with 256 and 512 ({inside[1]})"
+    )
