@@ -109,5 +109,4 @@ EXPERIMENT = Experiment(
         ),
     },
     build=build,
-    looks={"full": (2,)},
 )
