@@ -20,9 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-import numpy as np
-
-from moelab.lazy import pd
+from moelab.lazy import np, pd
 from moelab.statistics import ALPHA
 
 Form = Literal["separable", "bilinear", "effective", "regression"]
