@@ -57,6 +57,7 @@ docs/architecture
 docs/performance
 docs/simulator
 docs/full-length
+docs/prediction
 docs/gpu
 CONTRIBUTING
 CHANGELOG

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from moelab.bench.train import DEFAULT
 from moelab.design.verdicts import CANNOT_TELL, today
+from moelab.experiments import outside
 from moelab.paper import claim
 from moelab.report.site.sentences import score as score_of_claims
 from moelab.report.site.template import number
@@ -24,8 +25,8 @@ from moelab.report.site.template import number
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 _OTHERS = (
-    *("README.md", "docs/experiments.md", "docs/simulator.md", "docs/full-length.md", "docs/try.md"),
-    "results/weights/README.md",
+    *("README.md", "docs/experiments.md", "docs/simulator.md", "docs/full-length.md", "docs/prediction.md"),
+    *("docs/try.md", "results/weights/README.md"),
 )
 PAGES = (PAGE, *(ROOT / name for name in _OTHERS))
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -295,6 +296,44 @@ def _newest_tries(folder: Path) -> list[Row]:
     return [json.loads(line) for file in newest if file for line in file.read_text().splitlines()]
 
 
+def predicted(rows: list[Row]) -> str:
+    """A line a prediction of Clark's models: how it did, over all opened settings and without those of 15M."""
+    compared = outside.compare(outside.first(), outside.measured("first"))
+    every, larger = (outside.scores(part) for part in (compared, compared[compared["size"] != "15M"]))
+    lines = []
+    for row, other in zip(every.itertuples(), larger.itertuples(), strict=True):
+        name = f"{row.law} on `{row.twins}`" + " (main)" * ((row.twins, row.law) == outside.MAIN)
+        inside = f"{row.inside:.0%}".replace("%", " %") if row.inside == row.inside else "–"
+        error, larger_error = (f"{of.error:.3f}" for of in (row, other))
+        smallest = row.law == outside.SMALLEST
+        cells = [inside, "–" if smallest else error, larger_error, f"{other.error_times:.2f}", f"{row.rank:.2f}"]
+        lines.append([name if row.twins else row.law, *cells, f"{row.bias:+.3f}"])
+    head = [
+        "inside",
+        "median error, nats",
+        "without 15M",
+        "× or ÷ parameters, without 15M",
+        "rank",
+        "median miss, nats",
+    ]
+    return _markdown(["prediction", *head], lines)
+
+
+def missed(rows: list[Row]) -> str:
+    """A line a number of experts: how many settings lay in the main prediction's intervals, and by how much they missed."""
+    compared = outside.compare(outside.first(), outside.measured("first"))
+    main = compared[(compared["twins"] == outside.MAIN[0]) & (compared["law"] == outside.MAIN[1])]
+    lines = []
+    for experts, part in sorted(main.groupby("experts"), reverse=True):
+        times = f"{part['times'].min():.1f} to {part['times'].max():.1f}"
+        misses = f"{part['miss'].min():+.3f} to {part['miss'].max():+.3f}"
+        inside = f"{part['inside'].sum()} of {len(part)}"
+        lines.append([str(experts), inside, f"{part['expected_times'].iloc[0]:.1f}", times, misses])
+    return _markdown(
+        ["experts", "inside", "× parameters, predicted", "measured", "measured minus predicted, nats"], lines
+    )
+
+
 KINDS: dict[str, Callable[[list[Row]], str]] = {
     "sentences": sentences,
     "tally": tally,
@@ -309,6 +348,8 @@ KINDS: dict[str, Callable[[list[Row]], str]] = {
     "texts": texts,
     "before_and_after": before_and_after,
     "tries": tries,
+    "predicted": predicted,
+    "missed": missed,
 }
 
 

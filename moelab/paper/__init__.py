@@ -9,8 +9,8 @@
     paper.claims("pr-moe").frame()                     # pandas, imported only now
 
 The numbers live in the CSV files beside this module; every row carries `source`, `how`, `conflict` and `note` (see
-`Provenance`), and `conflicts()` lists what contradicts what. Read-only: rows are frozen, tables are tuples. Loads
-without torch or pandas.
+`Provenance`), and `conflicts()` lists what contradicts what. `routed_models()` and `reported()` are of other papers and
+projects. Read-only: rows are frozen, tables are tuples. Loads without torch or pandas.
 """
 
 from moelab.paper._table import HOW, Provenance, Table
@@ -26,11 +26,13 @@ from moelab.paper.claims import (
     claims,
     experiments,
 )
+from moelab.paper.clark import RoutedModel, routed_models
 from moelab.paper.configs import GPUS, published_configs, settings_for
 from moelab.paper.conflicts import Conflict, conflict, conflicts
 from moelab.paper.inference import InferenceResult, inference_results
 from moelab.paper.models import PaperModel, model, models, size_table
 from moelab.paper.quality import TASKS, LossCurve, LossPoint, ZeroShot, loss_curve, loss_points, zero_shot
+from moelab.paper.reported import Reported, reported
 from moelab.paper.training import (
     TrainingSettings,
     TrainingThroughput,
@@ -56,6 +58,8 @@ __all__ = [
     "LossPoint",
     "PaperModel",
     "Provenance",
+    "Reported",
+    "RoutedModel",
     "Table",
     "TrainingSettings",
     "TrainingThroughput",
@@ -72,6 +76,8 @@ __all__ = [
     "model",
     "models",
     "published_configs",
+    "reported",
+    "routed_models",
     "settings_for",
     "size_table",
     "training_settings",

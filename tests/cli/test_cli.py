@@ -205,7 +205,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
 
 def test_names_are_completed(tmp_path):
     expected = {
-        "run pr": {"pr-moe"},
+        "run pr-": {"pr-moe"},
         "submit sca": {"scaling"},
         "submit pr-moe --profile loc": {"local"},
         "generate tiny": {"tiny-s0-1", "tiny-s1-2"},

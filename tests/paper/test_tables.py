@@ -20,6 +20,8 @@ TABLES = {
     ),
     "claims.csv": (paper.claims, ("id",)),
     "conflicts.csv": (paper.conflicts, ("id",)),
+    "clark.csv": (paper.routed_models, ("setting",)),
+    "reported.csv": (paper.reported, ("project", "model", "metric")),
 }
 """File -> its rows, and the fields by which they are told apart."""
 
