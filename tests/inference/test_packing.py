@@ -198,7 +198,7 @@ def test_released_weights_are_freed_layer_by_layer_and_not_exported(make, monkey
     generator = Generator(model, batch=1, release=True)
     assert len(left) == 4 and left == sorted(set(left), reverse=True)
     assert generator.generate(draw(5), Sampling(max_new_tokens=4)) == kept
-    with pytest.raises(ValueError, match=r"^export: weights of this model were released to a generator"):
+    with pytest.raises(ValueError, match=r"^export: weights of this model are released to a generator"):
         hf.export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -71,7 +71,7 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None, mode
     there = {name: () if is_sharded(p) else tuple(p.shape) for name, p in model.named_parameters()}
     if there != dict(_shapes(config)):
         raise ValueError(
-            "export: weights of this model were released to a generator or are on other ranks; load it as a whole"
+            "export: weights of this model are released to a generator or on other ranks; load it as a whole"
         )
     tensors = _tensors(kind, config, ((name, p.detach()) for name, p in model.named_parameters()))
     with _new(directory) as new, torch.no_grad():
