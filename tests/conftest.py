@@ -50,7 +50,6 @@ LONGEST = [
     "docs/test_examples.py",
     "slurm/test_local.py",
     "evaluation/test_imported.py",
-    "cli/test_gpu.py",
     "kernels/test_cpp.py",
     "kernels/test_experts.py",
     "evaluation/test_zero_shot.py",

@@ -299,13 +299,16 @@ def test_an_error_while_text_is_printed_has_a_line_of_its_own(tmp_path, monkeypa
         yield 0, "Once upon"
         raise ValueError("the context is full")
 
-    monkeypatch.setattr(text, "open_text", lambda *_, **__: SimpleNamespace(stream=stream))
+    generator = SimpleNamespace(why_plain="its experts drop tokens")
+    monkeypatch.setattr(text, "open_text", lambda *_, **__: SimpleNamespace(stream=stream, generator=generator))
     monkeypatch.setattr(text, "join_ranks", lambda *_, **__: None)
     monkeypatch.setattr(models.RunStore, "find", lambda *_: tmp_path)
     monkeypatch.setattr(sys, "argv", ["moelab", "generate", "x"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert capsys.readouterr() == ("Once upon\n", "moelab: the context is full\n")
+    out, err = capsys.readouterr()
+    why, refused = err.splitlines()
+    assert (out, refused) == ("Once upon\n", "moelab: the context is full") and why.endswith("its experts drop tokens")
 
 
 def test_doctor_goes_on_where_an_instruction_set_is_none_of_this_processor(monkeypatch):
