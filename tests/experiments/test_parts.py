@@ -37,9 +37,9 @@ class Scaled(MoE):
         super().__init__(config, experts)
         self.scale_bias = nn.Parameter(__import__("torch").empty(()))
 
-    def forward(self, x, add=None):
-        y, routing = super().forward(x, None)
-        return (1 + self.scale_bias) * 0.5 * y + (0 if add is None else add), routing
+    def forward(self, x):
+        y, routing = super().forward(x)
+        return (1 + self.scale_bias) * 0.5 * y, routing
 """,
 }
 

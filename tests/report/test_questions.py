@@ -226,6 +226,12 @@ def test_the_figure_of_the_start_page_has_a_row_for_each_pair_and_their_mean(sca
     assert shown is scaling and written and not hero.write([quick, scaling], tmp_path, [row])[1], "drawn once"
     assert "a dense model 4.4× its base" in (tmp_path / hero.FILE).read_text()
     assert "twins of 0.2 to 0.2 million parameters" in hero.caption(shown)
+    nan = float("nan")
+    for ours, high in ((3.5, nan), (4e6, nan), (4e6, 5e9), (-20.0, nan)):  # one seed; runs too short to tell anything
+        hero._write(
+            [hero.Row("350M with 128 experts", ours, nan if high != high else 1.0, high, (5.3,))], tmp_path / "h.svg"
+        )
+        assert (tmp_path / "h.svg").read_text().count("<svg") == 1
     for text in ("\n", '{"arm": "350M"}\n', "torn"):
         (scaling.folder / hero.DATA).write_text(text)
         assert hero.write([scaling], tmp_path) == (None, False)

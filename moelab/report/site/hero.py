@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ AXIS = "dense model of equal loss: its parameters, divided by those of the MoE�
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of the figure shows: our value with its 95 % interval, and the paper's, or its bounds."""
+    """What a row of the figure shows: our value, its 95 % interval (NaN of one seed), and what the paper has."""
 
     name: str
     ours: float
@@ -61,7 +62,7 @@ def rows(result: Result, claims: Sequence[ClaimRow]) -> list[Row]:
             times = list(budgets.effective_size(final, moe, base, larger, result.summary.scale)["times"])
             whole = comparison.tokens_a_parameter(base)
             theirs = budgets.paper_effective_size(moe, base, larger, whole)
-            if times:
+            if times and math.isfinite(sum(times)):
                 experts = max(ModelConfig.parse(moe).experts)
                 found.append(Row(f"{base} with {experts} experts", *interval(times), (theirs,) if theirs else ()))
     except ODD:
@@ -108,20 +109,24 @@ def _write(shown: Sequence[Row], path: Path) -> None:
 
 def draw(shown: Sequence[Row], ax: Axes) -> None:
     """Draw a bar for each row from nothing to our value, with its interval, and the paper's diamonds."""
+    from matplotlib.ticker import MaxNLocator
+
     from moelab.plotting import figures, palette
 
     color, below = palette.colors(["MoE-128"])["MoE-128"], 0.32
     for at, row in enumerate(shown):
         ax.barh(at, row.ours, height=0.34, color=color, label="ours, with the 95 % interval" if at == 0 else "")
-        around = [[row.ours - row.low], [row.high - row.ours]]
-        ax.errorbar([row.ours], [at], xerr=around, fmt="none", ecolor="#888888", elinewidth=1.8, capsize=4, zorder=2)
+        if math.isfinite(row.low + row.high):
+            around, look = [[row.ours - row.low], [row.high - row.ours]], {"ecolor": "#888888", "elinewidth": 1.8}
+            ax.errorbar([row.ours], [at], xerr=around, fmt="none", capsize=4, zorder=2, **look)
         ax.annotate(f"{row.ours:.1f}×", (0.1, at), color="white", weight="bold", va="center")
         if row.paper:
             heights, label = [at + below] * len(row.paper), "paper" if at == 0 else ""
             figures.paper_points(ax, row.paper, heights, across=True, line=len(row.paper) > 1, label=label)
     figures.name_rows(ax, [typeset(row.name) for row in shown], above=0.22)
     ax.set_ylim(len(shown) - 1 + below + 0.2, -0.75)
-    last = max(max(row.high, *row.paper) for row in shown)
-    ax.set_xlim(0, 1.05 * last)
-    ax.set_xticks(range(int(last) + 1), [f"{times}×" for times in range(int(last) + 1)])
+    ends = [end for row in shown for end in (row.ours, row.high, *row.paper) if math.isfinite(end)]
+    ax.set_xlim(0, 1.05 * max(ends))
+    ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    ax.xaxis.set_major_formatter("{x:g}×")
     ax.set_xlabel(AXIS)
