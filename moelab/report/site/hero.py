@@ -117,8 +117,10 @@ def draw(shown: Sequence[Row], ax: Axes) -> None:
     for at, row in enumerate(shown):
         ax.barh(at, row.ours, height=0.34, color=color, label="ours, with the 95 % interval" if at == 0 else "")
         if math.isfinite(row.low + row.high):
-            around, look = [[row.ours - row.low], [row.high - row.ours]], {"ecolor": "#888888", "elinewidth": 1.8}
-            ax.errorbar([row.ours], [at], xerr=around, fmt="none", capsize=4, zorder=2, **look)
+            around = [[row.ours - row.low], [row.high - row.ours]]
+            ax.errorbar(
+                [row.ours], [at], xerr=around, fmt="none", ecolor="#888888", elinewidth=1.8, capsize=4, zorder=2
+            )
         ax.annotate(f"{row.ours:.1f}×", (0.1, at), color="white", weight="bold", va="center")
         if row.paper:
             heights, label = [at + below] * len(row.paper), "paper" if at == 0 else ""
