@@ -14,5 +14,5 @@ if __name__ == "__main__":
     fig, (ax,) = figures.panels(height=3.4)
     opened = outside.measured("first")
     drawing.factors(outside.twin_factors(runs, fitted.law), outside.drawn(fitted), opened, ax)
-    figures.title(fig, outside.headline(outside.compare(outside.first(), opened)))
+    figures.title(fig, "Twins predict 2 to 16 experts, not 256 or 512")
     fig.savefig(Path(__file__).with_name("prediction.png"), dpi=200)

@@ -1,8 +1,8 @@
 """Override the tile sizes that the Triton kernels choose from a launch's sizes, for tests and for compiling them all.
 
-Each kernel's own sizes stand beside it, in `_experts_triton.py`, `_gating_triton.py`, `_permute_triton.py` and
-`_residual_triton.py`. The grouped products have the setting `programs_per_sm`, too: 0 starts a program for each tile,
-more start so many for each multiprocessor, each of which goes through several tiles.
+Each kernel's own sizes are in its file: `_experts_triton.py`, `_gating_triton.py`, `_permute_triton.py` and
+`_residual_triton.py`. The grouped products also have the setting `programs_per_sm`: 0 starts a program for each tile; a
+larger number is that of programs for each multiprocessor, each of which goes through several tiles.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def trial(op: str, changes: Tile) -> Iterator[None]:
 
 @contextlib.contextmanager
 def persistent(programs_per_sm: int) -> Iterator[None]:
-    """Let all grouped products run in so many programs for each multiprocessor while the context lasts."""
+    """Let all grouped products start this number of programs for each multiprocessor while the context lasts."""
     with contextlib.ExitStack() as trials:
         for op in GROUPED:
             trials.enter_context(trial(op, {"programs_per_sm": programs_per_sm}))

@@ -61,6 +61,15 @@ def run_names(incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+RunOrModel = Annotated[
+    str,
+    typer.Argument(
+        help="id of a run, or the beginning of it, or a directory of a run or an imported model",
+        autocompletion=run_names,
+    ),
+]
+
+
 def profile_names(incomplete: str) -> list[str]:
     """Complete the name of a cluster profile."""
     return [name for name in names() if name.startswith(incomplete)]

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moelab import paths, terminal
-from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes, run_names, write_provenance
+from moelab.cli._options import (
+    RUNS,
+    Out,
+    RunOrModel,
+    check_choice,
+    check_device,
+    check_dtypes,
+    run_names,
+    write_provenance,
+)
 from moelab.config.parallel import EXCHANGES
 from moelab.files import write_text
 from moelab.runs.card import model_card
@@ -211,13 +220,7 @@ def import_(
 
 
 def export(
-    run: Annotated[
-        str,
-        typer.Argument(
-            help="id of a run, or the beginning of it, or a directory of a run or an imported model",
-            autocompletion=run_names,
-        ),
-    ],
+    run: RunOrModel,
     directory: Annotated[Path, typer.Argument(help="new directory")],
     format: Annotated[
         str, typer.Option(help="gpt2, olmoe, mixtral, qwen2_moe, qwen3_moe or moelab; default: the one that fits")

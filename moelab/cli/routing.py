@@ -8,18 +8,12 @@ from typing import Annotated
 import typer
 
 from moelab import paths, terminal
-from moelab.cli._options import RUNS, AsJson, check_device, check_dtypes, print_json, run_names
+from moelab.cli._options import RUNS, AsJson, RunOrModel, check_device, check_dtypes, print_json
 from moelab.runs.store import RunStore
 
 
 def trace(
-    run: Annotated[
-        str,
-        typer.Argument(
-            help="id of a run, or the beginning of it, or a directory of a run or an imported model",
-            autocompletion=run_names,
-        ),
-    ],
+    run: RunOrModel,
     out: Annotated[Path, typer.Argument(help="the parquet file to write")],
     corpus: Annotated[
         str | None, typer.Option(help="text to route; default: a run's own, mix5 for an imported model")

@@ -171,7 +171,7 @@ def _show(outcome: Outcome, runs: Runs, part: Part | None) -> None:
     interval = "no interval from one seed" if o.low is None else f"95 % interval {o.low:+.3f} to {o.high:+.3f}"
     rows = {"difference": f"{abs(o.difference):.3f} nats per token {side} ({interval})"}
     if o.noise is not None:
-        rows["noise floor"] = f"{o.noise:.3f} nats per token: the baseline's own seeds allow so much (95 %)"
+        rows["noise floor"] = f"{o.noise:.3f} nats per token: seeds of the baseline alone differ by up to this (95 %)"
     rows["speed-up"] = _speed_up(o)
     rows["verdict"] = o.verdict
     if o.low is not None:

@@ -228,7 +228,7 @@ def from_smallest(opened: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(predicted: pd.DataFrame, opened: pd.DataFrame) -> pd.DataFrame:
-    """Return every prediction beside what was measured, a row a setting of Clark's.
+    """Return every prediction with what was measured, a row for each setting of Clark's.
 
     Columns: those of `opened` (gain and times as measured), twins, law, expected, low, high, expected_times, inside
     (None without an interval), miss (measured minus expected, nats), and miss_times (ln of the ratio of factors).

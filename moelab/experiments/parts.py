@@ -70,7 +70,7 @@ class Part:
         return paths.home() / "tries" / f"{self.kind.lower()}-{digest}"
 
     def keep(self) -> None:
-        """Write the file's text beside the runs, for people; nothing executes it."""
+        """Write the file's text next to the runs, for people; nothing executes it."""
         write_text(self.folder() / "part.py.txt", self.text)
 
 

@@ -30,7 +30,7 @@ from moelab.statistics import ALPHA
 
 BASELINE = "MoE-128"
 HELPS, HURTS = "lowers the loss", "raises the loss"
-"""The verdicts beside `CANNOT_TELL`."""
+"""The verdicts other than `CANNOT_TELL`."""
 
 RUNGS = ("quick", "cpu", "full")
 """Scales of the ladder, in order."""

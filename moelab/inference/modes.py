@@ -38,6 +38,7 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
     """
     if mode not in MODES:
         raise ValueError(f"inference: mode must be {' or '.join(map(repr, MODES))}, got {mode!r}")
+    model.mode = mode
     static_tokens = STATIC_TOKENS if model.token_embedding.weight.device.type == "cuda" else 0
     for moe in [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]:
         if drop_free:

@@ -44,6 +44,8 @@ def why_not(model: GPT) -> str | None:
     Feed-forward sizes always fit: they are filled up with zeros.
     """
     weight, config = model.token_embedding.weight, model.config
+    if model.mode != "optimised":
+        return f"it is in {model.mode} mode"
     if weight.device.type != "cpu":
         return f"it is on {weight.device.type}"
     if weight.dtype not in (torch.float32, torch.bfloat16):
@@ -60,7 +62,7 @@ def why_not(model: GPT) -> str | None:
         return f"the C++ lacks its activation {unknown.pop()}"
     moes = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
     if any(not isinstance(moe.dispatcher, LocalDispatch) for moe in moes):
-        return "its experts are on several ranks, or it is in baseline mode"
+        return "its experts are on several ranks"
     if config.is_moe and config.routing.scores not in SCORES:
         return f"the C++ lacks its scores {config.routing.scores}"
     if config.is_moe and config.routing.precision != "fp32":

@@ -97,8 +97,12 @@ class GPT(nn.Module):
     """Compute the decoder of a `ModelConfig`.
 
     Its weights are uninitialised until `init_weights` is called; on the meta device nothing is allocated.
+
+    Attributes:
+        mode: how it decodes, set by `moelab.inference.set_mode`.
     """
 
+    mode = "optimised"
     blocks: Sequence[Block]
 
     def __init__(self, config: ModelConfig) -> None:

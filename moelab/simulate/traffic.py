@@ -1,6 +1,7 @@
 """What a rank sends in the exchanges of today's programs, as stages; `moelab.simulate.exchange` gives their time.
 
-Rows are means under even routing. What stays on a rank is not sent. With R ranks in nodes of G:
+Rows are means under even routing. A token's nodes and GPUs are drawn with replacement, as each holds many experts. What
+stays on a rank is not sent. With R ranks in nodes of G:
 
     even      an equal part for every rank (NCCL's all-to-all)
     pairs     a row for each (token, expert) pair (low-latency kernels); `by_card`: also within the node by network card

@@ -74,7 +74,7 @@ class Checkpointer:
         return source.step, window, source.state["seconds"]
 
     def due(self, step: int) -> bool:
-        """Return whether the configuration asks for a checkpoint after so many steps."""
+        """Return whether the configuration asks for a checkpoint after this step."""
         return step in self._always or bool(self._every and step % self._every == 0)
 
     def finite(self) -> bool:

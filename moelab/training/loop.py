@@ -87,7 +87,7 @@ def train(
         start: another run's checkpoint, used while `run_dir` has none: weights, optimizer state and the count of steps
             continue from there, and metrics begin there. Where the model has more experts, they are copies.
         branch: how the run begins at `start`; given on resume, too.
-        until: end after so many steps, with a checkpoint, no last validation and an empty result.
+        until: the step after which to end, with a checkpoint, no last validation and an empty result.
         on_progress: called with each metric row, on rank 0.
         should_stop: called once per step on every rank; if any rank returns True, all write a checkpoint and raise
             TrainingStopped.
@@ -219,7 +219,7 @@ class Training:
             self.metrics.write(VALIDATION, row)
 
     def _validate(self, max_tokens: int) -> dict[str, Any]:
-        """Return `evaluate`'s scores on at most so many tokens of each domain."""
+        """Return `evaluate`'s scores, on at most `max_tokens` tokens of each domain."""
         trainer = self.trainer
         scores = evaluate(
             trainer.model.module, self.data, self.config, self.context, max_tokens=max_tokens, mesh=trainer.mesh

@@ -50,7 +50,7 @@ class Window:
             self.kept[layer] = self.kept.get(layer, 0) + kept[layer]
 
     def fits(self, model: ModelConfig, steps: int) -> bool:
-        """Return whether these are sums over so many steps of such a model."""
+        """Return whether these are sums over this number of steps of such a model."""
         experts = {str(i + 1): count for i, count in enumerate(model.experts) if count}
         return self.steps == steps and experts == {layer: len(load) for layer, load in self.load.items()}
 

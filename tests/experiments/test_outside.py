@@ -44,6 +44,14 @@ def test_the_first_prediction_comes_from_twins_and_dense_models_alone(monkeypatc
     assert simpler["gain"].round(4).tolist() == pytest.approx(theirs["gain"].tolist(), abs=2e-4)
 
 
+def test_the_twins_of_the_first_prediction_are_among_the_published_runs():
+    keys = ["twins", "width", "parameters", "experts", "seed"]
+    now = outside.published_twins().groupby(keys)["loss"].agg(["min", "max"])
+    then = outside.first_twins().set_index(keys)["loss"]
+    found = now.loc[then.index]
+    assert ((found["min"] - 1e-9 <= then) & (then <= found["max"] + 1e-9)).all()
+
+
 @pytest.mark.slow
 def test_the_first_prediction_is_made_again_by_its_code(tmp_path):
     outside.write_first(outside.first_twins(), path := tmp_path / "again.csv")

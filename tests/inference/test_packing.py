@@ -173,6 +173,11 @@ def test_the_call_books_its_parts_and_counts_experts(make):
     assert layers == 2 * 4 and 2 * 4 <= distinct <= 9 * 4
 
 
+def test_the_baseline_of_a_dense_model_is_its_own_modules(make):
+    model = make(MODELS["dense"])
+    assert why_not(set_mode(model, "baseline")) == "it is in baseline mode" and why_not(set_mode(model)) is None
+
+
 @pytest.mark.parametrize("again", ["optimised", "baseline"])
 def test_a_model_is_switched_again_and_evaluates_after_it_has_generated(again, make):
     model = set_mode(make(BASE))

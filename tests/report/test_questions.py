@@ -59,7 +59,7 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     assert first.line.startswith("−0.300 [−0.325, −0.275] (paper at 16")
     assert second.line.startswith("1.") and "× its base [" in second.line and second.line.endswith("×)")
     assert "+0.300 nats" in second.short and second.short.startswith(
-        "350M+MoE-128 equals a dense model of so many times its base’s parameters (without embeddings): 1."
+        "350M+MoE-128 equals a dense model of a multiple of its base’s parameters (without embeddings): 1."
     )
     assert first.row()["verdict"] == "" and first.row()["link"].startswith("scaling/cpu/1/")
     assert questions.answers([], []) == []
@@ -89,7 +89,7 @@ def test_the_dense_size_of_both_pairs_leads_where_it_is_judged(scaling):
     answer = questions.answers([scaling], [row])[1]
     assert answer.line == "4.37× its base [4, 4.74] (paper 4–5×)" and answer.claims == [row]
     assert answer.short.startswith(
-        "4.37× its base [4, 4.74], mean of two pairs. 350M+MoE-128 equals a dense model of so many times its base’s"
+        "4.37× its base [4, 4.74], mean of two pairs. 350M+MoE-128 equals a dense model of a multiple of its base’s"
     )
     assert answer.paper.startswith("4 to 5×. 350M+MoE-128: ")
     assert (

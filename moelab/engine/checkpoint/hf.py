@@ -226,7 +226,7 @@ def load(directory: Path, *, dtype: torch.dtype | None = None, device: str = "cp
         ValueError: there is no such model, the format is unknown, the settings are none that our model has, or tensors
             are missing, left over or have the wrong shape; the message is one line.
     """
-    return _filled(directory, dtype, lambda config, dtype: (empty(config, device, dtype), {}))
+    return _filled(directory, dtype, lambda config, dtype: (empty(config, device, dtype), {}))[0]
 
 
 def load_part(directory: Path, mesh: Mesh, *, dtype: torch.dtype | None = None) -> parallel.ParallelModel:
@@ -235,14 +235,12 @@ def load_part(directory: Path, mesh: Mesh, *, dtype: torch.dtype | None = None) 
     Every rank of the mesh calls it and reads only the weights that it holds. Arguments and errors as in `load`; with
     `shard`, routers that are stored more exactly than the other weights are refused as well.
     """
-    parts: list[parallel.ParallelModel] = []
 
     def build(config: ModelConfig, dtype: torch.dtype) -> tuple[GPT, dict[str, Placement]]:
-        parts.append(parallel.build(config, None, mesh, dtype))
-        return parts[0].module, parts[0].placements
+        part = parallel.build(config, None, mesh, dtype)
+        return part.module, part.placements
 
-    _filled(directory, dtype, build, sharded=mesh.fsdp is not None)
-    return parts[0]
+    return parallel.ParallelModel(*_filled(directory, dtype, build, sharded=mesh.fsdp is not None), mesh)
 
 
 def _filled(
@@ -250,8 +248,8 @@ def _filled(
     dtype: torch.dtype | None,
     build: Callable[[ModelConfig, torch.dtype], tuple[GPT, dict[str, Placement]]],
     sharded: bool = False,
-) -> GPT:
-    """Return the model that `build` makes, with the weights of a directory."""
+) -> tuple[GPT, dict[str, Placement]]:
+    """Return the model and the placements that `build` makes, with the weights of a directory."""
     kind, config, _ = _read_config(directory)
     with Files(directory, kind) as files:
         stored = _check(files, kind, config)
@@ -268,7 +266,7 @@ def _filled(
                 parameter.data = parameter.data.to(torch.promote_types(dtype, stored[name]))
             placement = placements.get(name) or Placement.whole(tuple(parameter.shape))
             files.fill(shards.pieces(name, parameter, placement), config)
-    return model
+    return model, placements
 
 
 def fetch(name: str) -> Path:

@@ -229,7 +229,7 @@ def _dense_size(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     here = f"{theirs:.1f}× at {share:.0%} of its training, " if share < 0.95 else ""
     line = _line(next(iter(said.values())).replace(" ", "× its base ", 1), f"{_at(share)}{theirs:.1f}×")
     times = ", ".join(f"{value} at equal {at}" for at, value in said.items())
-    short = f"{MOE} equals a dense model of so many times its base’s parameters (without embeddings): {times}{more}."
+    short = f"{MOE} equals a dense model of a multiple of its base’s parameters (without embeddings): {times}{more}."
     beside = typeset(f"{MOE}: {here}{end:.1f}× at its end; against {LARGER} {_beside(result, LARGER)}")
     if both := decided.get(SIZE):  # what the verdict is about comes first
         of_both = f"{quantity(both.ours, both.claim)} its base [{both.interval.replace(' to ', ', ')}]"

@@ -18,7 +18,7 @@ from moelab.statistics import ratio_interval
 COSTS = "costs.csv"
 SPEED = "training-5x-cheaper"
 _ALIKE = 1.1
-"""Computation up to so many times as much is called nearly the same."""
+"""Ratio of two computations below which they are called nearly the same."""
 
 _TO_EQUAL_LOSS = {
     "training tokens": "Training tokens to an equal loss",
