@@ -13,7 +13,7 @@ laws         the loss of a family of models over size and tokens, fitted and inv
 budgets      one training gives every budget of tokens; gap, data efficiency and effective size over tokens
 rates        at `full`: each arm at its own peak rate and at one that all share
 shares       at `full`: curves laid over the paper's at equal shares of the training
-targets      a difference of two losses by kinds of targets and by domain
+targets      a difference of two losses by kinds of tokens and by domain
 conclusion   what a notebook says at its end
 
 The experiments themselves are in `moelab.experiments`. This package may import everything below `moelab.experiments`.

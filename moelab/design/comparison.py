@@ -128,7 +128,7 @@ def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]], value: str = "vali
     """Return the final loss of one arm minus another's, by seed, for pairs of arms that are both there.
 
     Columns: arm ("left − right"), left, right, seed, gap (nats per token, or the unit of another `value`), and
-    unrepeated where `final` has `unrepeated_loss`: the gap on these targets.
+    unrepeated where `final` has `unrepeated_loss`: the gap on tokens that cannot be copied.
 
     Raises:
         ValueError: as `paired`.
@@ -189,7 +189,17 @@ def judge_loss(
     if claim.quantity != "final validation loss" or not len(final):
         return judge(claim, scale=scale, share=share)
     sides = samples(claim, final, arms)
-    return judge(claim, arms=sides, note=note, scale=scale, share=share, looks=looks, decides_from=decides_from)
+    uncopied = samples(claim, final, arms, "unrepeated_loss") if "unrepeated_loss" in final else {}
+    return judge(
+        claim,
+        arms=sides,
+        uncopied=uncopied,
+        note=note,
+        scale=scale,
+        share=share,
+        looks=looks,
+        decides_from=decides_from,
+    )
 
 
 def samples(

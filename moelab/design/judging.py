@@ -85,6 +85,7 @@ def judge(
     values: Mapping[int, float] | Sequence[float] = (),
     *,
     arms: Mapping[str, Mapping[int, float]] | None = None,
+    uncopied: Mapping[str, Mapping[int, float]] | None = None,
     note: str = "",
     exact: bool = False,
     scale: str | None = None,
@@ -115,6 +116,7 @@ def judge(
         values: by seed or session, what the claim's `quantity` compares, where that is no difference of arms' means.
         arms: in place of values: by the paper's name of a run and by seed, those of both sides, and of both arms of the
             gain. A seed that an arm lacks, but has a later one than, has no value.
+        uncopied: as arms, the losses on tokens that cannot be copied from the context; their difference is noted.
         exact: the values are arithmetic, without spread.
         scale: the experiment's; a claim that needs a larger one is shown, but not judged. None judges in any case.
         share: of the paper's training that the runs reach, None where that is not known.
@@ -152,6 +154,10 @@ def judge(
         decides_from=decides_from,
         missing=tuple(sorted(without)),
         censored=tuple(sorted(censored)),
+        uncopied={
+            arm: {seed: float(v) for seed, v in of.items() if math.isfinite(v)}
+            for arm, of in sorted((uncopied or {}).items())
+        },
         within=within,
     )
     able = can_test(claim, scale, share)
@@ -269,7 +275,8 @@ def _measured(claim: Claim, row: Verdict, scale: str | None, able: bool) -> Verd
         if of == FAILS and claim.smallest and low <= claim_values.neutral(claim) <= high:
             why = f"Within the smallest effect of interest, {claim.smallest:g} ({claim.smallest_why})."
     p = None if p is None else sequential.repeated_p(p, n, row.looks)
-    whys = (why, *_other_seeds(claim, row, n), _progress(claim, row, samples, of, estimate))
+    others = (_uncopied(claim, row, difference), *_other_seeds(claim, row, n))
+    whys = (why, *others, _progress(claim, row, samples, of, estimate))
     return replace(row, verdict=of, p=p, size=size, why=" ".join(text for text in whys if text))
 
 
@@ -382,6 +389,17 @@ def _equality(
         return FAILS, max(edges[over[0] <= zero].p(zero), gained.p()), f"Margin: {margin}"
     equal = over[1] < zero < under[0]
     return (HOLDS, p, f"Equal within {margin}") if equal else (CANNOT_TELL, p, f"Margin: {margin}")
+
+
+def _uncopied(claim: Claim, row: Verdict, difference: Weights) -> str:
+    """Return the same contrast of the losses on tokens that cannot be copied from the context; empty without them."""
+    samples = deciding(row.uncopied, row.looks, row.decides_from)
+    if not difference.keys() <= samples.keys() or min(len(samples[arm]) for arm in difference) < MIN_SAMPLES:
+        return ""
+    found = estimated(samples, difference)
+    low, high = found.interval(sequential.level(found.samples, row.looks))
+    where = "On tokens that cannot be copied from the context"
+    return f"{where}: {found.mean:+.3f} ({low:+.3f} to {high:+.3f}){claim_values.unit(claim)}."
 
 
 def _other_seeds(claim: Claim, row: Verdict, n: int) -> list[str]:

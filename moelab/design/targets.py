@@ -1,7 +1,7 @@
-"""Split the difference of two arms' losses: by what the sequence has shown before of a target, and by domain.
+"""Split the difference of two arms' losses: by what the sequence has shown before of a token, and by domain.
 
-A model that copies from its context gains on targets whose pair occurred before, one that knows more gains on the
-others; a difference of two losses is the sum of both (`moelab.data.batches.pairs`).
+A model that copies from its context gains on copyable tokens (their pair occurred before), one that knows more gains on
+the others; a difference of two losses is the sum of both (`moelab.data.batches.pairs`).
 """
 
 from __future__ import annotations
@@ -13,22 +13,32 @@ from moelab.lazy import pd
 from moelab.runs.collection import Runs
 from moelab.statistics import interval
 
+_NAMES = {"repeated": "copyable"}
+"""Kind of tokens as runs store it -> its name."""
+
 
 def gaps(runs: Runs, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Return the parts of left minus right, by seed; empty where results say nothing of targets (older ones).
+    """Return the parts of left minus right, by seed; empty where results do not tell tokens apart (older ones).
 
     Args:
         runs: finished ones are read, one for each arm and seed.
         pairs: (left, right) arms; those that are not both there are left out.
 
     Returns:
-        Columns pair ("left − right"), seed, target (`moelab.data.batches.PAIRS`), share (of the validation tokens),
-        left, right (losses on these targets) and part (share times left minus right; all in nats per token). The parts
-        sum to the difference of the losses on all targets.
+        Columns pair ("left − right"), seed, target (copyable, changed or new, see `moelab.data.batches.PAIRS`), share (of
+        the validation tokens), left, right (losses on these tokens) and part (share times left minus right; all in nats
+        per token). The parts sum to the difference of the losses on all tokens.
     """
     by_run = {(run.spec.title, run.spec.train.seed): run.result.get("validation_by_pair", {}) for run in runs.finished}
     rows = [
-        [f"{left} − {right}", seed, target, numbers["share"], by_run[left, seed][target]["loss"], numbers["loss"]]
+        [
+            f"{left} − {right}",
+            seed,
+            _NAMES.get(target, target),
+            numbers["share"],
+            by_run[left, seed][target]["loss"],
+            numbers["loss"],
+        ]
         for left, right in pairs
         for (arm, seed), targets in by_run.items()
         if arm == right and by_run.get((left, seed))
@@ -86,12 +96,12 @@ def domain_headline(table: pd.DataFrame) -> str:
 
 
 def headline(differences: pd.DataFrame, left: str, right: str, looks: Sequence[int] = ()) -> str:
-    """Return, from `comparison.pairs`, what one arm ends above another, with and without repeated pairs, one line."""
+    """Return, from `comparison.pairs`, in one line what an arm ends above another, on all tokens and on those not copyable."""
     part = differences[differences["arm"] == f"{left} − {right}"]
     if not len(part):
         return f"{left} and {right} have no seed in common"
-    said = [f"{part['gap'].mean():+.3f} nats on all targets ({comparison.interval_text(list(part['gap']), looks)})"]
+    said = [f"{part['gap'].mean():+.3f} nats on all tokens ({comparison.interval_text(list(part['gap']), looks)})"]
     if part["unrepeated"].notna().all():
         others = comparison.interval_text(list(part["unrepeated"]), looks)
-        said.insert(0, f"{part['unrepeated'].mean():+.3f} on targets that repeat no pair ({others})")
+        said.insert(0, f"{part['unrepeated'].mean():+.3f} on tokens that cannot be copied ({others})")
     return f"{left} minus {right}: {', '.join(said)}"

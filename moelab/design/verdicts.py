@@ -143,6 +143,8 @@ class Verdict:
         decides_from: the first seed that decides.
         missing: seeds that have no value, by name.
         censored: seeds whose value is only known to be larger than the one given.
+        uncopied: as `arms`, the losses on tokens that cannot be copied from the context: a second measure, which
+            decides nothing; empty where it was not measured.
         other: the verdict on the same comparison at other settings, with which this one must agree to decide.
         values, gain: where results published before 2026-12-02 have the samples; they become `arms`.
     """
@@ -169,6 +171,7 @@ class Verdict:
     decides_from: int = 0
     missing: tuple[str, ...] = ()
     censored: tuple[int, ...] = ()
+    uncopied: Samples = field(default_factory=dict)
     other: Verdict | None = None
     values: tuple[float, ...] = ()
     gain: tuple[float, ...] = ()

@@ -311,13 +311,13 @@ def gaps(
 
 
 def differences(table: pd.DataFrame, *, alpha: float = ALPHA) -> Figure:
-    """Draw differences of final losses as `gaps`, and once more on targets that repeat no pair where that is known.
+    """Draw differences of final losses as `gaps`, and once more on tokens that cannot be copied where that is known.
 
     Args:
         table: of `moelab.design.comparison.pairs`.
     """
     arms = list(dict.fromkeys(table["arm"]))
-    names = {"gap": "on all targets", "unrepeated": "on targets that repeat no pair"}
+    names = {"gap": "on all tokens", "unrepeated": "on tokens that cannot be copied"}
     there = {column: name for column, name in names.items() if column in table and table[column].notna().any()}
     fig, axes = panels(len(there), height=0.45 * len(arms) + 0.8, sharex=True)
     for ax, (column, name) in zip(axes, there.items(), strict=True):

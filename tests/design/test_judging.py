@@ -1,13 +1,16 @@
 """The rule that judges claims: each kind of claim at its edges, and that what is stored is judged again alike."""
 
+import json
 import math
 from dataclasses import asdict, replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import ttest_ind
 
 from moelab import paper
+from moelab.config import from_json
 from moelab.design import claim_values, comparison
 from moelab.design import verdicts as claims
 from moelab.design.judging import MARGIN, agreed, can_test, judge, judge_timing, restate
@@ -556,6 +559,28 @@ def test_two_arms_of_one_model_are_refused_as_a_side_of_a_claim():
     with pytest.raises(ValueError, match=r"'MoE-128' and 'MoE-128 \(sum\)' both stand for 350M\+MoE-128"):
         comparison.judge_loss(claim, final, arms, "cpu")
     assert comparison.judge_loss(claim, final[final["arm"] != "MoE-128 (sum)"], arms, "cpu").arms
+
+
+def test_the_loss_on_tokens_that_cannot_be_copied_stands_beside_a_verdict_and_decides_nothing():
+    claim, drawn = paper.claim("moe128-350m-beats-own-base"), np.random.default_rng(0)
+    rows = [
+        (seed, arm, loss + noise, other + noise)
+        for seed in range(4)
+        for arm, loss, other in (("Dense", 4.0, 5.0), ("MoE-128", 3.7, 5.1))
+        for noise in [float(drawn.normal(0, 0.01))]
+    ]
+    final = pd.DataFrame(rows, columns=["seed", "arm", "validation_loss", "unrepeated_loss"])
+    final.loc[final["seed"] == 3, "unrepeated_loss"] = math.nan  # an older run
+    arms = {"Dense": "350M", "MoE-128": "350M+MoE-128"}
+    alone = comparison.judge_loss(claim, final.drop(columns="unrepeated_loss"), arms, "full")
+    found = comparison.judge_loss(claim, final, arms, "full")
+    assert found.verdict == alone.verdict and found.p == alone.p and found.ours == alone.ours
+    weights = {claim.left: 1.0, claim.right: -1.0}
+    low, high = Estimate.contrast([(w, [*found.uncopied[arm].values()]) for arm, w in weights.items()]).interval()
+    assert f"On tokens that cannot be copied from the context: +0.100 ({low:+.3f} to {high:+.3f}) nats." in found.why
+    assert restate(claim, from_json(claims.Verdict, json.loads(json.dumps(asdict(found))), "stored"), "full") == found
+    few = comparison.judge_loss(claim, final[final["seed"] > 0], arms, "full")
+    assert few.verdict == claims.HOLDS and "copied" not in few.why, "two seeds give no interval worth showing"
 
 
 def test_an_arm_may_be_compared_with_itself():

@@ -118,16 +118,16 @@ def test_parts_sum_to_the_difference(tmp_path, result):
     assert set(table["pair"]) == {"A − B"} and list(table["seed"]) == [0, 0, 1, 1]
     assert list(table["part"]) == pytest.approx([-0.25, -0.3, -0.75, 0.0])
     means = targets.summary(table)
-    assert means.loc["A − B"].to_dict() == pytest.approx({"repeated": -0.5, "new": -0.15, "all": -0.65})
+    assert means.loc["A − B"].to_dict() == pytest.approx({"copyable": -0.5, "new": -0.15, "all": -0.65})
     differences = comparison.pairs(Runs(runs).final(), [("A", "B")])
     assert list(differences["unrepeated"][:2]) == pytest.approx([-0.4, 0.0]) and math.isnan(
         differences["unrepeated"][2]
     )
     said = targets.headline(differences[:2], "A", "B")
     assert (
-        said.startswith("A minus B: -0.200 on targets that repeat no pair (95 % interval") and "on all targets" in said
+        said.startswith("A minus B: -0.200 on tokens that cannot be copied (95 % interval") and "on all tokens" in said
     )
-    assert "repeat" not in targets.headline(differences, "A", "B"), "a seed says nothing of them"
+    assert "copied" not in targets.headline(differences, "A", "B"), "a seed says nothing of them"
     assert targets.headline(differences, "A", "C") == "A and C have no seed in common"
     assert not len(targets.gaps(Runs(runs[-2:]), [("A", "B")]))
 
