@@ -25,7 +25,7 @@ def gaps(runs: Runs, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
         pairs: (left, right) arms; those that are not both there are left out.
 
     Returns:
-        Columns pair ("left − right"), seed, target (copyable, changed or new, see `moelab.data.batches.PAIRS`), share (of
+        Columns pair ("left − right"), seed, target (copyable, changed or new: `moelab.data.batches.PAIRS`), share (of
         the validation tokens), left, right (losses on these tokens) and part (share times left minus right; all in nats
         per token). The parts sum to the difference of the losses on all tokens.
     """
@@ -96,7 +96,7 @@ def domain_headline(table: pd.DataFrame) -> str:
 
 
 def headline(differences: pd.DataFrame, left: str, right: str, looks: Sequence[int] = ()) -> str:
-    """Return, from `comparison.pairs`, in one line what an arm ends above another, on all tokens and on those not copyable."""
+    """Return in one line what an arm ends above another, on all tokens and on those that cannot be copied."""
     part = differences[differences["arm"] == f"{left} − {right}"]
     if not len(part):
         return f"{left} and {right} have no seed in common"
