@@ -16,7 +16,20 @@ import typer
 
 import moelab
 from moelab import environment, paths
-from moelab.cli import bench, cluster, experiments, kernels, models, routing, runs, simulate, slurm, tries, view
+from moelab.cli import (
+    bench,
+    cluster,
+    experiments,
+    kernels,
+    models,
+    predict,
+    routing,
+    runs,
+    simulate,
+    slurm,
+    tries,
+    view,
+)
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
 from moelab.files import REFUSED
 from moelab.terminal import one_line, plain
@@ -36,6 +49,7 @@ app.add_typer(runs.app, name="runs", rich_help_panel=RUNS)
 slurm.register(app)
 app.command(rich_help_panel=SIMULATOR)(simulate.plan)
 app.add_typer(simulate.app, name="simulate", rich_help_panel=SIMULATOR)
+predict.register(app)
 app.add_typer(bench.bench, name="bench", rich_help_panel=BENCHMARKS)
 app.add_typer(kernels.kernels, name="kernels", rich_help_panel=BENCHMARKS)
 app.command(name="check-cluster", rich_help_panel=BENCHMARKS)(cluster.check_cluster)

@@ -14,12 +14,15 @@ That is the only correction for the other text. The main prediction is the law `
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from moelab import paper
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
+from moelab.config.model import BASES
 from moelab.design import settings
 from moelab.design.expert_laws import FORMS, DenseCurve, Fit, Form, Law, fit, fit_dense
 from moelab.lazy import np, pd
@@ -306,3 +309,74 @@ def headline(compared: pd.DataFrame) -> str:
         f"Twins of 0.1 to 2 million parameters predict Clark's models with 2 to 16 experts ({inside[0]} inside the "
         f"95 % intervals) but not with 256 and 512 ({inside[1]})"
     )
+
+
+MOST_PARAMETERS, MOST_EXPERTS = 3.7e8, 16
+"""Where the main law was shown to hold: from the smallest of Clark's models to their 370M, with 2 to 16 experts. The
+limits were chosen after the comparison, in which it missed larger models and many experts."""
+
+
+def parse(name: str) -> tuple[float, int]:
+    """Return a model's parameters without embeddings, of its dense base, and its number of experts.
+
+    Args:
+        name: the paper's, or a size with experts, such as "130M+MoE-8".
+
+    Raises:
+        ValueError: one line: it is neither, or a model that the law says nothing of.
+    """
+    if match := re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)([MB])\+MoE-(\d+)\s*", name):
+        base = f"{match[1]}{match[2].upper()}"
+        experts, known = int(match[3]), base in BASES
+        size = (
+            dense_parameters(ModelConfig.parse(base))
+            if known
+            else float(match[1]) * 10 ** (6 if base[-1] == "M" else 9)
+        )
+        return size, experts
+    ModelConfig.parse(name)  # names what is wrong with it, if anything is
+    raise ValueError(f"predict: {name}: the law knows a base with one number of experts, such as 350M+MoE-16")
+
+
+def shown() -> str:
+    """Return in words where the main law was shown to hold, and how well it did there."""
+    table = compare(first(), measured("first"))
+    main = table[(table["twins"] == MAIN[0]) & (table["law"] == MAIN[1])]
+    kept = main[(main["experts"] <= MOST_EXPERTS) & (main["parameters"] <= MOST_PARAMETERS)]
+    return (
+        f"2 to {MOST_EXPERTS} experts over {kept['parameters'].min() / 1e6:.0f} to {MOST_PARAMETERS / 1e6:.0f} M "
+        f"parameters without embeddings ({int(kept['inside'].sum())} of {len(kept)} models inside 95 % intervals)"
+    )
+
+
+def nearest(parameters: float, experts: int, rows: int = 3) -> pd.DataFrame:
+    """Return the opened settings of Clark's nearest in size and number of experts (logarithms), as `measured`."""
+    opened = measured("seen", "first")
+    apart = np.log(opened["parameters"] / parameters).abs() + np.log(opened["experts"] / experts).abs()
+    return opened.assign(apart=apart).sort_values("apart", kind="stable").head(rows).drop(columns="apart")
+
+
+def predict_one(parameters: float, experts: int) -> dict[str, float]:
+    """Return what the main law says of one model: gain, low, high (nats), times, times_low, times_high (95 %).
+
+    Raises:
+        ValueError: one line: the law was not shown to hold there; it names the nearest model that was measured.
+    """
+    smallest = measured("first")["parameters"].min()
+    if not (smallest <= parameters <= MOST_PARAMETERS and 2 <= experts <= MOST_EXPERTS):
+        near = nearest(parameters, max(experts, 1), rows=1).iloc[0]
+        raise ValueError(
+            f"predict: {experts} experts over {parameters / 1e6:,.0f} M parameters: no prediction; shown to hold for "
+            f"{shown()}; nearest measured: {near['router']} {near['size']} with {near['experts']} experts, "
+            f"{near['times']:.2f} times its base"
+        )
+    curve = dense_curve()
+    gains = _main_fit().predict([parameters], [experts], curve)[0]
+    values = [*gains, *factor(parameters, gains, curve)]
+    return dict(zip(("gain", "low", "high", "times", "times_low", "times_high"), map(float, values), strict=True))
+
+
+@functools.cache
+def _main_fit() -> Fit:
+    """Return the main law with refits enough for an interval of one model, in seconds."""
+    return fit(first_twins(MAIN[0]), MAIN[1], draws=100)

@@ -1,9 +1,13 @@
 """Predictions of the models of Clark et al.: what is sealed, what the prediction was made from, how it is scored."""
 
+import json
+
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
-from moelab import paper
+from moelab import cli, paper
+from moelab.config import ModelConfig
 from moelab.experiments import outside, prediction
 from moelab.paper import clark
 
@@ -97,3 +101,33 @@ def test_the_designed_twins_differ_in_one_thing_at_a_time():
     assert {s.train.lr for s in specs.values() if "128 wide" in s.label} == {2e-3}
     with pytest.raises(ValueError, match=r"model\.hidden is what its runs differ in"):
         prediction.EXPERIMENT.specs("full", 1, overrides={"model.hidden": 32})
+
+
+def test_the_law_answers_where_it_was_shown_to_hold_and_names_what_was_measured_elsewhere():
+    assert outside.parse("350m+moe-16") == (outside.dense_parameters(ModelConfig.parse("350M")), 16)
+    assert outside.parse("130M+MoE-8") == (130e6, 8) and outside.parse("0.1B+MoE-2") == (1e8, 2)
+    committed = outside.first().query("twins == 'full' and law == 'effective' and size == '370M' and experts == 16")
+    size = outside.measured("first").query("size == '370M'")["parameters"].iloc[0]
+    again = outside.predict_one(size, 16)
+    for name in ("gain", "times", "times_low", "times_high"):
+        assert again[name] == pytest.approx(float(committed[name].iloc[0]), rel=0.03), name
+    few = outside.predict_one(1.3e8, 2)
+    assert few["times"] < again["times"] and few["times_low"] < few["times"] < few["times_high"]
+    assert outside.shown().startswith("2 to 16 experts over 17 to 370 M parameters") and "27 of 30" in outside.shown()
+    near = outside.nearest(size, 16)
+    assert set(near["size"][:2]) == {"370M"} and set(near["experts"][:2]) == {16}
+    for parameters, experts in ((size, 32), (1.3e9, 8), (1e6, 8), (size, 1)):
+        with pytest.raises(ValueError, match=r"no prediction; shown to hold for .*; nearest measured: ") as refused:
+            outside.predict_one(parameters, experts)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="one number of experts"):
+        outside.parse("350M+PR-MoE-32/64")
+    with pytest.raises(ValueError, match="is not understood"):
+        outside.parse("350M+MoE-x")
+
+
+def test_the_command_prints_the_prediction_and_the_nearest_models():
+    found = CliRunner().invoke(cli.app, ["predict", "350M+MoE-16"])
+    assert found.exit_code == 0 and "worth 2.40 times the parameters" in found.output and "370M" in found.output
+    as_json = json.loads(CliRunner().invoke(cli.app, ["predict", "130M+MoE-4", "--json"]).output)
+    assert as_json["low"] < as_json["gain"] < as_json["high"] and len(as_json["nearest"]) == 3
