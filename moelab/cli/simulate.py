@@ -22,12 +22,19 @@ Model = Annotated[
     str, typer.Argument(help="a name such as 1.3B+MoE-128 or qwen3-235b, or a directory of an imported model")
 ]
 Gpus = Annotated[int, typer.Option(help="GPUs")]
-ClusterName = Annotated[str, typer.Option(help="a100, a100-40gb, a100-80gb, h100, h200, h800, or a YAML file")]
+ClusterName = Annotated[
+    str,
+    typer.Option(
+        help="a100, a100-40gb, a100-80gb, h100, h200, h800, or a YAML file; "
+        "default a100, of a published or imported model h100"
+    ),
+]
 SystemName = Annotated[
     str,
     typer.Option(
         help="pytorch (the paper's baseline), deepspeed (its full system), moelab; "
-        "today: engine, engine-tp (inference), megatron (training)"
+        "today: engine, engine-tp (inference), megatron (training); default of a model of the paper the paper's own, "
+        "else today's"
     ),
 ]
 Tensor = Annotated[int, typer.Option(help="ranks of tensor slicing")]
@@ -35,7 +42,8 @@ Context = Annotated[int, typer.Option(help="tokens a sequence, for the cache")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="fp16, bf16 or fp32, of weights, cache and products; fp8, of weights and products; int8, of weights"
+        help="fp16, bf16 or fp32, of weights, cache and products; fp8, of weights and products; int8, of weights; "
+        "default fp16, of a published model that of its weights"
     ),
 ]
 
@@ -43,15 +51,15 @@ Dtype = Annotated[
 def plan(
     model: Model,
     gpus: Annotated[int, typer.Option(help="maximum number of GPUs")],
-    cluster: ClusterName = "a100",
+    cluster: ClusterName = "",
     objective: Annotated[str, typer.Option(help="latency, throughput or cost")] = "latency",
-    system: SystemName = "deepspeed",
+    system: SystemName = "",
     context: Context = 2048,
     batch: Annotated[
         list[int] | None, typer.Option(help="sequences of a tensor group; repeat for several; default 1 to 512")
     ] = None,
     max_latency: Annotated[float, typer.Option(help="ms; 0 is no limit")] = 0.0,
-    dtype: Dtype = "fp16",
+    dtype: Dtype = "",
     figure: Annotated[Path | None, typer.Option(help="PNG or SVG file for the Pareto front")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,6 +72,7 @@ def plan(
 
     if figure is not None and figure.suffix not in (".png", ".svg"):
         raise ValueError(f"--figure {figure}: must end in .png or .svg")
+    cluster, system, dtype = _defaults(model, cluster, system, dtype)
     found = search(
         _opened(model),
         gpus,
@@ -120,15 +129,15 @@ def plan(
 def decode(
     model: Model,
     gpus: Gpus = 8,
-    cluster: ClusterName = "a100",
-    system: SystemName = "deepspeed",
+    cluster: ClusterName = "",
+    system: SystemName = "",
     tensor: Tensor = 1,
     expert: Annotated[int, typer.Option(help="ranks that share a layer's experts; 0 is as many as there can be")] = 0,
     slicing: Annotated[int, typer.Option(help="ranks that share one expert")] = 1,
     exchange: Annotated[str, typer.Option(help="flat, hierarchical, …; default the system's own")] = "",
     batch: Annotated[int, typer.Option(help="sequences of a tensor group")] = 8,
     context: Context = 128,
-    dtype: Dtype = "fp16",
+    dtype: Dtype = "",
     imbalance: Annotated[
         float, typer.Option(help="tokens of the busiest rank over an even share; for systems without slots")
     ] = 1.0,
@@ -137,6 +146,7 @@ def decode(
     """Show one decoding step of one layout: latency by part, memory, throughput, cost."""
     from moelab import simulate
 
+    cluster, system, dtype = _defaults(model, cluster, system, dtype)
     code = simulate.system(system)
     if code.sliced and (expert or slicing != 1 or exchange):
         raise ValueError(
@@ -171,16 +181,19 @@ def _experience(model: str, got) -> list[str]:
     held = f"range {low:.2f} to {high:.2f} ms a token: ranges like it held for {within} of {rows} sealed measurements"
     p = got.parallel
     expert = p.expert or (1 if code.sliced else p.ranks // p.expert_slicing)  # 0: as many as there can be
-    near = public.nearest("decode", model, got.cluster, batch=got.batch, tensor=p.tensor, expert=expert)
-    return [held, f"nearest measurement: {near.in_words} ({near.settings})"] if near else [held]
+    near = public.nearest("decode", model.lower(), got.cluster, batch=got.batch, tensor=p.tensor, expert=expert)
+    if near is None:
+        return [held]
+    outside = ", outside this range" if near.metric == "step" and not low <= near.value <= high else ""
+    return [held, f"nearest measurement: {near.in_words} ({near.settings}){outside}"]
 
 
 @app.command()
 def train(
     model: Model,
     gpus: Gpus = 128,
-    cluster: ClusterName = "a100",
-    system: SystemName = "pytorch",
+    cluster: ClusterName = "",
+    system: SystemName = "",
     tensor: Tensor = 1,
     batch: Annotated[int, typer.Option(help="sequences a step, over all GPUs")] = 512,
     micro_batch: Annotated[int, typer.Option(help="sequences a forward pass of a data rank")] = 1,
@@ -194,6 +207,7 @@ def train(
 
     if not 0 < tokens < float("inf"):
         raise ValueError(f"--tokens must be a positive number, got {tokens:g}")
+    cluster, system, _ = _defaults(model, cluster, system, training=True)
     parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, simulate.system(system).exchange)
     got = simulate.training(
         _opened(model),
@@ -341,6 +355,21 @@ def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slici
         gpus_per_node=simulate.cluster(cluster).gpus_per_node,
         exchange=exchange,  # type: ignore[arg-type]  # the class checks it
     )
+
+
+def _defaults(
+    model: str, cluster: str, system: str, dtype: str = "", *, training: bool = False
+) -> tuple[str, str, str]:
+    """Return the cluster, system and dtype that were named, else the paper's, or today's for a model of others."""
+    from moelab import simulate
+    from moelab.simulate.published import DTYPES
+
+    theirs = DTYPES.get(model.lower(), "bf16" if (Path(model) / "config.json").is_file() else "")
+    cluster = cluster or ("h100" if theirs else "a100")
+    if theirs == "fp8" and not simulate.cluster(cluster).gpu.fp8:
+        theirs = "bf16"
+    own = ("megatron" if theirs else "pytorch") if training else "engine" if theirs else "deepspeed"
+    return cluster, system or own, dtype or theirs or "fp16"
 
 
 def _opened(model: str) -> ModelConfig | str:

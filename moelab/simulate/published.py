@@ -6,9 +6,10 @@ model_configs/benchmarking (commit e865051).
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
-from moelab.config import DecoderConfig, ExpertConfig, ModelConfig
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, unknown
 from moelab.config.routing import RoutingConfig
 from moelab.simulate.attention import LatentModel
 
@@ -32,10 +33,18 @@ def _model(
 
 
 def named(model: ModelConfig | str) -> ModelConfig:
-    """Return a model by a published name or a name of the paper, or the model itself."""
+    """Return a model by a published name or a name of the paper, or the model itself.
+
+    Raises:
+        ValueError: one line: it is neither name; a published one that is spelt alike is named.
+    """
     if isinstance(model, ModelConfig):
         return model
-    return MODELS[model] if model in MODELS else ModelConfig.parse(model)
+    if model.lower() in MODELS:
+        return MODELS[model.lower()]
+    if close := difflib.get_close_matches(model.lower(), MODELS, n=1, cutoff=0.75):
+        raise ValueError(unknown(f"no model {model!r}", model, MODELS, close=close))
+    return ModelConfig.parse(model)
 
 
 MODELS: dict[str, ModelConfig] = {
@@ -57,3 +66,6 @@ MODELS: dict[str, ModelConfig] = {
         name="DeepSeek-V3",
     ),
 }
+
+DTYPES = dict.fromkeys(MODELS, "bf16") | {"deepseek-v3": "fp8"}
+"""Published name -> dtype of the published weights, from the models' config.json."""

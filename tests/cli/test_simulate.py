@@ -1,6 +1,7 @@
 """`moelab plan` and `moelab simulate`, as users type them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from moelab.cli import app
 from moelab.notebook.execute import run
+from moelab.simulate import public
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,11 +73,33 @@ def test_a_program_of_today_has_a_range_and_a_nearest_measurement():
     assert str(done.exception).endswith("over the tensor group; leave out --expert, --slicing, --exchange")
 
 
+def test_a_published_model_is_simulated_as_it_is_served_today_unless_something_else_is_asked_for():
+    named = ("simulate", "decode", "deepseek-v3", "--gpus", "64")
+    said = moelab(*named).output
+    assert "64 GPUs of h100, engine" in said
+    assert said == moelab(*named, "--cluster", "h100", "--system", "engine", "--dtype", "fp8").output
+    assert said == moelab("simulate", "decode", "DeepSeek-V3", "--gpus", "64").output
+    on_a100 = moelab(*named, "--cluster", "a100").output  # which has no fp8
+    assert on_a100 == moelab(*named, "--cluster", "a100", "--system", "engine", "--dtype", "bf16").output
+    assert "a100-40gb, deepspeed" in moelab("simulate", "decode", "1.3B+MoE-128").output
+    assert "h100, megatron" in moelab("simulate", "train", "qwen3-30b", "--gpus", "8").output
+    done = moelab("plan", "deepseekv3", "--gpus", "8")
+    assert str(done.exception).startswith("no model 'deepseekv3'; did you mean deepseek-v3?")
+
+
+def test_a_measurement_outside_the_range_is_called_so(monkeypatch):
+    near = public.nearest("decode", "deepseek-v3", "h200", batch=64, tensor=1, expert=16)
+    named = ("simulate", "decode", "deepseek-v3", "--gpus", "16", "--batch", "64", "--cluster", "h200")
+    for value, flagged in ((near.value, False), (20 * near.value, True)):
+        monkeypatch.setattr(public, "nearest", lambda *_, v=value, **more: replace(near, value=v))
+        assert ("outside this range" in moelab(*named).output) == flagged
+
+
 def test_the_public_scoreboard_by_group():
     done = moelab("simulate", "score", "--public", "--group", "prefill")
     assert done.exit_code == 0 and "deepseek-v3-prefill-1" in done.output and "sealed" in done.output
-    for public in (["--public"], []):
-        done = moelab("simulate", "score", *public, "--group", "prefil")
+    for which in (["--public"], []):
+        done = moelab("simulate", "score", *which, "--group", "prefil")
         assert "no group 'prefil'; did you mean prefill?" in str(done.exception)
 
 
