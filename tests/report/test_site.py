@@ -383,3 +383,33 @@ def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():
     models = [{"layers": 2, "expert": {"ffn": 32}}, {"layers": 2, "expert": {"ffn": 64}}]
     runs = [run("C", 0.1, i, 3.0 + i) | {"spec": {"model": model}} for i, model in enumerate(models)]
     assert [a["arm"] for a in result(runs=runs).arms] == ["C, expert.ffn 32", "C, expert.ffn 64"], "a sweep's"
+
+
+@pytest.mark.parametrize(
+    ("title", "head", "rest"),
+    [
+        ("A ends 0.1 nats below B", "A ends 0.1 nats below B", ""),
+        (
+            "A ends 0.1 nats below B (95 % interval -0.2 to 0.0, 3 seeds); A ends level with C",
+            "A ends 0.1 nats below B",
+            "95 % interval -0.2 to 0.0, 3 seeds; A ends level with C",
+        ),
+        (
+            "Loss at the end of the curves: dense 3.9, MoE-32 3.7, MoE-128 3.6 nats per token",
+            "Loss at the end of the curves",
+            "dense 3.9, MoE-32 3.7, MoE-128 3.6 nats per token",
+        ),
+        (
+            "350M base: KD minus alone, -0.2 nats at 70% of the training, -0.1 at its end",
+            "350M base: KD minus alone, -0.2 nats at 70% of the training, -0.1 at its end",
+            "",
+        ),
+        (
+            "A is 2.3 times faster than B (paper: 2.4; read off a plot) and cheaper than C",
+            "A is 2.3 times faster than B (paper: 2.4; read off a plot) and cheaper than C",
+            "",
+        ),
+    ],
+)
+def test_a_finding_is_parted_into_a_heading_and_its_detail(title, head, rest):
+    assert template.parted(title) == (head, rest)

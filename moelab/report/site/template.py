@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -71,10 +72,28 @@ def _environment() -> Environment:
         "quantity": quantity,
         "cell": cell,
         "typeset": typeset,
+        "parted": parted,
         "explain": explain,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
     }
     return environment
+
+
+WORDS = 12
+"""A heading has at most so many words where its text can be parted."""
+
+
+def parted(title: str) -> tuple[str, str]:
+    """Return a finding as a heading and what stands below it: its interval, other findings, or its list of values.
+
+    A text that cannot be parted is the heading as a whole.
+    """
+    if len(title.split()) <= WORDS:
+        return title, ""
+    head = re.split(r" \(95.% interval|; (?![^()]*\))", title, maxsplit=1)[0]
+    if len(head.split()) > WORDS and (listed := re.match(r"([^(]*)(?<! base): [^:,]+,[^:,]+,", head)):
+        head = listed[1]
+    return head, re.sub(r"^\((.*?)\)", r"\1", title[len(head) :].lstrip(";: "))
 
 
 def number(value: float | None, claim: Claim) -> str:
