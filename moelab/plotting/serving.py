@@ -151,7 +151,7 @@ def errors(scores: pd.DataFrame, ax: Axes, *, tolerance: float, medians: Mapping
     names = scores["what"].tolist()
     for name, shown in {"fig-": "Fig ", "pytorch": "PyTorch", "deepspeed": "DeepSpeed-MoE"}.items():
         names = [one.replace(name, shown) for one in names]
-    figures.name_rows(ax, names, above=0.1)
+    figures.name_rows(ax, names, above=0.25)
     ax.set_xlabel("simulated against the paper (%)")
     return ax
 
@@ -296,26 +296,27 @@ def against_dense(frame: pd.DataFrame, ax: Axes, *, paper_ratio: float) -> Axes:
     return ax
 
 
-CLUSTER_MARKS = (
-    ("#0072B2", "o", 11),
-    ("#D55E00", "s", 7),
-    ("#009E73", "x", 5),
-    ("#CC79A7", "D", 8),
-    ("#000000", "+", 9),
-)
-"""Colour, form and size of each cluster's mark: equal latencies are seen through one another."""
+CLUSTER_MARKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#000000", "v"))
+"""Colour and form of each cluster's mark."""
 
 
 def fastest_tokens(rows: pd.DataFrame, ax: Axes) -> None:
     """Draw the fastest token of each model on the most GPUs, at the smallest batch: a row a model, a mark a cluster.
 
-    `rows` comes from `moelab.experiments.what_if.grid`.
+    The clusters of a model lie one below another, so that equal latencies hide nothing.
+
+    Args:
+        rows: from `moelab.experiments.what_if.grid`.
     """
     shown = rows[(rows["best_by"] == "latency") & (rows["most_gpus"] == rows["most_gpus"].max())]
     shown = shown[shown["batch"] == shown["batch"].min()]
-    models = list(dict.fromkeys(shown["model"]))[::-1]
-    for (where, part), (color, form, size) in zip(shown.groupby("cluster", sort=False), CLUSTER_MARKS, strict=False):
-        at = part["model"].map(models.index)
-        ax.plot(part["latency_ms"], at, form, color=color, markersize=size, markerfacecolor="none", label=where)
+    models = list(dict.fromkeys(shown["model"]))
+    clusters = list(shown.groupby("cluster", sort=False))
+    for i, ((where, part), (color, form)) in enumerate(zip(clusters, CLUSTER_MARKS, strict=False)):
+        at = part["model"].map(models.index) + 0.13 * (i - (len(clusters) - 1) / 2)
+        ax.plot(part["latency_ms"], at, form, color=color, markersize=4, label=where)
+    for row in range(1, len(models), 2):
+        ax.axhspan(row - 0.5, row + 0.5, color="#888888", alpha=0.08, zorder=0)
+    ax.grid(axis="y", visible=False)
     ax.set_yticks(range(len(models)), models)
-    ax.set(xlabel="latency of a token (ms)", xlim=(0, None))
+    ax.set(xlabel="latency of a token (ms)", xlim=(0, None), ylim=(len(models) - 0.5, -0.5))
