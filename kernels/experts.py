@@ -163,7 +163,7 @@ def _grouped(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activat
         return _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation)
     x_RM, w1_EMF, w2_EFM = contiguous(x_RM, w1_EMF, w2_EFM)
     expert_R = torch.repeat_interleave(offsets_E1.diff())
-    ends_E, filled, wide = offsets_E1[1:].int(), len(expert_R), accumulate_dtype(x_RM.dtype)
+    ends_E, filled, wide = offsets_E1[1:].int().contiguous(), len(expert_R), accumulate_dtype(x_RM.dtype)
 
     def affine(x, w, b):
         y = F.grouped_mm(x, w, offs=ends_E)

@@ -345,7 +345,7 @@ Tensor routed_experts(
   check(
       same_dtype(x, add) && is_float(weight) && contiguous(x, weight, add) && x.size(0) == slot.size(0) &&
           (!add.has_value() || add->numel() == x.numel()) && weight.numel() == slot.numel(),
-      "routed_ffn: tokens must be contiguous float32 or bfloat16 and fit the gate, also those that are added");
+      "routed_experts: tokens must be contiguous float32 or bfloat16 and fit the gate, also those that are added");
   const auto table = make_table(expert, slot, kept, std::nullopt);
   auto rows = empty(x, {table.entry.numel(), x.size(1)});
   dispatch(x, table.entry, slot.size(1), rows);
