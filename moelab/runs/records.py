@@ -103,8 +103,10 @@ def archives_in(source: Path) -> list[Archive]:
                 names = pack.namelist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # damaged: zipfile raises any of these
             names = []
-        inner = [zipfile.Path(str(path), name) for name in names if "/" not in name and name.endswith(".zip")]
-        archives += inner if inner and len(inner) == len(names) else [path]
+        named = [name for name in names if "/" not in name and name.endswith(".zip")]
+        root = zipfile.Path(str(path)) if named and len(named) == len(names) else None
+        inner = [root / name for name in named] if root else []  # which all read one list of names
+        archives += inner or [path]
     return archives
 
 

@@ -63,6 +63,22 @@ def test_a_pack_has_the_runs_of_a_model_and_keeps_what_it_has(store, finished, r
     assert pack.read_bytes() == before, "the same runs are the same file"
 
 
+def test_a_pack_of_many_records_is_listed_once(finished, tmp_path, result):
+    """A list of names for each record took 1.6 GB at 1,000 records, and time with its square."""
+    runs = []
+    for seed in range(40):
+        train = replace(finished.spec.train, seed=1000 + seed)
+        runs.append(RunStore(tmp_path / "many").run(replace(finished.spec, train=train)))
+        for name in set(records.FILES) - {"spec.json"}:
+            if (finished.path / name).exists():
+                shutil.copy(finished.path / name, runs[-1].path / name)
+    (pack,) = records.write(runs, tmp_path / "runs")
+    found = records.archives_in(pack)
+    assert len(found) == 40 and len({id(record.root) for record in found}) == 1
+    theirs = RunStore(tmp_path / "theirs")
+    assert {records.read(record, theirs).spec for record in found} == {run.spec for run in runs}
+
+
 def test_exports_at_the_same_time_keep_each_others_runs(store, finished, result, tmp_path, monkeypatch):
     other = store.run(pr_moe.EXPERIMENT.specs("smoke", 2, arms=["PR-MoE-32/64"])[-1])
     write_json(other.path / "result.json", result(4.4))
