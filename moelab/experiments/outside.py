@@ -22,7 +22,7 @@ from pathlib import Path
 
 from moelab import paper
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
-from moelab.config.model import BASES
+from moelab.config.names import BASES
 from moelab.design import settings
 from moelab.design.expert_laws import FORMS, DenseCurve, Fit, Form, Law, fit, fit_dense
 from moelab.lazy import np, pd
@@ -34,7 +34,7 @@ FIRST = Path(__file__).with_name("first_prediction.csv")
 TWINS = FIRST.with_name("first_twins.csv")
 """The runs that it was fitted to, as `published_twins` returned them then: later runs do not change it."""
 
-MAIN = ("full", "effective")
+MAIN: tuple[str, Form] = ("full", "effective")
 """Twins and law of the main prediction."""
 
 FIG_1, NO_CHANGE, SMALLEST = "Fig 1 of the paper alone", "no change with size", "Clark's law at 15M alone"
