@@ -96,7 +96,7 @@ class Status:
         reason: one line, when failed or stopped.
     """
 
-    state: State = "new"
+    state: State
     step: int = 0
     steps: int = 0
     loss: float | None = None

@@ -130,7 +130,7 @@ class Run:
     @property
     def recorded(self) -> Status:
         """What its files say of its state, whether or not a process trains it."""
-        status = Status.read(self.path) or Status()
+        status = Status.read(self.path) or Status("new")
         if self.finished:
             return replace(status, state="finished", reason="")
         return status.moved("reopen") if status.state == "finished" else status

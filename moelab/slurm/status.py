@@ -153,15 +153,13 @@ def _points(submission: Submission) -> dict[str, str]:
     return found
 
 
-def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters of a notebook by name, those that override a spec's fields among them; without empty ones."""
+def _settings(values: Mapping[str, Any]) -> str:
+    """Return parameters of a notebook as `` name=value``, those that override a spec too; without empty ones."""
     own = {name: value for name, value in values.items() if not isinstance(value, dict)}
     inner = {name: value for part in values.values() if isinstance(part, dict) for name, value in part.items()}
-    return {name: value for name, value in (own | inner).items() if value not in ("", [], 0, False)}
-
-
-def _value(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    given = {name: value for name, value in (own | inner).items() if value not in ("", [], 0, False)}
+    texts = (",".join(map(str, value)) if isinstance(value, list | tuple) else value for value in given.values())
+    return "".join(f" {name}={text}" for name, text in zip(given, texts, strict=True))
 
 
 def _try(row: Callable[[], Row], instead: Row, job: queue.Job | None) -> Row:
@@ -284,7 +282,7 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
         reason = f"its job ended{f' as {job.state}' if job else ''} without an outcome" + _AGAIN if answered else ""
     return Row(
         submission.experiment,
-        "notebook" + "".join(f" {name}={_value(value)}" for name, value in _settings(part.values or {}).items()),
+        "notebook" + _settings(part.values or {}),
         f"{submission.id}/{part.name}",
         state,
         **_job(live),
