@@ -1,6 +1,7 @@
 """The states of a run: what the table allows happens, everything else is refused, and kills leave a state it knows."""
 
 import ast
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,14 +53,23 @@ def test_a_result_that_is_gone_reopens_the_run(tiny_spec):
     assert run.status == Status("stopped", 24, 24)
 
 
-def test_only_the_store_writes_a_state():
-    """Everything else asks `Run.move`, which knows the table."""
-    writers = set()
+def test_only_the_store_writes_a_state_and_nobody_causes_an_event_of_another():
+    """All others ask `Run.move`, which knows the table; only what trains a run moves it as its trainer."""
+    writers, who = set(), defaultdict(set)
     for file in Path(moelab.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr == "set_status":
                 writers.add(file.name)
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+                "move",
+                "moved",
+                "record_end",
+            ):
+                events = {a.value for a in node.args if isinstance(a, ast.Constant) and a.value in EVENTS}
+                who[file.name] |= {TABLE[event].who for event in events}
     assert writers == {"store.py"}
+    assert who.pop("execute.py") == {"trainer"}
+    assert set().union(*who.values()) == {"user", "watcher"}
 
 
 @pytest.mark.multiprocess
