@@ -213,8 +213,7 @@ def _death(codes: list[int], oom_kill: bool) -> str:
     """
     if not codes:
         return "the kernel died"
-    code = codes[-1]
-    how = postmortem.death_by_signal(-code, 0, [0], oom_kill) if code < 0 else postmortem.death_by_exit(code, "")
+    how = postmortem.End.of(codes[-1], "", oom_kill).how
     unknown = how == "was killed by SIGKILL"  # the operating system gives no reason
     return f"the kernel {how}" + " (out of memory?)" * unknown
 

@@ -15,7 +15,7 @@ pipeline_tag: text-generation
 tags: [mixture-of-experts, language-model]
 ---
 
-# {model}
+# {title}
 
 {kind}, trained by moelab, which reruns the DeepSpeed-MoE paper (arXiv 2201.05596). It is for experiments
 on routing, export and inference, not for use as a language model: nothing kept harmful text out of its training.
@@ -26,17 +26,17 @@ moelab generate {name} --prompt "The" --max-new-tokens 60
 
 | | |
 | --- | --- |
-| parameters | {parameters:,}, of which a token uses {active:,} |
+| parameters | {result[parameters]:,}, of which a token uses {result[active_parameters]:,} |
 | experts by layer | {experts} |
-| size | {layers} layers, {hidden} wide, {vocab:,} tokens of vocabulary, context {context} |
+| size | {model.layers} layers, {model.hidden} wide, {model.vocab:,} tokens of vocabulary, context {context} |
 | weights | {dtype}, safetensors |
-| training text | {corpus}, tokenizer {tokenizer}; licences of packaged texts: `moelab/data/packages.csv` |
-| training tokens | {tokens:,} in {steps:,} steps of {batch:,} |
-| peak learning rate | {lr:g}, {decline} to {min_lr:g}; AdamW, weight decay {decay:g} |
-| arithmetic | {train_dtype}, seed {seed} |
-| validation loss | {loss:.4f} nats a token, {bits:.4f} bits a byte, on {validation} tokens |
+| training text | {data.corpus}, tokenizer {data.tokenizer}; licences of packaged texts: `moelab/data/packages.csv` |
+| training tokens | {result[tokens]:,} in {result[steps]:,} steps of {batch:,} |
+| peak learning rate | {train.lr:g}, {decline} to {train.min_lr:g}; AdamW, weight decay {train.weight_decay:g} |
+| arithmetic | {train.dtype}, seed {train.seed} |
+| validation loss | {loss:.4f} nats a token, {result[bits_per_byte]:.4f} bits a byte, on {validation} tokens |
 | trained on | {machines}, {hours:.1f} hours |
-| run | `{id}`, commit {commits} |
+| run | `{run.spec.id}`, commit {commits} |
 
 Validation loss by domain, nats a token:
 
@@ -62,35 +62,24 @@ def model_card(directory: Path, name: str, dtype: str) -> str:
     sessions = run.provenance.get("sessions") or [run.provenance]
     route = f"moelab run imported-model -p model={name}   # its routing, by layer and domain\n" if model.is_moe else ""
     return CARD.format(
-        model=model.name or name,
+        run=run,
+        model=model,
+        train=train,
+        data=data,
+        result=result,
+        title=model.name or name,
         kind="A mixture of experts" if model.is_moe else "A dense decoder",
         name=name,
         route=route,
-        parameters=result["parameters"],
-        active=result["active_parameters"],
         experts=" ".join(str(experts or "–") for experts in model.experts),
-        layers=model.layers,
-        hidden=model.hidden,
-        vocab=model.vocab,
         context=data.context if model.decoder.positions == "learned" else model.context,
         dtype=dtype,
-        corpus=data.corpus,
-        tokenizer=data.tokenizer,
-        tokens=result["tokens"],
-        steps=result["steps"],
         batch=train.batch_size * data.context,
-        lr=train.lr,
-        decline="linear at the end" if train.cooldown_tokens else "cosine",
-        min_lr=train.min_lr,
-        decay=train.weight_decay,
-        train_dtype=train.dtype,
-        seed=train.seed,
         loss=result["validation_loss"],
-        bits=result["bits_per_byte"],
+        decline="linear at the end" if train.cooldown_tokens else "cosine",
         validation=f"{count:,}" if (count := result.get("validation_tokens")) else "an unknown number of",
         machines="; ".join(dict.fromkeys(_machine(one.get("hardware") or {}, train.device) for one in sessions)),
         hours=run.own_seconds / 3600,
-        id=run.spec.id,
         commits=", ".join(dict.fromkeys(f"`{str(one.get('commit') or 'unknown')[:8]}`" for one in sessions)),
         domains="\n".join(
             f"| {domain} | {numbers['loss']:.3f} |"

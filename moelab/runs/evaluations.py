@@ -12,14 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from moelab.files import write_json
-from moelab.runs.measurements import EVALUATIONS, FORMAT, as_json, code, file_digest, prefix, read_record
-from moelab.runs.provenance import provenance
+from moelab.runs.measurements import EVALUATIONS, as_json, call, code, file_digest, prefix, read_record
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 from moelab.terminal import announced
@@ -44,23 +42,13 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
     if stored := _current(run, function, arguments):
         return stored["value"]
     run.require_weights()
-    began = time.time()
-    value = json.loads(json.dumps(function(run, *arguments, **others)))
-    record = {
-        "format": FORMAT,
-        "function": _name(function),
-        "arguments": as_json(arguments),
-        "result": file_digest(run.path / "result.json"),
-        "measured": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
-        "code": code(),
-        "provenance": provenance(),
-        "value": value,
-    }
+    record = call(function, (run, *arguments), arguments=as_json(arguments), **others)
+    record |= {"result": file_digest(run.path / "result.json")}
     try:
         write_json(_file(run, function, arguments), record)
     except OSError as error:  # a run of another user, say: the value is good, though nobody else will have it
         print(f"{function.__name__}: not kept: {error.strerror}: {run.path / EVALUATIONS}", file=sys.stderr)
-    return value
+    return record["value"]
 
 
 def measure_all(runs: Sequence[Run], function: Callable[..., Any], *arguments: Any) -> list[tuple[Run, Any]]:
@@ -121,9 +109,6 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _file(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Path:
-    digest = hashlib.sha256(json.dumps([_name(function), as_json(arguments)]).encode()).hexdigest()[:12]
+    name = f"{function.__module__}.{function.__qualname__}"
+    digest = hashlib.sha256(json.dumps([name, as_json(arguments)]).encode()).hexdigest()[:12]
     return run.path / EVALUATIONS / f"{prefix(function)}-{digest}.json"
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}.{function.__qualname__}"

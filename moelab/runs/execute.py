@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ from moelab.runs import sessions
 from moelab.runs.branching import starting_point
 from moelab.runs.provenance import provenance
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, Status
+from moelab.runs.states import Event, Status
+from moelab.runs.store import Run
 from moelab.terminal import one_line
 
 if TYPE_CHECKING:
@@ -175,26 +176,19 @@ def _train_and_record(run: Run, should_stop: ShouldStop, on_progress: OnProgress
         import moelab.training.loop  # noqa: F401
         from moelab.data.preparation import prepare
 
-    spec, before = run.spec, run.status
-    state: dict[str, Any] = {"step": before.step, "steps": spec.train.steps(spec.data.context)}
-    state |= {"loss": before.loss, "tokens_per_s": before.tokens_per_s}  # no metric row may follow
-
-    def progress(p: Progress) -> None:
-        state.update(step=p.step, steps=p.steps, loss=p.loss, tokens_per_s=p.tokens_per_s)
-        run.set_status(Status("running", **state))
-        on_progress(p)
-
+    spec = run.spec
     started, record = time.time(), provenance()  # of the code that trains; files may change until the end
     if spec.train.device == "cpu":
         record["hardware"].pop("gpus", None)  # those of the machine have no part in it
-    run.set_status(Status("running", **state))
-    with _failure_in_status(run, state):
+    trainer = _Trainer(run, run.move("start", steps=spec.train.steps(spec.data.context)), on_progress)
+    with trainer.failure_recorded():
         sessions.begin(run.path, record)
-        _stop_others(run, should_stop)
+        asked = should_stop if spec.parallel.ranks > 1 else (lambda: False)  # one rank is stopped by its training
+        _stop_early(run, asked)
         data = prepare(spec.data, paths.home() / "data", lambda _: _stop_early(run, should_stop))
-        _stop_others(run, should_stop)
+        _stop_early(run, asked)
         _tell(run, "data", data.fingerprint)
-        result = _train(run, data, should_stop, progress)
+        result = _train(run, data, should_stop, trainer.progress)
     if len(several := sessions.contributing(run.path)) > 1:
         record["sessions"] = several
     record["data"] = {"fingerprint": data.fingerprint, "corpus": spec.data.corpus, "tokenizer": spec.data.tokenizer}
@@ -207,43 +201,52 @@ def _train_and_record(run: Run, should_stop: ShouldStop, on_progress: OnProgress
     write_json(run.path / "provenance.json", record, durable=True)  # never written again once there is a result
     write_json(run.path / "result.json", result, durable=True)
     shutil.rmtree(run.path / "prefix", ignore_errors=True)  # of a trunk that was trained again
-    run.set_status(Status("finished", **{**state, "step": state["steps"]}))
+    trainer.move("finish", step=trainer.status.steps)
 
 
-@contextlib.contextmanager
-def _failure_in_status(run: Run, state: dict[str, Any]) -> Iterator[None]:
-    """Write into the status that and why the training stopped or failed.
+@dataclass
+class _Trainer:
+    """Moves the run whose lock this process holds; what it knows of the state counts, not what a file says.
 
-    Args:
-        state: progress, as the status has it.
+    Attributes:
+        status: the last one that was written.
     """
-    from moelab.training.loop import TrainingStopped
 
-    try:
-        yield
-    except (TrainingStopped, KeyboardInterrupt) as stop:
-        run.set_status(Status("stopped", **state, reason=str(stop) or "interrupted"))
-        raise
-    except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or run.path}"
-        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):  # None: safetensors' error of a full disk
-            reason += " (earlier checkpoints are kept; make room and run again)"
-        with contextlib.suppress(OSError):  # the status is on the full disk, too; the log has the error
-            run.set_status(Status("failed", **state, reason=reason))
-        raise
-    except BaseException as error:
-        run.set_status(Status("failed", **state, reason=one_line(error)))
-        raise
+    run: Run
+    status: Status
+    on_progress: OnProgress
 
+    def move(self, event: Event, reason: str = "", **progress: Any) -> None:
+        self.status = self.run.move(event, reason, before=self.status, **progress)
 
-def _stop_others(run: Run, should_stop: ShouldStop) -> None:
-    """Stop with the ranks that wait for the data, if that is asked; one rank alone is stopped by its training."""
-    if run.spec.parallel.ranks > 1:
-        _stop_early(run, should_stop)
+    def progress(self, p: Progress) -> None:
+        self.move("step", step=p.step, steps=p.steps, loss=p.loss, tokens_per_s=p.tokens_per_s)
+        self.on_progress(p)
+
+    @contextlib.contextmanager
+    def failure_recorded(self) -> Iterator[None]:
+        """Record that and why the training stopped or failed."""
+        from moelab.training.loop import TrainingStopped
+
+        try:
+            yield
+        except (TrainingStopped, KeyboardInterrupt) as stop:
+            self.move("stop", str(stop) or "interrupted")
+            raise
+        except OSError as error:
+            reason = f"{error.strerror or error}: {error.filename or self.run.path}"
+            if error.errno in (None, errno.ENOSPC, errno.EDQUOT):  # None: safetensors' error of a full disk
+                reason += " (earlier checkpoints are kept; make room and run again)"
+            with contextlib.suppress(OSError):  # the status is on the full disk, too; the log has the error
+                self.move("fail", reason)
+            raise
+        except BaseException as error:
+            self.move("fail", one_line(error))
+            raise
 
 
 def _stop_early(run: Run, should_stop: ShouldStop) -> None:
-    """Stop before the training, if that is asked: preparing a large text may take longer than a job has."""
+    """Stop before the training, with the ranks that wait for the data: preparing a large text takes long."""
     if should_stop():
         _tell(run, "data", _STOP)
         raise StoppedAtStart("stopped before the training began")

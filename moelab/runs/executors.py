@@ -5,21 +5,17 @@ A run on several ranks never trains in this process: it starts its ranks and wai
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
-from moelab.engine.launch import postmortem, process
-from moelab.environment import LAUNCHER, STOP_S
+from moelab.engine.launch import child
+from moelab.environment import STOP_S
 from moelab.runs.execute import execute
-from moelab.runs.store import Run, Status, disk_full
-from moelab.runs.supervisor import supervise
+from moelab.runs.states import Status
+from moelab.runs.store import Run
+from moelab.runs.supervisor import RunProcess, record_end, supervise
 from moelab.terminal import one_line
 
 Tick = Callable[[], None]
@@ -34,7 +30,7 @@ def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
     A run that fails leaves its reason in its status, and the traceback in its log, as in a process of its own.
     """
     for run in runs:
-        before = run.status_time
+        before = run.last_write
         try:
             if run.spec.parallel.ranks > 1:
                 supervise(run, tick=tick)
@@ -45,16 +41,14 @@ def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
         tick()
 
 
-def _failed(run: Run, error: Exception, before: int) -> None:
+def _failed(run: Run, error: Exception, before: tuple[int, Status]) -> None:
     """Write into the files of a run how it failed, or on standard error where they cannot be written.
 
     Args:
-        before: time of the run's status when it was begun.
+        before: last write of the run's status when it was begun.
     """
     try:
-        status = Status.read(run.path) or Status("new")
-        if not _has_reason(run, status, before):  # it was raised before the training or after it
-            run.set_status(replace(status, state="failed", reason=one_line(error)))
+        record_end(run, before, "crash", one_line(error))
         if run.spec.parallel.ranks == 1:  # ranks have logs of their own
             with open(run.path / "log.txt", "a", encoding="utf-8") as log:
                 traceback.print_exception(error, file=log)
@@ -77,37 +71,31 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     if any(run.spec.train.device == "cuda" for run in runs):
         workers = 1
     waiting = sorted(runs, key=lambda run: (run.spec.train.seed, -run.spec.cost))
-    going: dict[subprocess.Popen[bytes], _Session] = {}
+    going: list[RunProcess] = []
     try:
         while waiting or going:
             for worker in [worker for worker in going if worker.poll() is not None]:
-                going.pop(worker).ended(worker.returncode)
-            taken = sum(session.run.spec.parallel.ranks for session in going.values())
-            unfinished = {run.spec.id: run for run in (*waiting, *(session.run for session in going.values()))}
+                going.remove(worker)
+                worker.record_end()
+            taken = sum(worker.run.spec.parallel.ranks for worker in going)
+            unfinished = {run.spec.id: run for run in (*waiting, *(worker.run for worker in going))}
             for run in [run for run in waiting if not _waits(run, unfinished)]:
                 ranks = run.spec.parallel.ranks
                 if not going or ranks <= workers - taken:
                     waiting.remove(run)
-                    session = _Session.of(run)
+                    before = run.last_write
                     try:
-                        going[start(run)] = session
+                        going.append(RunProcess(run))
                     except OSError as error:  # a folder of another user, say; the others go on
-                        _failed(run, error, session.status)
+                        _failed(run, error, before)
                         continue
                     taken += ranks
             tick()
             time.sleep(poll_s)
     except BaseException:
+        child.end(going, stop_s + _MARGIN_S)
         for worker in going:
-            worker.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + stop_s + _MARGIN_S
-        for worker, session in going.items():
-            try:
-                worker.wait(timeout=max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
-            session.ended(worker.returncode)
+            worker.record_end()
         raise
     tick()
 
@@ -119,58 +107,3 @@ def _waits(run: Run, unfinished: Mapping[str, Run]) -> bool:
     if trunk is not None and trunk.has_checkpoint(run.spec.first_step):
         needed.discard(trunk.spec.id)
     return bool(needed)
-
-
-@dataclass(frozen=True)
-class _Session:
-    """A run and what tells, once its process has ended, what the process wrote and what the kernel did to it.
-
-    Attributes:
-        status, log: time of the run's status and bytes of its log, before the process was started.
-        oom_kills: how many processes the kernel had killed for lack of memory.
-    """
-
-    run: Run
-    status: int
-    log: int
-    oom_kills: int
-
-    @classmethod
-    def of(cls, run: Run) -> _Session:
-        return cls(run, run.status_time, postmortem.size(run.path / "log.txt"), postmortem.oom_kills())
-
-    def ended(self, code: int) -> None:
-        """Write into the run's status how its process ended, unless the process has said why or another one trains."""
-        run, status = self.run, Status.read(self.run.path) or Status("new")
-        if code in (process.FINISHED, process.STOPPED) or _has_reason(run, status, self.status):
-            return
-        if code < 0:
-            how = postmortem.death_by_signal(-code, 0, [0], postmortem.oom_kills() > self.oom_kills)
-        else:
-            log = postmortem.read_log(run.path / "log.txt", self.log)
-            how = postmortem.death_by_exit(code, postmortem.last_error(log))
-        reason = f"its process {how}{disk_full(run.path)}"
-        with contextlib.suppress(OSError):  # the disk is full, which the run's status tells
-            run.set_status(replace(status, state="stopped" if code < 0 else "failed", reason=reason))
-
-
-def _has_reason(run: Run, status: Status, before: int) -> bool:
-    """Return whether a run needs no reason: it has one that is newer than `before`, is finished, or is trained."""
-    said = run.status_time != before and status.state not in ("new", "running")
-    return said or run.finished or run.locked
-
-
-def start(run: Run) -> subprocess.Popen[bytes]:
-    """Start the process of one run; it ends when this process does."""
-    # Its own session, so that a terminal's Ctrl-C reaches us alone and we ask for the checkpoint.
-    run.path.mkdir(parents=True, exist_ok=True)
-    own = {LAUNCHER.name: str(os.getpid()), "OMP_NUM_THREADS": str(run.spec.train.threads)}
-    with open(run.path / "log.txt", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "moelab.runs.worker", str(run.path)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**process.without_rank(), **own},
-        )

@@ -104,7 +104,7 @@ class MeasurementStore:
         Raises:
             ValueError: one line: a function or an argument by which nothing can be stored.
         """
-        name, plain, key = _identity(function, arguments)
+        plain, key = _identity(function, arguments)
         file = self.root / f"{key}.json"
         if not again and (stored := self._read(key)):
             return stored
@@ -113,19 +113,7 @@ class MeasurementStore:
         with FileLock(self.root / f".{socket.gethostname()}.lock"):
             if not again and (stored := self._read(key)):  # by whoever held the lock
                 return stored
-            began, started = time.time(), time.perf_counter()
-            value = json.loads(json.dumps(function(*arguments)))
-            record = {
-                "format": FORMAT,
-                "function": name,
-                "arguments": plain,
-                "measured": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
-                "seconds": round(time.perf_counter() - started, 3),
-                "code": code(),
-                "machine": machine(),
-                "provenance": provenance(),
-                "value": value,
-            }
+            record = call(function, arguments, arguments=plain) | {"machine": machine()}
             why = ", because files of moelab have changed since this process began; restart the kernel"
             if source() == record["code"]:
                 try:
@@ -140,6 +128,27 @@ class MeasurementStore:
     def _read(self, key: str) -> Measurement | None:
         record = read_record(self.root / f"{key}.json", _NEEDED)
         return _of(key, record, read_back=True) if record else None
+
+
+def call(function: Callable[..., Any], given: Sequence[Any], *, arguments: Any, **others: Any) -> dict[str, Any]:
+    """Call a function, and return the record of that: its value, when, by which code, and how long it took.
+
+    Args:
+        given: what it is called with, besides `others`.
+        arguments: what the record names them by, as JSON values.
+    """
+    began, started = time.time(), time.perf_counter()
+    value = json.loads(json.dumps(function(*given, **others)))
+    return {
+        "format": FORMAT,
+        "function": f"{function.__module__}.{function.__qualname__}",
+        "arguments": arguments,
+        "measured": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
+        "seconds": round(time.perf_counter() - started, 3),
+        "code": code(),
+        "provenance": provenance(),
+        "value": value,
+    }
 
 
 def read_record(file: Path, needed: Collection[str]) -> dict[str, Any] | None:
@@ -157,8 +166,8 @@ def _of(key: str, record: dict[str, Any], *, read_back: bool) -> Measurement:
     return Measurement(id=key, **stored, read_back=read_back)
 
 
-def _identity(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[str, list[Any], str]:
-    """Name, arguments as JSON, id."""
+def _identity(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[Any], str]:
+    """Return arguments as JSON, and id."""
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
     if not module.startswith("moelab.") or "<" in name or not name:
         raise ValueError(
@@ -167,7 +176,7 @@ def _identity(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[s
         )
     plain = [as_json(value) for value in arguments]
     whole = json.dumps([FORMAT, module, name, plain, code(), machine()])
-    return f"{module}.{name}", plain, f"{prefix(function)}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+    return plain, f"{prefix(function)}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
 
 
 def prefix(function: Callable[..., Any]) -> str:

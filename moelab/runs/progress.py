@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moelab.runs.store import Run, Status
+from moelab.runs.states import OVER, Status
+from moelab.runs.store import Run
 from moelab.terminal import duration
 
 
@@ -40,7 +41,7 @@ class Snapshot:
     @property
     def over(self) -> bool:
         """Return whether no run goes on: each is finished or has failed."""
-        return all(s.state in ("finished", "failed") for s in self.statuses)
+        return all(s.state in OVER for s in self.statuses)
 
     def describe(self, seconds_left: float | None) -> str:
         """Return the state in one line: ``5 of 8 runs finished, 1 failed, 70% done, 3 min 20 s left``."""

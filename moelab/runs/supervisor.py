@@ -1,4 +1,8 @@
-"""A run on several ranks, seen from outside: starts them, waits, and says in the run's own files why they failed."""
+"""Start the processes of a run, watch them from outside, and record in the run's own files why they ended.
+
+A run is trained in one of three ways: `RunProcess` is a process of its own, `supervise` starts its ranks (processes
+here, or srun's tasks), and the job of a cluster (`moelab.slurm.callables`) calls `supervise` on a node.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,38 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal
 
+from moelab.engine.launch import process
+from moelab.engine.launch.child import Child
 from moelab.engine.launch.launcher import RankFailed, launch
 from moelab.engine.launch.postmortem import lost_connection
-from moelab.engine.launch.process import FINISHED, rank_name
-from moelab.runs.store import Run, Status
+from moelab.engine.launch.process import FINISHED, STOPPED, rank_name
+from moelab.environment import LAUNCHER
+from moelab.runs.states import Event, Status
+from moelab.runs.store import Run, disk_full
+
+WORKER = (sys.executable, "-m", "moelab.runs.worker")
+"""Command of a process or a rank that trains the run whose directory it gets."""
+
+
+class RunProcess(Child):
+    """The process of one run, which ends when this one does; by default it is the worker."""
+
+    def __init__(self, run: Run, command: Sequence[str] = WORKER) -> None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        self.run, self._before = run, run.last_write
+        own = {LAUNCHER.name: str(os.getpid()), "OMP_NUM_THREADS": str(run.spec.train.threads)}
+        super().__init__([*command, str(run.path)], run.path / "log.txt", {**process.without_rank(), **own})
+
+    def record_end(self) -> None:
+        """Record how it ended, unless it has said why itself or another process trains the run."""
+        if self.returncode in (FINISHED, STOPPED):
+            return
+        end = self.told_end()
+        event: Event = "die" if end.killed else "crash"
+        with contextlib.suppress(OSError):  # the disk is full, which the run's status tells
+            record_end(self.run, self._before, event, f"its process {end.how}{disk_full(self.run.path)}")
 
 
 def supervise(
@@ -21,7 +50,7 @@ def supervise(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     tick: Callable[[], None] = lambda: None,
-    command: Sequence[str] | None = None,
+    command: Sequence[str] = WORKER,
     how: Literal["auto", "local", "srun"] = "auto",
     per_node: int | None = None,
     srun: Sequence[str] = (),
@@ -52,10 +81,10 @@ def supervise(
     if not first.is_symlink():
         first.unlink(missing_ok=True)
         first.symlink_to("../log.txt")
-    parallel, before = run.spec.parallel, run.status
+    parallel, before = run.spec.parallel, run.last_write
     try:
         return launch(
-            [*(command or (sys.executable, "-m", "moelab.runs.worker")), str(run.path)],
+            [*command, str(run.path)],
             parallel.ranks,
             logs,
             should_stop=should_stop,
@@ -69,32 +98,49 @@ def supervise(
         if run.finished:  # it died on its way out
             return FINISHED
         lines = (f"the last lines of {failure.log.name}:", failure.tail)
-        _record(run, before, str(failure), *lines, unexplained=failure.unexplained)
+        _record_failure(run, before, str(failure), *lines, unexplained=failure.end.unexplained)
         raise
     except (ValueError, OSError) as error:  # before any rank was started
-        _record(run, before, str(error))
+        _record_failure(run, before, str(error))
         raise
 
 
-def _record(run: Run, before: Status, reason: str, *details: str, unexplained: bool = False) -> None:
-    """Put the cause in the status in place of rank 0's reason, a lost connection, unless another process trains now.
+def record_end(
+    run: Run,
+    before: tuple[int, Status],
+    event: Event,
+    reason: str,
+    explained: Callable[[Status], bool] = lambda status: status.state not in ("new", "running"),
+) -> None:
+    """Record, as who watched a run's process, how it ended.
+
+    Writes nothing if the run is finished, if another process trains it now, or if the process has recorded itself why.
+
+    Args:
+        before: `run.last_write` when the process was started.
+        explained: whether a status that the process has written since says why it ended.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk.
+    """
+    if not (run.finished or run.locked or (run.last_write != before and explained(run.recorded))):
+        run.move(event, reason)
+
+
+def _record_failure(
+    run: Run, before: tuple[int, Status], reason: str, *details: str, unexplained: bool = False
+) -> None:
+    """Put the cause in the status in place of rank 0's reason, which may be a lost connection, and into the log.
 
     Rank 0's reason stays where it is the only rank, or says more than the cause, which is then `unexplained`.
     """
     with contextlib.suppress(OSError), open(run.path / "log.txt", "a", encoding="utf-8") as log:  # the disk may be full
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n")
         log.write("".join(f"    {line}\n" for text in details for line in text.splitlines()))
-    lock = run.lock()
-    try:
-        lock.acquire(timeout=2)  # whoever looks at the status holds it for a moment
-    except TimeoutError:
-        return
-    try:
-        status = run.status
-        told = unexplained and not lost_connection(status.reason)
-        if (run.spec.parallel.ranks == 1 or told) and status.state == "failed" and status != before:
-            return
-        with contextlib.suppress(OSError):
-            run.set_status(replace(status, state="failed", reason=reason))
-    finally:
-        lock.release()
+
+    def explained(status: Status) -> bool:
+        told = run.spec.parallel.ranks == 1 or (unexplained and not lost_connection(status.reason))
+        return status.state == "failed" and told
+
+    with contextlib.suppress(OSError):
+        record_end(run, before, "crash", reason, explained)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -116,14 +117,13 @@ def record(run: Run, job: str, restart: int, kind: Kind, reason: str, node: str,
     """Write an attempt to the run's history and status, and return whether to try again."""
     attempt = Attempt(job, restart, kind, reason, newest_checkpoint(run), node, time.time())
     again, why = decide(run, attempt, limits)
-    status = run.status
     try:
         with open(run.path / ATTEMPTS, "a") as f:
             f.write(json.dumps(asdict(replace(attempt, again=again))) + "\n")
         if not again:
-            run.set_status(replace(status, state="failed", reason=why))
+            run.move("give up", why)
         elif kind != "stopped":
-            run.set_status(replace(status, state="stopped", reason=f"{reason}; tried again"))
+            run.move("retry", f"{reason}; tried again")
     except OSError as error:  # a disk without room for one line: without a history there is no bound on retries
         print(f"{run.path}: {error}; not tried again", file=sys.stderr)
         return False
@@ -141,15 +141,15 @@ def judge(failure: RankFailed | OSError | ValueError, run: Run) -> tuple[Kind, s
     here = os.environ.get("SLURMD_NODENAME", "")
     if not isinstance(failure, RankFailed):
         return "failed", str(failure), here
-    if re.match(r"was killed by SIG(USR1|TERM|INT)\b", failure.how):
+    end, status = failure.end, run.status
+    if end.killed and end.code in (-signal.SIGUSR1, -signal.SIGTERM, -signal.SIGINT):
         return "stopped", "asked to stop before it could handle the signal", here
-    if failure.how.startswith(("was killed", "hangs")):
-        unknown = failure.how == "was killed by SIGKILL"  # the kernel gives no reason
+    if end.killed:
+        unknown = end.how == "was killed by SIGKILL"  # the kernel gives no reason
         return "killed", str(failure) + " (out of memory?)" * unknown, failure.host
-    status = run.status
-    if _BROKEN.search(f"{failure.how} {status.reason}"):
+    if _BROKEN.search(f"{end.how} {status.reason}"):
         return "killed", str(failure), failure.host  # another node may have whole GPUs
-    if (run.spec.parallel.ranks == 1 or failure.unexplained) and status.state == "failed" and status.reason:
+    if (run.spec.parallel.ranks == 1 or end.unexplained) and status.state == "failed" and status.reason:
         return "failed", status.reason, failure.host  # the reason that the rank itself, or rank 0, recorded
     return "failed", str(failure), failure.host
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from typing import Any
 import submitit
 
 from moelab.config.parallel import ParallelConfig
+from moelab.engine.launch.child import Child
 from moelab.engine.launch.launcher import RankFailed
 from moelab.engine.launch.process import FINISHED, STOPPED
 from moelab.runs.store import Run
@@ -45,16 +44,6 @@ def begin() -> Callable[[], bool]:
     for left in job.paths.folder.glob(f"{job.job_id}_*.save_tmp"):
         left.unlink()  # left by an attempt that was killed; submitit does not overwrite it
     return lambda: bool(asked)
-
-
-def wait_for(process: subprocess.Popen, stop: Callable[[], bool], number: int) -> int:
-    """Wait for a process, send it a signal when asked to stop, and return its exit code."""
-    while process.poll() is None:
-        if stop():
-            process.send_signal(number)
-            process.wait()
-        time.sleep(0.1)
-    return process.returncode
 
 
 @dataclass
@@ -87,6 +76,8 @@ class TrainRun:
         """
         stop = begin()
         run = Run.at(Path(path)).laid_out(self.parallel)
+        if run.finished:
+            return
         job, restart = submitit.JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restart > self.limits.restarts:
             attempt.record(run, job, restart, "restarts", "", "", self.limits)
@@ -120,12 +111,11 @@ class ExecuteNotebook:
     def __call__(self, folder: str, part: str) -> None:
         """Execute the notebook `part` of the submission in `folder`; requeue the job if the notebook was killed."""
         stop = begin()
-        code = wait_for(notebook(self.command, folder, part), stop, signal.SIGTERM)  # srun then ends the step
+        code = notebook(self.command, folder, part).wait_or_stop(stop, signal.SIGTERM)  # srun then ends the step
         if code == FINISHED:
             return
-        job, restart = submitit.JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        if (code < 0 or code >= 128) and restart < self.kills and queue.retried(queue.state, job) == "RUNNING":
-            queue.requeue(job)
+        again = (code < 0 or code >= 128) and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < self.kills
+        if again and queue.requeue(submitit.JobEnvironment().job_id):
             raise SystemExit(STOPPED)
         raise Failed(f"notebook {Path(folder).name}/{part}: exit code {code}; see its log")
 
@@ -163,10 +153,9 @@ class LocalBatch:
                 trained[Path(path).name] = pool.submit(self._train, path, job, stop, trained)
         failed = [id for id in (one.result() for one in trained.values()) if id]
         for part in takewhile(lambda _: not stop(), self.notebooks):
-            with open(Path(self.folder) / f"{part}.out", "ab") as log:
-                process = notebook((sys.executable,), self.folder, part, stdout=log, stderr=subprocess.STDOUT)
-                if wait_for(process, stop, signal.SIGINT):
-                    failed.append(part)
+            process = notebook((sys.executable,), self.folder, part, Path(self.folder) / f"{part}.out")
+            if process.wait_or_stop(stop, signal.SIGINT):
+                failed.append(part)
         if stop():
             raise SystemExit(STOPPED)
         if failed:
@@ -213,6 +202,6 @@ def train(run: Run, stop: Callable[[], bool], **launch: Any) -> tuple[attempt.Ki
         return None if run.finished else attempt.judge(failure, run)
 
 
-def notebook(command: Sequence[str], folder: str, part: str, **options: Any) -> subprocess.Popen:
+def notebook(command: Sequence[str], folder: str, part: str, log: Path | None = None) -> Child:
     """Start the process that executes a notebook of a submission."""
-    return subprocess.Popen([*command, "-m", "moelab.slurm.notebook_job", folder, part], **options)
+    return Child([*command, "-m", "moelab.slurm.notebook_job", folder, part], log)

@@ -11,7 +11,6 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from pathlib import Path
 from rich.console import Console
 
 from moelab import paths
+from moelab.engine.launch.child import Child
 from moelab.slurm import executor, queue
-from moelab.slurm.callables import begin, wait_for
+from moelab.slurm.callables import begin
 from moelab.slurm.profiles import Profile
 
 
@@ -51,7 +51,7 @@ class ServeJupyter:
         variables.pop("XDG_RUNTIME_DIR", None)
         address = f"--ServerApp.ip={socket.getfqdn() if self.everywhere else '127.0.0.1'}"
         command = [*self.command, "-m", "jupyterlab", address, *self.options]
-        wait_for(subprocess.Popen(command, env=variables), stop, signal.SIGTERM)
+        Child(command, environment=variables).wait_or_stop(stop, signal.SIGTERM)
 
 
 def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
@@ -67,7 +67,8 @@ def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
     Raises:
         ValueError: one line; the profile is not of a Slurm cluster, Slurm is not available or refuses the job.
     """
-    profile.require_slurm("moelab lab --profile")
+    if profile.cluster != "slurm":
+        raise ValueError(f"moelab lab --profile needs Slurm; profile {profile.name} has cluster: {profile.cluster}")
     console = Console(highlight=False, soft_wrap=True)
     folder = paths.home() / "lab" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
     folder.mkdir(parents=True, mode=0o700)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import psutil
 import submitit
 
 from moelab import environment
 from moelab.config import from_json
+from moelab.engine.launch.child import Child
 from moelab.files import read_json, write_json
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
@@ -53,17 +52,10 @@ def start(
     places = os.pathsep.join(filter(None, (submission.snapshot, os.environ.get("PYTHONPATH"))))
     code = {"PYTHONPATH": places, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
     # In a session of its own, the job does not get the signals of Ctrl-C, a notebook's interrupt or a closed terminal.
-    with open(submission.folder / "local.out", "ab") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", "moelab.slurm.local", str(submission.folder)],
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **code, environment.EXECUTOR.name: "read"},
-        )
-    if done.returncode:
-        raise ValueError(f"the local job could not be started; see {submission.folder / 'local.out'}")
+    log = submission.folder / "local.out"
+    variables = {**os.environ, **code, environment.EXECUTOR.name: "read"}
+    if Child([sys.executable, "-m", "moelab.slurm.local", str(submission.folder)], log, variables).wait():
+        raise ValueError(f"the local job could not be started; see {log}")
     id = read_json(submission.folder / "local.id.json")
     for part in submission.parts:
         part.job = f"{queue.LOCAL}{id}"
@@ -79,7 +71,7 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
         for part in submission.parts:
             for index, run in enumerate(part.runs) if part.values is None else [(0, "")]:
                 if run:
-                    own, given_up = Run(cast(RunSpec, None), store.root / run), False
+                    own, given_up = Run.files(store.root / run), False
                     with contextlib.suppress(OSError):
                         given_up = any(last.job == part.job and not last.again for last in history(own)[-1:])
                     over, works = own.finished or given_up, own.locked

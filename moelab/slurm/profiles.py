@@ -116,11 +116,6 @@ class Profile:
                 if what == "sbatch" and argument[2:].partition("=")[0] in _OWN:
                     raise ValueError(f"{where}: sbatch may not have {argument!r}, which moelab itself sets")
 
-    def require_slurm(self, command: str) -> None:
-        """Refuse a command that needs Slurm where the profile has none; ValueError, one line."""
-        if self.cluster != "slurm":
-            raise ValueError(f"{command} needs Slurm; profile {self.name} has cluster: {self.cluster}")
-
     def tight(self) -> str:
         """Return in one line that runs may be told to stop before they have started; an empty text if not."""
         limit = 60 * math.ceil(minutes(self.time, self.name))

@@ -17,18 +17,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_ENDED = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "REVOKED",
-    "TIMEOUT",
-}
+_ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
+)
 _MARK = "moelab"
 _PATIENCE_S = 2.0
 """After which a command of Slurm that has not answered is said to be waited for."""
@@ -140,15 +132,18 @@ def cancel(ids: Sequence[str]) -> None:
         _run("scancel", *ids)
 
 
-def requeue(job: str, exclude: str = "") -> None:
-    """Requeue the job whose driver is this process, unless it has been cancelled meanwhile; the caller then exits.
+def requeue(job: str, exclude: str = "") -> bool:
+    """Requeue the job whose driver is this process; the caller then exits.
 
     Args:
         job: the job's id.
         exclude: a node on which the job should not run again; ignored unless the partition has enough others.
+
+    Returns:
+        False when the job is not requeued, because it has been cancelled meanwhile.
     """
     if retried(state, job) != "RUNNING":
-        return
+        return False
     left_out = _left_out(job, exclude) if exclude else ""
     retried(_run, "scontrol", "requeue", job)
     if left_out:
@@ -157,6 +152,7 @@ def requeue(job: str, exclude: str = "") -> None:
         with contextlib.suppress(SlurmError):
             retried(_run, "scontrol", "update", f"JobId={job}", f"ExcNodeList={left_out}", times=5, pause_s=0.5)
             print(f"requeued without {exclude}", flush=True)
+    return True
 
 
 def retried(function: Callable[..., T], *arguments: str, times: int = 6, pause_s: float = 10) -> T:

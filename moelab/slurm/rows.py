@@ -10,13 +10,9 @@ from moelab.lazy import pd
 from moelab.terminal import duration, plain
 
 _COLORS = {
-    "failed": "red",
-    "lost": "red",
-    "unreadable": "red",
-    "stopped": "yellow",
-    "incomplete": "yellow",
-    "finished": "green",
-    "running": "cyan",
+    **dict.fromkeys(("failed", "lost", "unreadable"), "red"),
+    **dict.fromkeys(("stopped", "incomplete"), "yellow"),
+    **{"finished": "green", "running": "cyan"},
 }
 _LEFT_OUT = ("job", "node", "Slurm", "tokens/s", "loss", "left", "experiment", "why", "step", "log")
 """Columns in the order in which a narrow terminal does without them."""

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from moelab import paths
 from moelab.config import from_json
 from moelab.files import read_json
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore, Status, ended
+from moelab.runs.states import after
+from moelab.runs.store import Run, RunStore, ended
 from moelab.slurm import local, queue
 from moelab.slurm.rows import Overview, Row
 from moelab.slurm.submission import (
@@ -94,8 +95,10 @@ def cancel(rows: Sequence[Row], store: RunStore | None = None) -> None:
         submission, _, part = row.id.partition("/")
         if part:
             set_outcome(root() / submission, part, Outcome(error=CANCELLED, job=row.job))
-        elif row.state == "waiting" and not (run := Run(cast(RunSpec, None), store.root / row.id)).finished:
-            run.set_status(replace(Status.read(run.path) or Status("new"), state="stopped", reason=CANCELLED))
+        elif row.state == "waiting":
+            run = Run.files(store.root / row.id)
+            if (status := run.recorded).state != "finished" and not run.locked:
+                run.move("cancel", CANCELLED, before=status.moved("queue"))
     queue.cancel(local.cancel(dict.fromkeys(row.job for row in rows)))
 
 
@@ -150,15 +153,13 @@ def _points(submission: Submission) -> dict[str, str]:
     return found
 
 
-def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters of a notebook by name, those that override a spec's fields among them; without empty ones."""
+def _settings(values: Mapping[str, Any]) -> str:
+    """Return parameters of a notebook as `` name=value``, those that override a spec too; without empty ones."""
     own = {name: value for name, value in values.items() if not isinstance(value, dict)}
     inner = {name: value for part in values.values() if isinstance(part, dict) for name, value in part.items()}
-    return {name: value for name, value in (own | inner).items() if value not in ("", [], 0, False)}
-
-
-def _value(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    given = {name: value for name, value in (own | inner).items() if value not in ("", [], 0, False)}
+    texts = (",".join(map(str, value)) if isinstance(value, list | tuple) else value for value in given.values())
+    return "".join(f" {name}={text}" for name, text in zip(given, texts, strict=True))
 
 
 def _try(row: Callable[[], Row], instead: Row, job: queue.Job | None) -> Row:
@@ -222,20 +223,18 @@ class _Spec:
 def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bool, point: str = "") -> Row:
     live = job if job and job.live else None
     spec = _Spec.read(path)
-    finished = (path / "result.json").exists()
-    status = Status.read(path) or Status("new")
-    if finished:
-        status = replace(status, state="finished")
+    run = Run.files(path)
+    status = run.recorded
+    finished = status.state == "finished"
     if live and live.state == "RUNNING":
         # Read from the run's record, without its lock: on some file systems other nodes do not see a lock.
-        state = status.state if status.state in ("running", "finished") else "starting"
+        state: str = status.state if status.state in ("running", "finished") else "starting"
     else:
-        if status.state == "running" and not Run(cast(RunSpec, None), path).locked:
-            how = f"its job ended as {job.state}" if job and not live else ended(path)
-            status = replace(status, state="stopped", reason=how)
-        state = "waiting" if live and not live.ending and not finished else status.state
-        if state in ("new", "running") and not live and answered:
-            state = "lost" if state == "new" else "stopped"
+        if status.state == "running" and not run.locked:
+            status = status.moved("die", f"its job ended as {job.state}" if job and not live else ended(path))
+        state = after(status.state, "queue") if live and not live.ending and not finished else status.state
+        if state == "new" and not live and answered:
+            state = "lost"
     reason = status.reason if state != "finished" else ""
     if live and (waits := _waits_for(live)):
         reason = waits + (f"; before: {reason}" if reason else "")
@@ -283,7 +282,7 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
         reason = f"its job ended{f' as {job.state}' if job else ''} without an outcome" + _AGAIN if answered else ""
     return Row(
         submission.experiment,
-        "notebook" + "".join(f" {name}={_value(value)}" for name, value in _settings(part.values or {}).items()),
+        "notebook" + _settings(part.values or {}),
         f"{submission.id}/{part.name}",
         state,
         **_job(live),

@@ -31,6 +31,9 @@ _ARRAY = 500  # the default of Slurm's MaxArraySize is 1001
 Jobs = Mapping[tuple[str, str, int], queue.Job]
 _Alike = tuple[Size | None, ParallelConfig | None, tuple[str, ...]]
 """What the runs of an array share: size and layout of their jobs (None without Slurm), and the runs they wait for."""
+_Place = tuple[str, int, int]
+"""Where a run is in the queue: its job or the placeholder of one (``@runs-0@``), its index in the array, and the number
+of the array's runs; 0 where the job is the run's own task."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def _plan(
     plan = Plan(submission, len(done), len(wanted) - len(done) - len(todo), replaced=replaced)
     planned = {spec.id for spec in todo}
     plan.waiting.extend(spec for id, spec in wanted.items() if id not in done and id not in planned)
-    awaited = {run: _Place(job.id, 0, 0) for run, job in queued.items() if not job.local}
+    awaited = {run: (job.id, 0, 0) for run, job in queued.items() if not job.local}
     for (size, layout, needs), group in _groups(todo, profile, done):
         part = Part(f"runs-{len(plan.specs)}", None, [spec.id for spec in group])
         plan.specs[part.name] = group
@@ -195,7 +198,7 @@ def _plan(
         given = {"job_name": name, "comment": queue.comment(id, part.name)}
         given["dependency"] = _dependency("afterok", needs, awaited)
         plan.add(part, executor.for_runs(profile, size, code, submission.folder, **given), call)
-        awaited |= {spec.id: _Place(f"@{part.name}@", index, len(group)) for index, spec in enumerate(group)}
+        awaited |= {spec.id: (f"@{part.name}@", index, len(group)) for index, spec in enumerate(group)}
     for values, runs in shown:
         part = Part(f"notebook-{len(plan.scripts) - len(plan.specs)}", None, runs, dict(values))
         if profile.cluster == "local":
@@ -252,34 +255,18 @@ def _prune(jobs: Jobs, newest: Submission) -> None:
         snapshot.prune(paths.home() / "snapshots", {Path(s.snapshot) for s in used if s.snapshot})
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Locate a run in the queue.
-
-    Attributes:
-        job: the job's id, or its placeholder (``@runs-0@``) until it is queued.
-        index: index in its array.
-        count: number of runs of the array; 0 when `job` already names the run's own task.
-    """
-
-    job: str
-    index: int
-    count: int
-
-
 def _dependency(kind: str, runs: Sequence[str], awaited: Mapping[str, _Place]) -> str:
     """Return a dependency for sbatch, such as ``afterany:12:13_4``; an empty text when no run is awaited.
 
     A whole array is named by its id alone.
     """
     by_job: dict[str, list[_Place]] = {}
-    for run in runs:
-        if run in awaited:
-            by_job.setdefault(awaited[run].job, []).append(awaited[run])
+    for place in (awaited[run] for run in runs if run in awaited):
+        by_job.setdefault(place[0], []).append(place)
     names: list[str] = []
     for job, places in by_job.items():
-        whole = places[0].count in (0, len(places))
-        names += [job] if whole else [f"{job}_{place.index}" for place in places]
+        whole = places[0][2] in (0, len(places))
+        names += [job] if whole else [f"{job}_{index}" for _, index, _ in places]
     return ":".join([kind, *names]) if names else ""
 
 

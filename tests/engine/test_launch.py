@@ -429,17 +429,11 @@ def test_bad_surroundings_are_one_line():
             Limits.read({"MOELAB_COLLECTIVE_S": text})
 
 
-def test_a_kill_for_want_of_memory_is_recognised(monkeypatch):
-    monkeypatch.setattr(postmortem, "memory_limit", lambda: 10 << 30)
-    say = postmortem.death_by_signal
-    assert say(signal.SIGKILL, 1, [1 << 30, 2 << 30], oom_kill=True).endswith(
-        "a kill (last seen with 2.0 GiB of 10.0 GiB)"
-    )
-    assert "likely out of memory (last seen with 6.0 GiB" in say(signal.SIGKILL, 1, [1 << 30, 6 << 30], oom_kill=False)
-    unseen = say(signal.SIGKILL, 0, [0, 9 << 30], oom_kill=False)
-    assert unseen.endswith("likely out of memory (9.0 GiB all ranks together)")
-    assert "likely" not in say(signal.SIGKILL, 1, [1 << 30, 2 << 30], oom_kill=False)
-    assert say(signal.SIGSEGV, 0, [0, 0], oom_kill=True) == "was killed by SIGSEGV"
+def test_a_kill_for_want_of_memory_is_recognised():
+    told = postmortem.End.of
+    assert told(-signal.SIGKILL, "", True).how == "was killed by SIGKILL, out of memory: the kernel counted a kill"
+    assert told(-signal.SIGKILL, "", False).how == "was killed by SIGKILL"
+    assert told(-signal.SIGSEGV, "", True).how == "was killed by SIGSEGV"
 
 
 def test_only_time_awake_counts_for_a_hang(monkeypatch, tmp_path):
@@ -448,7 +442,7 @@ def test_only_time_awake_counts_for_a_hang(monkeypatch, tmp_path):
         (tmp_path / rank_name(rank)).touch()
     now = 1000.0
     monkeypatch.setattr(launcher.time, "monotonic", lambda: now)
-    watch = launcher._Watch(None, 2, Limits(hang_s=300), tmp_path, [0, 0], tmp_path)
+    watch = launcher._Watch(None, Limits(hang_s=300), tmp_path)
 
     def hanging_after(seconds):
         nonlocal now

@@ -1,11 +1,14 @@
 """A home for each test, records to pass on, and waiting for processes that train."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from moelab.runs import records
-from moelab.runs.store import Run, RunStore, Status
+from moelab.runs.states import Status
+from moelab.runs.store import Run, RunStore
+from moelab.runs.supervisor import RunProcess
 from tests.conftest import until
 
 
@@ -34,3 +37,8 @@ def record(run: Run, directory: Path) -> Path:
 def wait_for_step(run: Run, step: int) -> None:
     """Wait until some process has trained so many steps of a run."""
     until(lambda: (status := Status.read(run.path)) is not None and status.step >= step)
+
+
+def stand_in(run: Run, code: str, *options: str) -> RunProcess:
+    """Start Python code in place of a run's worker."""
+    return RunProcess(run, [sys.executable, *options, "-c", code])

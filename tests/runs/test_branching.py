@@ -15,13 +15,15 @@ from moelab.engine import checkpoint
 from moelab.files import write_json
 from moelab.lab import Lab
 from moelab.models import build
-from moelab.runs import dry_run, executors, records
+from moelab.runs import dry_run, records
 from moelab.runs.branching import shorter, starting_point, token_budgets
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.progress import Snapshot
 from moelab.runs.spec import RunSpec, Start, closure
-from moelab.runs.store import Run, RunStore, Status
+from moelab.runs.states import Status
+from moelab.runs.store import Run, RunStore
+from moelab.runs.supervisor import RunProcess
 from moelab.training.loop import TrainingStopped
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 from moelab.training.optimizer import make_optimizer
@@ -107,7 +109,7 @@ def test_a_killed_branch_goes_on(trunk, short):
     (whole, _) = lab.run([replace(short, train=often), trunk], executor="inline")
     run = lab.store.run(replace(short, train=often, start=Start(trunk, 30 * STEP)))
     for folder, step in (("prefix/checkpoints", 10), ("checkpoints", 33), ("checkpoints", 40)):
-        process = executors.start(run)
+        process = RunProcess(run)
         until(lambda: process.poll() is not None or (run.path / folder / f"step-{step:08d}").exists())  # noqa: B023
         process.kill()
         process.wait()

@@ -12,9 +12,11 @@ import pytest
 from moelab.engine.launch import postmortem
 from moelab.runs import executors
 from moelab.runs.execute import execute
-from moelab.runs.store import RunStore, Status
+from moelab.runs.states import Status
+from moelab.runs.store import RunStore
+from tests.runs.conftest import stand_in
 
-RUNS = "import sys, os; from pathlib import Path; from moelab.runs.store import Run, Status; run = Run(None, Path(sys.argv[1]));"
+RUNS = "import sys, os; from pathlib import Path; from moelab.runs.store import Run; from moelab.runs.states import Status; run = Run(None, Path(sys.argv[1]));"
 TRAINS = RUNS + "run.set_status(Status('running', 7, 24));"
 KILLED, ERROR = "import os; os.kill(os.getpid(), 9)", "raise RuntimeError('no such thing')"
 
@@ -43,13 +45,9 @@ def test_a_process_that_ends_without_a_word_is_said_how(
     if earlier:
         run.set_status(Status("failed", reason=earlier))
 
-    def start(run):
-        with open(run.path / "log.txt", "ab") as log:
-            return subprocess.Popen([sys.executable, "-c", code, str(run.path)], stderr=log)
-
     counted = iter((3, 3 + oom_kills))
     monkeypatch.setattr(postmortem, "oom_kills", lambda: next(counted))
-    monkeypatch.setattr(executors, "start", start)
+    monkeypatch.setattr(executors, "RunProcess", lambda run: stand_in(run, code))
     executors.processes([run], 1, poll_s=0.01)
     assert (run.status.state, run.status.reason) == (state, reason)
     assert run.status.step == (7 if code.startswith(TRAINS) else 0)

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from moelab.runs.progress import Estimate, Snapshot, table
-from moelab.runs.store import RunStore, Status
+from moelab.runs.states import Status
+from moelab.runs.store import RunStore
 
 
 @pytest.fixture

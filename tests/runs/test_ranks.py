@@ -11,16 +11,18 @@ import pytest
 
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.launch.launcher import RankFailed
+from moelab.engine.launch.postmortem import End
 from moelab.lab import Lab
 from moelab.runs import branching, executors, supervisor
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
-from moelab.runs.executors import start
-from moelab.runs.store import Run, RunStore, Status
+from moelab.runs.states import Status
+from moelab.runs.store import Run, RunStore
+from moelab.runs.supervisor import RunProcess as start
 from moelab.runs.supervisor import supervise
 from moelab.slurm import attempt
 from tests.conftest import until
-from tests.runs.conftest import wait_for_step
+from tests.runs.conftest import stand_in, wait_for_step
 
 # What is imported in every process of a test before its own program: `train` replaced, as Python's start-up hook allows.
 STAND_IN = '''
@@ -116,7 +118,9 @@ def test_rank_0_is_believed_where_no_log_names_an_error(run, monkeypatch, said, 
     def launch(*_, **__):
         if said:
             run.set_status(Status("failed", step=3, reason=said))
-        raise RankFailed(0, 2, "node1", how, run.path / "logs" / "rank-00000.txt", "")
+        end = End.of(1, how.removeprefix("failed with ").removesuffix(" (exit code 1)") if "Error" in how else "")
+        assert end.how == how
+        raise RankFailed(0, 2, "node1", end, run.path / "logs" / "rank-00000.txt", "")
 
     monkeypatch.setattr(supervisor, "launch", launch)
     with pytest.raises(RankFailed) as caught:
@@ -204,9 +208,9 @@ def test_ranks_count_as_workers(spec, monkeypatch):
 
     def started(run):
         seen.append(run.spec.parallel.ranks)
-        return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(0.3)"])
+        return stand_in(run, "import time; time.sleep(0.3)", "-S")
 
-    monkeypatch.setattr(executors, "start", started)
+    monkeypatch.setattr(executors, "RunProcess", started)
     specs = [
         replace(spec, train=replace(spec.train, seed=s), parallel=ParallelConfig(data=n))
         for s, n in enumerate((2, 1, 1, 2))
@@ -230,7 +234,7 @@ def test_a_branch_waits_for_its_trunk_or_the_checkpoint_alone(spec, monkeypatch,
     trunk = replace(spec, train=train, parallel=ParallelConfig())
     (branch,) = branching.token_budgets(trunk, [6 * 1024])
     other = replace(trunk, train=replace(train, seed=1, tokens=48 * 1024))
-    going: dict[str, subprocess.Popen] = {}
+    going: dict[str, start] = {}
 
     def started(run):
         if run.spec.id == trunk.id:  # the checkpoints before and, if `kept`, at the branch point
@@ -241,10 +245,10 @@ def test_a_branch_waits_for_its_trunk_or_the_checkpoint_alone(spec, monkeypatch,
             for process in going.values():
                 process.kill()
         sleep = 600 if run.spec.id == other.id or (kept and run.spec.id == trunk.id) else 0
-        going[run.spec.id] = subprocess.Popen([sys.executable, "-S", "-c", f"import time; time.sleep({sleep})"])
+        going[run.spec.id] = stand_in(run, f"import time; time.sleep({sleep})", "-S")
         return going[run.spec.id]
 
-    monkeypatch.setattr(executors, "start", started)
+    monkeypatch.setattr(executors, "RunProcess", started)
     executors.processes([RunStore().run(s) for s in (branch, trunk, other)], 3 if kept else 2, poll_s=0.05)
     assert list(going) == [trunk.id, other.id, branch.id]
 
@@ -258,9 +262,9 @@ def test_a_batch_that_is_stopped_early_has_whole_seeds(spec, monkeypatch):
 
     def started(run):
         begun.append((run.spec.train.seed, run.spec.train.tokens))
-        return subprocess.Popen([sys.executable, "-S", "-c", ""])
+        return stand_in(run, "", "-S")
 
-    monkeypatch.setattr(executors, "start", started)
+    monkeypatch.setattr(executors, "RunProcess", started)
     executors.processes(runs, 1, poll_s=0.02)
     assert begun == [(0, 2048), (0, 1024), (1, 2048), (1, 1024)]
 
@@ -272,20 +276,20 @@ def test_an_interrupt_gives_processes_the_time_to_stop_that_is_set(run, tmp_path
     slow = (
         "import signal, sys, time; from pathlib import Path\n"
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(3), sys.exit(75)))\n"
-        "Path(sys.argv[1]).touch()\n"
+        "Path(sys.argv[1], 'ready').touch()\n"
         "time.sleep(600)"
     )
-    ready, started = tmp_path / "ready", []
+    ready, started = run.path / "ready", []
 
     def begin(run):
-        started.append(subprocess.Popen([sys.executable, "-S", "-c", slow, str(ready)]))
+        started.append(stand_in(run, slow, "-S"))
         return started[-1]
 
     def interrupt():
         if ready.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(executors, "start", begin)
+    monkeypatch.setattr(executors, "RunProcess", begin)
     monkeypatch.setattr(executors, "_MARGIN_S", 0.0)
     monkeypatch.setenv("MOELAB_STOP_S", limit)
     with pytest.raises(KeyboardInterrupt):

@@ -20,7 +20,8 @@ from moelab.experiments import pr_moe
 from moelab.files import write_json
 from moelab.runs import dry_run, preflight, records
 from moelab.runs.collection import Runs
-from moelab.runs.store import RunStore, Status
+from moelab.runs.states import Status
+from moelab.runs.store import RunStore
 from tests.runs.conftest import record
 
 

@@ -17,12 +17,13 @@ from moelab.lab import Lab
 from moelab.runs import dry_run, executors, preflight
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
-from moelab.runs.executors import start
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore, Status
+from moelab.runs.states import Status
+from moelab.runs.store import Run, RunStore
+from moelab.runs.supervisor import RunProcess as start
 from moelab.training.metrics import TRAIN, read_rows
 from tests.conftest import until
-from tests.runs.conftest import wait_for_step
+from tests.runs.conftest import stand_in, wait_for_step
 
 
 @pytest.fixture
@@ -123,9 +124,9 @@ def test_a_run_whose_process_cannot_be_started_takes_no_other_with_it(tiny_spec,
         begun.append(run.spec.train.seed)
         if begun == [0]:
             raise PermissionError(13, "Permission denied", str(run.path / "log.txt"))
-        return subprocess.Popen([sys.executable, "-S", "-c", ""])
+        return stand_in(run, "", "-S")
 
-    monkeypatch.setattr(executors, "start", started)
+    monkeypatch.setattr(executors, "RunProcess", started)
     executors.processes(runs, 1, poll_s=0.02)
     assert begun == [0, 1] and runs[0].status.state == "failed"
     assert runs[0].status.reason == f"[Errno 13] Permission denied: '{runs[0].path / 'log.txt'}'"
@@ -225,8 +226,8 @@ def test_a_worker_goes_when_its_parent_dies(tiny_spec):
     run = RunStore().run(replace(tiny_spec, train=replace(tiny_spec.train, tokens=20_000 * 128)))
     code = """
 import sys, time
-from moelab.runs import executors, store
-executors.start(store.RunStore().at(sys.argv[1]))
+from moelab.runs import store, supervisor
+supervisor.RunProcess(store.RunStore().at(sys.argv[1]))
 time.sleep(300)"""
     parent = subprocess.Popen([sys.executable, "-c", code, run.path.name])
     wait_for_step(run, 3)

@@ -1,12 +1,15 @@
 """Check what is decided after an attempt to run a job."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from moelab.engine.launch.launcher import RankFailed
-from moelab.runs.store import RunStore, Status
+from moelab.engine.launch.postmortem import End
+from moelab.runs.states import Status
+from moelab.runs.store import RunStore
 from moelab.slurm import attempt, queue
 from moelab.slurm.attempt import Attempt, Limits
 
@@ -58,7 +61,7 @@ def test_a_run_that_is_told_to_stop_before_it_gets_on_is_given_up_with_the_reaso
 def test_the_same_failure_on_another_node_is_the_same(tiny_spec):
     run = RunStore().run(tiny_spec)
     for node, again in (("node1", True), ("node2", False)):
-        kind, reason, where = attempt.judge(_death("failed with ValueError: x (exit code 1)", node), run)
+        kind, reason, where = attempt.judge(_death(1, "ValueError: x", node), run)
         assert (kind, where) == ("failed", node)
         assert attempt.record(run, "7", 0, kind, reason, where, Limits(3, 10)) is again
 
@@ -69,11 +72,12 @@ def test_a_broken_gpu_is_its_nodes_fault(tiny_spec):
         "ValueError: train: device is cuda, but no CUDA device is available",
         "CUDA error: uncorrectable ECC error",
     ):
-        assert attempt.judge(_death(f"failed with {said} (exit code 1)", "gpu07"), run)[::2] == ("killed", "gpu07")
+        assert attempt.judge(_death(1, said, "gpu07"), run)[::2] == ("killed", "gpu07")
 
 
-def _death(how: str, host: str = "node1") -> RankFailed:
-    return RankFailed(0, 1, host, how, Path("rank-00000.txt"), "")
+def _death(code: int | None, said: str = "", host: str = "node1") -> RankFailed:
+    end = End(None, said) if code is None else End.of(code, said)
+    return RankFailed(0, 1, host, end, Path("rank-00000.txt"), "")
 
 
 def test_the_reason_stays_with_the_run(tiny_spec, capsys):
@@ -84,17 +88,17 @@ def test_the_reason_stays_with_the_run(tiny_spec, capsys):
 
     failed = Status("failed", step=3, steps=24, reason="loss is nan at step 4")
     run.set_status(failed)
-    assert record(_death("failed with FloatingPointError (exit code 1)"), "7", 0)
+    assert record(_death(1, "FloatingPointError"), "7", 0)
     assert run.status.state == "stopped" and run.status.reason == "loss is nan at step 4; tried again"
     run.set_status(failed)
-    assert not record(_death("failed with FloatingPointError (exit code 1)"), "7", 1)
+    assert not record(_death(1, "FloatingPointError"), "7", 1)
     assert run.status.reason == "failed twice the same way: loss is nan at step 4" and run.status.step == 3
-    assert record(_death("was killed by SIGKILL", "node3"), "8", 0), "another job"
+    assert record(_death(-signal.SIGKILL, host="node3"), "8", 0), "another job"
     last = attempt.history(run)[-1]
     assert last.reason == "rank 0 of 1 on node3 was killed by SIGKILL (out of memory?)" and last.node == "node3"
-    assert record(_death("hangs: no sign of life for 300 s; it stands at a.py:3 in f"), "9", 0)
+    assert record(_death(None, "hangs: no sign of life for 300 s; it stands at a.py:3 in f"), "9", 0)
     assert attempt.history(run)[-1].kind == "killed"
-    assert record(_death("was killed by SIGUSR1"), "8", 1)
+    assert record(_death(-signal.SIGUSR1), "8", 1)
     assert attempt.history(run)[-1].kind == "stopped", "told to stop before it could listen"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +14,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import submitit
+from submitit.core.utils import FailedJobError
 from typer.testing import CliRunner
 
 from moelab import paths
 from moelab.cli import app
+from moelab.engine.launch.child import Child
 from moelab.files import read_json
 from moelab.lab import Lab
 from moelab.runs import branching
@@ -53,7 +56,7 @@ def test_jobs_are_submitits_but_for_the_truth_of_the_run(lab, tiny_spec, monkeyp
     bad = replace(tiny_spec, data=replace(tiny_spec.data, corpus="folder:/nowhere/at/all"))
     jobs = lab.submit([tiny_spec, bad], cluster="local")
     good, failed = jobs
-    assert isinstance(good, submitit.Job) and good.job_id.startswith("local-") and not good.done()
+    assert good.job_id.startswith("local-") and not good.done()
     assert psutil.Process(int(good.job_id.removeprefix("local-"))).environ()["PYTHONPATH"].endswith(f":{own}")
     assert lab.submit([tiny_spec], cluster="local")[0].job_id == good.job_id, "nothing is queued twice"
     jobs.wait()
@@ -61,7 +64,7 @@ def test_jobs_are_submitits_but_for_the_truth_of_the_run(lab, tiny_spec, monkeyp
     assert good.result() == read_json(good.run.path / "result.json") and "step 24 of 24" in good.stdout()
     assert failed.done() and failed.state == "failed" and "/nowhere/at/all" in str(failed.exception())
     assert [a.kind for a in attempt.history(failed.run)] == ["failed", "failed"]
-    with pytest.raises(submitit.core.utils.FailedJobError, match="failed twice the same way"):
+    with pytest.raises(FailedJobError, match="failed twice the same way"):
         failed.result()
     assert list(jobs.frame()["state"]) == ["finished", "failed"]
     # What submitit pickled says nothing about a run: without it all stays as it is.
@@ -146,8 +149,12 @@ def test_a_run_waits_for_those_that_it_requires_and_for_no_other(lab, tiny_spec,
 
 def test_a_local_job_that_is_cancelled_begins_no_further_notebook(lab, tmp_path, monkeypatch):
     begun = []
-    monkeypatch.setattr(callables, "notebook", lambda command, folder, part, **_: begun.append(part))
-    monkeypatch.setattr(callables, "wait_for", lambda *_: 1)
+
+    def notebook(command, folder, part, log):
+        begun.append(part)
+        return Child([sys.executable, "-S", "-c", "raise SystemExit(1)"], log)
+
+    monkeypatch.setattr(callables, "notebook", notebook)
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
     monkeypatch.setattr(callables, "begin", lambda: lambda: bool(begun))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the job sets

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from moelab.cli import app
 from moelab.files import read_json, write_json
 from moelab.report.sweep import Sweep
-from moelab.runs.store import RunStore, Status
+from moelab.runs.states import Status
+from moelab.runs.store import RunStore
 from moelab.slurm import attempt, notebook_job, profiles, queue, snapshot, status, submit
 from moelab.slurm.attempt import Limits
 from moelab.slurm.jobs import Jobs

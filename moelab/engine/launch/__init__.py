@@ -1,6 +1,7 @@
 """Start P ranks, watch them, and end them together.
 
     launcher     `launch`: starts the ranks, watches them, reports the one that failed
+    child        a process that this one starts: its log, how it is stopped, how its end is told
     ranks        ranks as the launcher handles them: local processes, or tasks of srun
     process      what a rank itself calls: find its place, join the process group, give signs of life
     rendezvous   how ranks find each other: the store that rank 0 serves

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Literal, Self
 
 from moelab.engine.launch import postmortem, process
+from moelab.engine.launch.postmortem import End, Log
 from moelab.engine.launch.process import FINISHED, STOPPED, rank_name
-from moelab.engine.launch.ranks import LocalRanks, SlurmRanks, in_allocation
+from moelab.engine.launch.ranks import LocalRanks, Ranks, SlurmRanks, in_allocation
 from moelab.environment import COLLECTIVE_S, DEATH_S, HANG_S, STOP_S
 
-Ranks = LocalRanks | SlurmRanks
 _POLL_S = 0.1
 _RENEW_S = 5.0
 """How often the watch renews its folder's time stamp; much shorter than the age at which a run's sweep removes it."""
@@ -88,19 +88,14 @@ class RankFailed(RuntimeError):
 
     Attributes:
         rank, host: the failed rank and its host.
-        how: how it ended, one line.
+        end: how it ended.
         log: its log file.
         tail: the last lines of the log.
     """
 
-    def __init__(self, rank: int, ranks: int, host: str, how: str, log: Path, tail: str) -> None:
-        super().__init__(f"rank {rank} of {ranks} on {host} {how}")
-        self.rank, self.host, self.how, self.log, self.tail = rank, host, how, log, tail
-
-    @property
-    def unexplained(self) -> bool:
-        """Whether the rank ended by itself and its log names no error; an exception may have any name."""
-        return self.how.startswith("ended with ")
+    def __init__(self, rank: int, ranks: int, host: str, end: End, log: Path, tail: str) -> None:
+        super().__init__(f"rank {rank} of {ranks} on {host} {end.how}")
+        self.rank, self.host, self.end, self.log, self.tail = rank, host, end, log, tail
 
 
 def launch(
@@ -148,12 +143,11 @@ def launch(
     session = Path(tempfile.mkdtemp(prefix=".session-" if slurm else "moelab-ranks-", dir=logs if slurm else None))
     started: Ranks | None = None
     try:
-        starts = [postmortem.size(_log(logs, rank)) for rank in range(ranks)]
         if slurm:
             started = SlurmRanks([*srun, *command], ranks, logs, session, environment, per_node)
         else:
             started = LocalRanks(command, ranks, logs, session, environment)
-        watch = _Watch(started, ranks, limits, logs, starts, session)
+        watch = _Watch(started, limits, session)
         try:
             return watch.run(should_stop, tick)
         except RankFailed:
@@ -168,16 +162,12 @@ def launch(
 
 
 class _Watch:
-    def __init__(
-        self, started: Ranks, ranks: int, limits: Limits, logs: Path, starts: Sequence[int], session: Path
-    ) -> None:
-        self.started, self.ranks, self.limits = started, ranks, limits
-        self.logs, self.starts, self.session = logs, starts, session
+    def __init__(self, started: Ranks, limits: Limits, session: Path) -> None:
+        self.started, self.limits, self.session = started, limits, session
         self.asked = False
         self.first_stopped: float | None = None
         self.order: list[int] = []  # ranks in the order of their failures
         self.beats: dict[int, tuple[int, float]] = {}  # rank -> time stamp of its file, and when it was seen to change
-        self.oom_kills = postmortem.oom_kills()
         self.clock = ActiveClock()
         self._looked = self._renewed = 0.0
 
@@ -197,10 +187,10 @@ class _Watch:
                     # A rank was asked before it could handle that, so no rank has come further than meeting the others.
                     self.started.end(0.0)
                     return STOPPED
-                raise self._failure(codes.index(None), f"did not stop within {self.limits.stop_s:g} s of the others")
+                late = f"did not stop within {self.limits.stop_s:g} s of the others"
+                raise self._failure(codes.index(None), End(STOPPED, late, late))
             if time.monotonic() - self._looked > 0.5:
                 self._looked = time.monotonic()
-                self.started.watch_memory()
                 if hanging := self._hanging(codes):
                     # The rank that hangs may have given its last sign a moment later than those that wait for it.
                     others = [rank for rank, code in enumerate(codes) if code is None and rank not in hanging]
@@ -235,7 +225,7 @@ class _Watch:
     def _ask(self) -> None:
         if not self.asked:
             self.asked = True
-            self.started.ask_to_stop()
+            self.started.signal(self.started.stop_signal)
 
     @property
     def _by_request(self) -> tuple[int, ...]:
@@ -286,35 +276,26 @@ class _Watch:
             time.sleep(_POLL_S)
             codes = self.started.codes()
         self._failed(codes)
-        errors = {rank: postmortem.last_error(self._new_log(rank)) for rank in self.order}
-        # Threads of the process group may still abort a rank that has raised; the exception is what counts.
-        killed = [r for r in self.order if (codes[r] or 0) < 0 and (codes[r] == -signal.SIGKILL or not errors[r])]
-        cut_off = [rank for rank in self.order if rank not in killed and postmortem.lost_connection(errors[rank])]
-        causes = [rank for rank in self.order if rank not in killed and rank not in cut_off]
+        ends = {rank: self.started.told_end(rank, code) for rank in self.order if (code := codes[rank]) is not None}
+        killed = [rank for rank, end in ends.items() if end.killed]
+        cut_off = [rank for rank, end in ends.items() if postmortem.lost_connection(end.error)]
+        causes = [rank for rank in ends if rank not in killed and rank not in cut_off]
         silent = [rank for rank, code in enumerate(codes) if code is None]
         if not killed and not causes and silent:
-            return self._hung(silent, f"hangs: rank {cut_off[0]} waited for it ({errors[cut_off[0]]})", deadline)
+            why = f"hangs: rank {cut_off[0]} waited for it ({ends[cut_off[0]].error})"
+            return self._hung(silent, why, deadline)
         rank = (killed or causes or cut_off)[0]
-        code = codes[rank]
-        assert code is not None
-        if complaint := self.started.complaint():
-            how = f"was not started: {complaint}"
-        elif rank in killed:
-            oom = postmortem.oom_kills() > self.oom_kills
-            how = postmortem.death_by_signal(-code, rank, self.started.memory(), oom)
-        else:
-            how = postmortem.death_by_exit(code, errors[rank])
-        return self._failure(rank, how, deadline)
+        return self._failure(rank, ends[rank], deadline)
 
     def _hung(self, late: Sequence[int], how: str, deadline: float | None = None) -> RankFailed:
         """End all ranks and return the failure of the late rank that hangs; stacks show which only wait for it."""
         deadline = deadline or time.monotonic() + self.limits.death_s
-        marks = {rank: postmortem.size(_log(self.logs, rank)) for rank in late}
-        halted = [rank for rank in late if self.started.stopped_by_signal(rank)]
+        dumps = {rank: Log(self.started.logs[rank].path) for rank in late}
+        halted = [rank for rank in late if self.started.halted(rank)]
         if not halted:
             self.started.signal(signal.SIGUSR2)
-            self._await_stacks(marks)
-        stacks = {rank: postmortem.stacks(postmortem.read_log(_log(self.logs, rank), marks[rank])) for rank in late}
+            self._await_stacks(list(dumps.values()))
+        stacks = {rank: postmortem.stacks(dump.text) for rank, dump in dumps.items()}
         culprits = halted or [r for r in late if not postmortem.in_collective(stacks[r])] or list(late)
         rank = culprits[0]
         if rank in halted:
@@ -325,33 +306,26 @@ class _Watch:
             how += f"; {_list(waiting)} {'wait' if len(waiting) > 1 else 'waits'} for others"
         if len(culprits) > 1:
             how += f"; {_list(culprits[1:])} too"
-        return self._failure(rank, how, deadline)
+        return self._failure(rank, End(None, how), deadline)
 
-    def _await_stacks(self, marks: Mapping[int, int]) -> None:
+    def _await_stacks(self, dumps: Sequence[Log]) -> None:
         """Wait until all ranks have written their stacks, for at most half of `death_s`."""
         deadline = time.monotonic() + self.limits.death_s / 2
         before: list[int] = []
         while time.monotonic() < deadline:
             time.sleep(0.25)
-            sizes = [postmortem.size(_log(self.logs, rank)) for rank in marks]
-            if sizes == before and all(size > mark for size, mark in zip(sizes, marks.values(), strict=True)):
+            sizes = [dump.grown for dump in dumps]
+            if sizes == before and all(sizes):
                 return
             before = sizes
 
-    def _failure(self, rank: int, how: str, deadline: float | None = None) -> RankFailed:
+    def _failure(self, rank: int, end: End, deadline: float | None = None) -> RankFailed:
         """End all ranks and return the failure of one of them."""
-        log = _log(self.logs, rank)
+        log = self.started.logs[rank]
         host = self.started.host(rank)
-        tail = "\n".join(self._new_log(rank).splitlines()[-20:])
+        tail = "\n".join(log.text.splitlines()[-20:])
         self.started.end(max(0.1, (deadline or time.monotonic() + self.limits.death_s) - time.monotonic()))
-        return RankFailed(rank, self.ranks, host, how, log, tail)
-
-    def _new_log(self, rank: int) -> str:
-        return postmortem.read_log(_log(self.logs, rank), self.starts[rank])
-
-
-def _log(logs: Path, rank: int) -> Path:
-    return logs / f"{rank_name(rank)}.txt"
+        return RankFailed(rank, len(self.started.logs), host, end, log.path, tail)
 
 
 def _list(ranks: Sequence[int]) -> str:

@@ -7,7 +7,9 @@ import linecache
 import re
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 # torch puts "[rank1]: " before the lines of an exception that nobody caught.
 _ERROR = re.compile(
@@ -31,19 +33,39 @@ _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function
 Stack = list[tuple[str, int, str]]  # file, line, function; innermost first
 
 
-def size(path: Path) -> int:
-    """Return the bytes of a log; 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
+class Log:
+    """A log to which processes append; what it has when this object is made does not count.
 
+    Attributes:
+        path: the file, which may not exist yet.
+    """
 
-def read_log(path: Path, start: int) -> str:
-    """Return a log from byte `start` on, at most its last 64,000 bytes."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(start, size(path) - 64_000))
-            return re.sub(r"\r", "\n", file.read().decode(errors="replace"))
-    except FileNotFoundError:
-        return ""
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._start = self._size()
+
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    @property
+    def grown(self) -> int:
+        """Bytes that were appended."""
+        return self._size() - self._start
+
+    @property
+    def text(self) -> str:
+        """What was appended, at most the last 64,000 bytes."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(max(self._start, self._size() - 64_000))
+                return re.sub(r"\r", "\n", file.read().decode(errors="replace"))
+        except FileNotFoundError:
+            return ""
+
+    @property
+    def error(self) -> str:
+        """The last error in it, see `last_error`."""
+        return last_error(self.text)
 
 
 def last_error(log: str) -> str:
@@ -59,56 +81,59 @@ def lost_connection(error: str) -> bool:
     return bool(_LOST.search(error))
 
 
-def death_by_exit(code: int, error: str) -> str:
-    """Describe in one line how a rank ended by itself; `code` is negative if a signal ended it."""
-    ending = f"exit code {code}" if code >= 0 else f"then {_signal(-code)}"
-    memory = "ran out of memory: " if _MEMORY.search(error) else "failed with "
-    return f"{memory}{error} ({ending})" if error else f"ended with {ending}"
+@dataclass(frozen=True)
+class End:
+    """How a process that did not end well ended.
 
-
-def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: bool) -> str:
-    """Describe in one line how a signal ended a rank.
-
-    Args:
-        number: the signal.
-        memory: last seen resident bytes of each rank.
-        oom_kill: whether the kernel has counted a kill for lack of memory since the ranks were started.
+    Attributes:
+        code: exit code, negative for the signal that ended it; None: it hung.
+        how: one line that goes on after the name of the process: "was killed by SIGKILL".
+        error: the error that its log names; empty without one.
     """
-    how = f"was killed by {_signal(number)}"
-    limit = memory_limit()
-    seen = f"last seen with {_GiB(memory[rank])} of {_GiB(limit)}" if memory[rank] else ""
-    if number != signal.SIGKILL:
-        return how
-    if oom_kill:
-        return f"{how}, out of memory: the kernel counted a kill" + (f" ({seen})" if seen else "")
-    if limit and (memory[rank] > limit / 2 or sum(memory) > 0.8 * limit):
-        return f"{how}, likely out of memory ({seen + ', ' if seen else ''}{_GiB(sum(memory))} all ranks together)"
-    return how + (f" ({seen})" if seen else "")
+
+    code: int | None
+    how: str
+    error: str = ""
+
+    @classmethod
+    def of(cls, code: int, error: str, oom_kill: bool = False) -> Self:
+        """Describe the end of a process.
+
+        Threads of a process group may still abort a rank that has raised an exception; the exception is what counts.
+
+        Args:
+            error: the last one in its log.
+            oom_kill: whether the kernel has counted a kill for lack of memory since the process was started.
+        """
+        if code < 0 and (code == -signal.SIGKILL or not error):
+            memory = ", out of memory: the kernel counted a kill" if oom_kill and code == -signal.SIGKILL else ""
+            return cls(code, f"was killed by {_signal(-code)}{memory}")
+        ending = f"exit code {code}" if code >= 0 else f"then {_signal(-code)}"
+        known = "ran out of memory: " if _MEMORY.search(error) else "failed with "
+        return cls(code, f"{known}{error} ({ending})" if error else f"ended with {ending}", error)
+
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended it, or it hung: nothing that the process itself has done."""
+        return self.code is None or (self.code < 0 and not self.error)
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether it ended by itself and its log names no error; an exception may have any name."""
+        return not self.killed and not self.error
 
 
 def oom_kills() -> int:
     """Return how many processes of this control group the kernel has killed so far for lack of memory.
 
-    It is 0 where the kernel does not count them.
+    It is the machine's count where the group has none, and 0 where the kernel does not count.
     """
-    for file, name in _control_files():
+    for file in (*_control_files(), Path("/proc/vmstat")):
         with contextlib.suppress(OSError, ValueError):
-            for line in (file / name).read_text().splitlines():
+            for line in file.read_text().splitlines():
                 if line.startswith("oom_kill "):
                     return int(line.split()[1])
     return 0
-
-
-def memory_limit() -> int:
-    """Return the bytes that this process's control group may use, at most the machine's memory."""
-    import psutil
-
-    limit = psutil.virtual_memory().total
-    for folder, _ in _control_files():
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with contextlib.suppress(OSError, ValueError):
-                limit = min(limit, int((folder / name).read_text()))
-    return limit
 
 
 def stacks(dump: str) -> list[Stack]:
@@ -145,20 +170,20 @@ def _waits(stack: Stack) -> bool:
     return inside or _FETCHES.search(linecache.getline(file, line)) is not None
 
 
-def _control_files() -> list[tuple[Path, str]]:
-    """Return (folder, file that counts kills) of this process's control group: version 2, then version 1.
+def _control_files() -> list[Path]:
+    """Return the files that count kills in this process's control group: version 2, then version 1.
 
     In a container it is the root group.
     """
-    root, files = Path("/sys/fs/cgroup"), []
+    root, files = Path("/sys/fs/cgroup"), list[Path]()
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)
             if not kinds:
-                files += [(root / path.lstrip("/"), "memory.events"), (root, "memory.events")]
+                files += [root / path.lstrip("/") / "memory.events", root / "memory.events"]
             elif "memory" in kinds.split(","):
-                folder = root / "memory"
-                files += [(folder / path.lstrip("/"), "memory.oom_control"), (folder, "memory.oom_control")]
+                below = root / "memory"
+                files += [below / path.lstrip("/") / "memory.oom_control", below / "memory.oom_control"]
     return files
 
 
@@ -167,7 +192,3 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _GiB(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

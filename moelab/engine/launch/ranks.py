@@ -3,115 +3,96 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moelab.engine.launch import process
+from moelab.engine.launch import child
+from moelab.engine.launch.child import Child
+from moelab.engine.launch.postmortem import End, Log, oom_kills
 from moelab.engine.launch.process import rank_name
 from moelab.environment import HEARTBEAT, LAUNCHER, RENDEZVOUS
 
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
+class Ranks:
+    """What both kinds of ranks share: processes that this one has started, one for each rank or srun alone.
 
-class LocalRanks:
-    """P processes of this machine, each a session of its own, with the variables that torchrun would set."""
+    Attributes:
+        logs: the log of each rank.
+        children: the processes.
+        stop_signal: the signal that asks ranks to write a checkpoint and end.
+    """
 
-    def __init__(
-        self, command: Sequence[str], ranks: int, logs: Path, session: Path, environment: Mapping[str, str]
-    ) -> None:
-        self._processes: list[subprocess.Popen] = []
-        self._memory = [0] * ranks
-        try:
-            for rank in range(ranks):
-                place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-                where: dict[str, object] = {RENDEZVOUS.name: session / "rendezvous.json", HEARTBEAT.name: session}
-                where[LAUNCHER.name] = os.getpid()
-                with open(logs / f"{rank_name(rank)}.txt", "ab") as log:
-                    self._processes.append(
-                        subprocess.Popen(
-                            command,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            stdin=subprocess.DEVNULL,
-                            start_new_session=True,
-                            preexec_fn=_die_with(os.getpid(), signal.SIGKILL),
-                            env={**environment, **{name: str(value) for name, value in {**place, **where}.items()}},
-                        )
-                    )
-        except BaseException:
-            self.end(0)
-            raise
+    stop_signal = signal.SIGTERM
+
+    def __init__(self, ranks: int, logs: Path) -> None:
+        self.logs = [Log(logs / f"{rank_name(rank)}.txt") for rank in range(ranks)]
+        self.children: list[Child] = []
+        self._oom_kills = oom_kills()
 
     def codes(self) -> list[int | None]:
         """Return the exit code of each rank, negative for a signal; None while it lives."""
-        return [p.poll() for p in self._processes]
+        return [child.poll() for child in self.children]
 
-    def complaint(self) -> str:
-        """Return why no rank was started at all; empty if they were started."""
-        return ""
+    def told_end(self, rank: int, code: int) -> End:
+        """Return how a rank ended."""
+        return End.of(code, self.logs[rank].error, oom_kills() > self._oom_kills)
 
     def host(self, rank: int) -> str:
         """Return the name of a rank's host."""
         return socket.gethostname()
 
-    def ask_to_stop(self) -> None:
-        """Ask all ranks to write a checkpoint and end."""
-        self.signal(signal.SIGTERM)
-
     def signal(self, number: int) -> None:
         """Send a signal to all ranks that live."""
-        for p in self._processes:
-            if p.poll() is None:
-                p.send_signal(number)
+        for one in self.children:
+            one.send_signal(number)
 
-    def watch_memory(self) -> None:
-        """Record the resident memory of each rank, to report it when a rank is killed."""
-        import psutil
+    def end(self, grace_s: float) -> None:
+        """End all ranks and their child processes: SIGTERM, and SIGKILL after at most `grace_s`."""
+        child.end(self.children, grace_s)
 
-        for rank, p in enumerate(self._processes):
-            with contextlib.suppress(psutil.Error):
-                self._memory[rank] = psutil.Process(p.pid).memory_info().rss or self._memory[rank]
+    def halted(self, rank: int) -> bool:
+        """Return whether a rank is known to live but to be halted (SIGSTOP, a debugger)."""
+        return False
 
-    def memory(self) -> list[int]:
-        """Return the last seen resident memory of each rank, in bytes."""
-        return list(self._memory)
 
-    def stopped_by_signal(self, rank: int) -> bool:
-        """Return whether a rank lives but is halted (SIGSTOP, a debugger)."""
+class LocalRanks(Ranks):
+    """P processes of this machine, with the variables that torchrun would set."""
+
+    def __init__(
+        self, command: Sequence[str], ranks: int, logs: Path, session: Path, environment: Mapping[str, str]
+    ) -> None:
+        super().__init__(ranks, logs)
+        where = {RENDEZVOUS.name: session / "rendezvous.json", HEARTBEAT.name: session, LAUNCHER.name: os.getpid()}
+        try:
+            for rank, log in enumerate(self.logs):
+                place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+                own = {name: str(value) for name, value in (where | place).items()}
+                self.children.append(Child(command, log.path, {**environment, **own}, dies_with_us=signal.SIGKILL))
+        except BaseException:
+            self.end(0)
+            raise
+
+    def halted(self, rank: int) -> bool:
+        """Return whether a rank lives but is halted."""
         import psutil
 
         try:
-            status = psutil.Process(self._processes[rank].pid).status()
+            status = psutil.Process(self.children[rank].pid).status()
             return status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         except psutil.Error:
             return False
 
-    def end(self, grace_s: float) -> None:
-        """End all ranks and their child processes: SIGTERM to their process groups, SIGKILL after at most `grace_s`."""
-        self._signal_groups(signal.SIGTERM)
-        _wait(self._processes, grace_s)
-        self._signal_groups(signal.SIGKILL)
-        _wait(self._processes, 10)
 
-    def _signal_groups(self, number: int) -> None:
-        for p in self._processes:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(p.pid, number)  # also reaches the children of a dead rank
-
-
-class SlurmRanks:
+class SlurmRanks(Ranks):
     """The tasks of one srun inside an allocation; Slurm kills all processes of an ended step, on all its nodes."""
 
+    stop_signal = signal.SIGUSR1  # at SIGTERM srun would end the step itself
     _ENDED = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[\d,\s-]+): (?P<how>.+)")
 
     def __init__(
@@ -123,7 +104,8 @@ class SlurmRanks:
         environment: Mapping[str, str],
         per_node: int,
     ) -> None:
-        self._ranks, self._srun_log, self._per_node = ranks, session / "srun.txt", per_node
+        super().__init__(ranks, logs)
+        self._srun_log, self._per_node = session / "srun.txt", per_node
         fewest = _fewest_tasks(environment.get("SLURM_TASKS_PER_NODE", ""), per_node)
         if ranks > per_node > fewest:
             # srun would silently fill the nodes unevenly, and groups that must stay in a node would not.
@@ -139,53 +121,51 @@ class SlurmRanks:
         cpus = environment.get("SLURM_CPUS_PER_TASK")
         # `process.find` does not take a step of one task for a rank, which would then give no signs of life.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if ranks == 1 else {}
-        with open(self._srun_log, "ab") as said:
-            self._srun = subprocess.Popen(
-                [
-                    "srun",
-                    f"--ntasks={ranks}",
-                    *layout,
-                    *([f"--cpus-per-task={cpus}"] if cpus else []),
-                    *(["--overlap"] if "SLURM_STEP_ID" in environment else []),
-                    "--distribution=block:block",  # a node's first ranks, and so its first GPUs, on its first socket
-                    "--export=ALL",  # a job that was submitted with --export=NONE would pass on no variable
-                    # The launcher decides when one rank's end ends all: a rank that stopped as asked has not failed.
-                    "--kill-on-bad-exit=0",
-                    "--wait=0",
-                    "--open-mode=append",
-                    f"--output={logs}/rank-%5t.txt",
-                    *command,
-                ],
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=_die_with(os.getpid(), signal.SIGTERM),  # srun then ends the step
-                env={
-                    **environment,
-                    **alone,
-                    RENDEZVOUS.name: str(session / "rendezvous.json"),
-                    HEARTBEAT.name: str(session),
-                },
-            )
+        options = [
+            f"--ntasks={ranks}",
+            *layout,
+            *([f"--cpus-per-task={cpus}"] if cpus else []),
+            *(["--overlap"] if "SLURM_STEP_ID" in environment else []),
+            "--distribution=block:block",  # a node's first ranks, and so its first GPUs, on its first socket
+            "--export=ALL",  # a job that was submitted with --export=NONE would pass on no variable
+            # The launcher decides when one rank's end ends all: a rank that stopped as asked has not failed.
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+            "--open-mode=append",
+            f"--output={logs}/rank-%5t.txt",
+        ]
+        where = {RENDEZVOUS.name: str(session / "rendezvous.json"), HEARTBEAT.name: str(session)}
+        # When this process dies, SIGTERM makes srun end the step.
+        self._srun = Child(
+            ["srun", *options, *command],
+            self._srun_log,
+            {**environment, **alone, **where},
+            dies_with_us=signal.SIGTERM,
+        )
+        self.children = [self._srun]
 
     def codes(self) -> list[int | None]:
-        """Return exit codes as `LocalRanks.codes` does.
+        """Return exit codes of ranks.
 
         srun reports failed tasks at once, and tasks that ended well when all have ended.
         """
         over = self._srun.poll()
-        codes: list[int | None] = [None if over is None else 0] * self._ranks
+        codes: list[int | None] = [None if over is None else 0] * len(self.logs)
         reported = False
         for match in self._ENDED.finditer(self._text()):
             for rank in _tasks(match["tasks"]):
                 codes[rank], reported = _code(match["how"]), True
         if over and not reported:  # srun itself failed
-            codes = [over] * self._ranks
+            codes = [over] * len(self.logs)
         return codes
 
-    def complaint(self) -> str:
-        """Return what `LocalRanks.complaint` does."""
+    def told_end(self, rank: int, code: int) -> End:
+        """Return how a rank ended, or why srun started none."""
+        if complaint := self._complaint():
+            return End(code, f"was not started: {complaint}", complaint)
+        return super().told_end(rank, code)
+
+    def _complaint(self) -> str:
         lines = [line.strip() for line in self._text().splitlines() if line.strip()]
         if not self._srun.poll() or any(self._ENDED.search(line) for line in lines):
             return ""
@@ -197,35 +177,6 @@ class SlurmRanks:
             if rank in _tasks(match["tasks"]):
                 return match["host"]
         return _host(rank, self._per_node) or os.environ.get("SLURM_JOB_NODELIST", "the allocation")
-
-    def ask_to_stop(self) -> None:
-        """Ask all ranks to write a checkpoint and end."""
-        self.signal(signal.SIGUSR1)  # SIGTERM would make srun end the step itself
-
-    def signal(self, number: int) -> None:
-        """Send a signal to srun, which sends it to the tasks."""
-        if self._srun.poll() is None:
-            self._srun.send_signal(number)
-
-    def watch_memory(self) -> None:
-        """Do nothing: Slurm itself reports that a task ran out of memory."""
-
-    def memory(self) -> list[int]:
-        """Return zeros: the memory of the tasks is not known."""
-        return [0] * self._ranks
-
-    def stopped_by_signal(self, rank: int) -> bool:
-        """Return False: the tasks' states are not known."""
-        return False
-
-    def end(self, grace_s: float) -> None:
-        """Send SIGTERM to srun, which ends the step and kills tasks that stay; send SIGKILL to srun if it stays."""
-        if self._srun.poll() is None:
-            self._srun.send_signal(signal.SIGTERM)
-            _wait([self._srun], grace_s)
-        if self._srun.poll() is None:
-            self._srun.kill()
-            _wait([self._srun], 10)
 
     def _text(self) -> str:
         """Return what srun has said; nothing when its file is gone, which ends no rank that lives."""
@@ -239,27 +190,6 @@ def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether ranks should be srun's tasks: whether this is a job of Slurm that has several nodes or tasks."""
     several = any(int(environment.get(name) or 1) > 1 for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS"))
     return "SLURM_JOB_ID" in environment and several and shutil.which("srun") is not None
-
-
-def _die_with(parent: int, number: int):
-    """Return a function that a child calls before its program starts.
-
-    It asks the kernel to send signal `number` when the parent dies (Linux).
-    """
-
-    def ask() -> None:
-        if _libc is not None:
-            _libc.prctl(_PR_SET_PDEATHSIG, int(number))
-            if os.getppid() != parent:  # the parent died before this call
-                os._exit(process.STOPPED)
-
-    return ask
-
-
-def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 def _host(rank: int, per_node: int) -> str:
