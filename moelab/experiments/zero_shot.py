@@ -205,20 +205,17 @@ def score_pairs(run: Run, count: int, version: int, on_progress: OnProgress) -> 
     Args:
         count: items of each kind.
         version: of items and scores; stored ones of another are not read back.
-        on_progress: called with (kind, sequences done, all sequences).
+        on_progress: called with (kind, continuations done, all continuations).
     """
     from moelab.bench.harness import torch_threads
-    from moelab.data.preparation import prepare
     from moelab.evaluation import likelihood
-    from moelab.inference.modes import set_mode
-    from moelab.inference.text import load_run
+    from moelab.evaluation.lm import RunLM
+    from moelab.evaluation.models import open_evaluated
 
-    spec, cache = run.spec, paths.home() / "data"
-    data = prepare(spec.data, cache)
-    with torch_threads(spec.train.threads):
-        model = set_mode(load_run(run.path, data=data, device=spec.train.device))
-        pairs = likelihood.pairs_of(spec.data, cache, count)
-        scores = likelihood.score(model, pairs, vocab_size=data.vocab_size, on_progress=on_progress)
+    cache, train = paths.home() / "data", run.spec.train
+    with torch_threads(train.threads):
+        lm = RunLM(open_evaluated(run.path, cache=cache, device=train.device), batch=64)
+        scores = likelihood.score(lm, likelihood.pairs_of(run.spec.data, cache, count), on_progress)
     return [asdict(s) for s in scores]
 
 
