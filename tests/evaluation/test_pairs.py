@@ -225,7 +225,7 @@ def test_counts_are_those_of_plain_counting(monkeypatch):
     train = draw.integers(0, 4, 3000).astype(np.uint16)
     monkeypatch.setattr(recall, "_CHUNK", 256)  # borders of pieces matter
     keys = np.unique(recall._hashes(train[:500], 3))
-    often, share, word = recall._followers(train, keys, 3)
+    often, share, word = recall._commonest(train, keys, 3)
     after = Counter(tuple(train[i : i + 4].tolist()) for i in range(len(train) - 3))
     for start in range(400):
         key = int(np.searchsorted(keys, recall._hashes(train[start : start + 4], 3)[0]))
