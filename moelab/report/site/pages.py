@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +167,8 @@ def _write_if_changed(path: Path, content: str | bytes) -> bool:
     return True
 
 
-def _write_result(result: Result, root: Path, unreadable: list[str], claims: Sequence[ClaimRow]) -> int:
-    """Write the page and the comparison data of a result; return how many files were written."""
+def _write_result(result: Result, root: Path, unreadable: list[str], claims: Sequence[ClaimRow]) -> bool:
+    """Write the page of a result unless it is current; return whether it wrote."""
     decided = {row.claim.id: row for row in claims if row.decides and row.result is result}
     rows = [
         replace(row, verdict=(last := decided.get(row.claim.id, row)).verdict, alone=last.alone)
@@ -193,42 +192,7 @@ def _write_result(result: Result, root: Path, unreadable: list[str], claims: Seq
         charts=charts(result),
         **_VIEW,
     )
-    data = f"moelab.add({json.dumps(_comparison(result, rows, tables))});\n"
-    return _write_if_changed(result.folder / "data.js", data) + _write_if_changed(result.folder / "index.html", html)
-
-
-def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, list]) -> dict[str, Any]:
-    """Return what compare.html shows of a result."""
-    return {
-        "path": result.path,
-        "title": result.title,
-        "facts": {
-            "experiment": result.experiment,
-            "scale": result.scale,
-            "finished": result.date,
-            "seeds": result.seeds,
-            "hardware": result.hardware,
-            "cost": result.cost,
-            "commits": ", ".join(dict.fromkeys(result.commits)),
-            **{f"parameter {k}": json.dumps(v) for k, v in result.summary.parameters.items()},
-        },
-        "claims": [
-            {
-                "id": row.claim.id,
-                "statement": row.claim.statement,
-                "where": row.claim.where,
-                "paper": row.paper,
-                "ours": template.quantity(row.ours, row.claim),
-                "interval": row.interval,
-                "verdict": row.key,
-                "sign": " ".join(sign(row.verdict)),
-            }
-            for row in rows
-        ],
-        "arms": result.arms,
-        "figures": [{"name": f.name, "title": f.title, **asdict(result.picture(f.name))} for f in result.figures],
-        "tables": {t.name: {"title": t.title, "rows": tables[t.name][:TABLE_ROWS]} for t in result.summary.tables},
-    }
+    return _write_if_changed(result.folder / "index.html", html)
 
 
 _VIEW = {

@@ -71,7 +71,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     def end_headers(self) -> None:
         """Say what a page may do, and that no other file does anything."""
         page = getattr(self, "path", "").partition("?")[0].endswith((".html", "/"))
-        self.send_header("Content-Security-Policy", POLICY if page else OF_FILES)
+        self.send_header("Content-Security-Policy", f"{POLICY}; frame-src 'self'" if page else OF_FILES)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Cache-Control", "no-cache")  # ask whether a page has changed
         super().end_headers()
