@@ -16,7 +16,7 @@ from moelab.design.verdicts import CANNOT_TELL, CANNOT_TEST, HOLDS
 from moelab.plotting import layout, svg
 from moelab.plotting.typography import typeset
 from moelab.report import ledger, site
-from moelab.report.site import claims, gallery, notebook, template
+from moelab.report.site import claims, front, notebook, template
 from moelab.report.site.results import read_results
 from moelab.simulate.public import measurements
 from tests.report.helpers import result
@@ -78,7 +78,7 @@ def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_cou
     rows = claims.all_claims(found, ledger.entries((r.path, r.summary) for r in found))
     deciding = [row for row in rows if row.decides]
     assert [row.claim.id for row in deciding] == [claim.id for claim in paper.claims()]
-    experiments = [chapter.about.name for chapter in gallery.chapters(found)]
+    experiments = [chapter.about.name for chapter in front.chapters(found)]
     assert tuple(experiments[:13]) == paper.experiments() and experiments[-1] == "mine"
     by_id = {row.claim.id: row for row in deciding}
     matches = by_id["pr-moe-matches-moe128"]
