@@ -160,7 +160,9 @@ def gate_reference(logits_SE, choice_SE, top_k, capacity, seed, normalize):
     ok_S = lse_S.isfinite()
 
     remaining_SE = remaining_SE.masked_fill(~ok_S[:, None], 0.0)  # so that the choices are 0..K-1
-    expert_E, experts, masks = torch.arange(E, device=device), [], []
+    expert_E = torch.arange(E, device=device)
+    experts: list[torch.Tensor] = []
+    masks: list[torch.Tensor] = []
     if top_k > 1:
         remaining_SE = remaining_SE.clamp(min=torch.finfo(logits_SE.dtype).min)  # -inf marks the chosen ones
     for k in range(top_k):

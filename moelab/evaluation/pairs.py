@@ -243,7 +243,7 @@ def _two_forms(
                 Pair(kind, p.domain, p.context, p.right, tokens[wrong] + p.right[len(tokens[wrong]) :])
                 for p, wrong in zip(couple, (other, one), strict=True)
             ]
-            couples.append((rank(kind, one, other, i), *pairs))
+            couples.append((rank(kind, one, other, i), pairs[0], pairs[1]))
     return _first(couples, count)
 
 
@@ -267,13 +267,13 @@ def _names(documents: Sequence[HeldOut], context: int, count: int) -> list[Pair]
                 continue
             others.remove(other)
             pairs = [Pair("names", a.domain, a.context, a.right, b.right) for a, b in ((other, place), (place, other))]
-            couples.append((rank(number, other.form, place.form, place.context), *pairs))
+            couples.append((rank(number, other.form, place.form, place.context), pairs[0], pairs[1]))
     return _first(couples, count)
 
 
 def _mixed(one: Place, other: Place) -> bool:
     """Return whether two names share no part, and both contexts have both names but none that mixes their parts."""
-    (begin, rest), (start, end) = (re.fullmatch(_NAME, place.form).groups() for place in (one, other))
+    ((begin, rest),), ((start, end),) = (re.findall(_NAME, place.form) for place in (one, other))
     texts, wrong = (one.text, other.text), (begin + end, start + rest)
     apart = begin != start and rest != end
     both = all(place.form in text for place in (one, other) for text in texts)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moelab import kernels
-from moelab.models.routing import Routing
+from moelab.kernels import Gate
 
 mask_gate = functools.partial(kernels.gate, backend="reference")
 """The gate by one-hot masks [S, E]: the kernels' reference, on any device."""
@@ -25,7 +25,7 @@ def _one_hot(index_S: Tensor, count: int) -> Tensor:
     return index_S[:, None] == torch.arange(count, dtype=index_S.dtype, device=index_S.device)
 
 
-def one_hot_masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def one_hot_masks(routing: Gate, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return (dispatch_SEC, combine_SEC), the masks of the slots that tokens occupy.
 
     dispatch_SEC is bool, True where a token occupies an expert's slot; combine_SEC is the weight of the slot's result,

@@ -113,7 +113,8 @@ def _start(
     root: Path, results: Sequence[Result], claims: Sequence[ClaimRow], chapters: Sequence[front.Chapter]
 ) -> tuple[dict[str, Any], int]:
     """Write the start page's figure and tables; return what the page shows, and how many files were written."""
-    shown, written = hero.write(results, root, claims)
+    shown, drawn = hero.write(results, root, claims)
+    written = int(drawn)
     rows, found = digest.digest(chapters, claims), answers(results, claims)
     cost = sentences.costs(strongest(results, "scaling"), strongest(results, "throughput"))
     tables = {digest.FILE: [vars(row) for row in rows], ANSWERS: [answer.row() for answer in found]}
