@@ -144,47 +144,55 @@ def _gate_cpp(logits_SE, choice_SE, top_k, capacity, seed, normalize, losses=Tru
 
 
 def gate_reference(logits_SE, choice_SE, top_k, capacity, seed, normalize):
-    """Compute the gate in plain, differentiable PyTorch: masks, sorts and cumulative sums, no tuning."""
+    """Compute the gate as the paper's PyTorch baseline does, by one-hot masks [S, E] (DeepSpeed up to 0.19).
+
+    Each choice is an argmax, random selection a top-k over tokens, and slots are cumulative sums. The host reads
+    nothing from the device. Differentiable; the losses are always computed.
+    """
     S, E = logits_SE.shape
-    K = top_k
+    device = logits_SE.device
     logits_SE = logits_SE.to(accumulate_dtype(logits_SE.dtype))
-    choice_SE = logits_SE.detach() if choice_SE is None else choice_SE.to(logits_SE.dtype)
+    probs_SE, lse_S = logits_SE.softmax(1), logits_SE.logsumexp(1)
+    remaining_SE = logits_SE.detach()
+    if choice_SE is not None:
+        remaining_SE = choice_SE.to(logits_SE.dtype)
+        lse_S = lse_S.masked_fill(remaining_SE.isnan().any(1), torch.nan)
+    ok_S = lse_S.isfinite()
 
-    lse_S = logits_SE.logsumexp(1)
-    ok_S = lse_S.isfinite() & ~choice_SE.isnan().any(1)
-    p_SE = logits_SE.softmax(1)
+    remaining_SE = remaining_SE.masked_fill(~ok_S[:, None], 0.0)  # so that the choices are 0..K-1
+    expert_E = torch.arange(E, device=device)
+    experts: list[torch.Tensor] = []
+    masks: list[torch.Tensor] = []
+    if top_k > 1:
+        remaining_SE = remaining_SE.clamp(min=torch.finfo(logits_SE.dtype).min)  # -inf marks the chosen ones
+    for k in range(top_k):
+        if k:
+            remaining_SE = remaining_SE.scatter(1, experts[-1][:, None], -torch.inf)
+        experts.append(remaining_SE.argmax(1))
+        mask_SE = (experts[-1][:, None] == expert_E) & ok_S[:, None]  # torch's one_hot may wait for the device
+        masks.append(mask_SE.long())
+    expert_SK = torch.stack(experts, 1)
+    chosen_NE = torch.cat(masks)  # N = K * S entries, k-major
+    load_E = chosen_NE.sum(0, dtype=torch.int32)
+    if seed is not None:
+        draw_N = priorities(seed, S, top_k, device).T.flatten()
+        # Of equal draws, which are rare, the lower token's comes first; it chooses an expert once at most.
+        rank_N = draw_N * S + torch.arange(S, 0, -1, device=device).repeat(top_k)
+        top_CE = (chosen_NE * rank_N[:, None]).topk(capacity, dim=0).indices
+        chosen_NE = chosen_NE * torch.zeros_like(chosen_NE).scatter_(0, top_CE, 1)
+    slot_N = (chosen_NE.cumsum(0) * chosen_NE).sum(1) - 1  # -1 for dropped entries
+    if capacity is not None and seed is None:
+        slot_N = torch.where(slot_N < capacity, slot_N, -1)
+    slot_SK = slot_N.view(top_k, S).T.contiguous()
+    kept_E = load_E if capacity is None else load_E.clamp(max=capacity)
 
-    expert_SK = choice_SE.sort(dim=1, descending=True, stable=True).indices[:, :K]
-    expert_SK = torch.where(ok_S[:, None], expert_SK, torch.arange(K, device=logits_SE.device))
-    chosen_SKE = torch.nn.functional.one_hot(expert_SK, E) * ok_S[:, None, None]
-    load_E = chosen_SKE.sum((0, 1))
-
-    kept_KSE = chosen_SKE.transpose(0, 1)  # k-major: the order in which entries are counted
-    limit = S * K if capacity is None else capacity
-    if seed is None:
-        before_KSE = (kept_KSE.reshape(K * S, E).cumsum(0)).view(K, S, E) - kept_KSE
-        kept_KSE = kept_KSE * (before_KSE < limit)
-    else:  # rank by priority, then token: the higher entries of the same expert are those counted before
-        draw_SK = priorities(seed, S, K, logits_SE.device)
-        order = draw_SK.flatten().sort(descending=True, stable=True).indices
-        sorted_NE = chosen_SKE.reshape(S * K, E)[order]
-        kept_NE = torch.zeros_like(sorted_NE)
-        kept_NE[order] = sorted_NE * (sorted_NE.cumsum(0) - sorted_NE < limit)
-        kept_KSE = kept_NE.view(S, K, E).transpose(0, 1)
-    kept_SK = kept_KSE.sum(2).T.bool()
-    slot_KS = ((kept_KSE.reshape(K * S, E).cumsum(0).view(K, S, E) - 1) * kept_KSE).sum(2)
-    slot_SK = torch.where(kept_SK, slot_KS.T, -1).contiguous()
-
-    weight_SK = torch.where(kept_SK, p_SE.gather(1, expert_SK), 0.0).contiguous()
+    weight_SK = torch.where(slot_SK >= 0, probs_SE.gather(1, expert_SK), 0.0)
     if normalize:
         weight_SK = weight_SK / weight_SK.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
     if S == 0:
-        zero = logits_SE.sum()
-        aux_loss, z_loss = zero, zero
+        aux_loss = z_loss = logits_SE.sum()
     else:
-        share_E = chosen_SKE[:, 0].sum(0).to(logits_SE.dtype) / S
-        poison = torch.where(ok_S.all(), 0.0, torch.nan).to(logits_SE.dtype)
-        aux_loss = E * (p_SE.mean(0) * share_E).sum() + poison
+        poison = 0.0 * lse_S.detach().mean()  # NaN if a token cannot be routed
+        aux_loss = E * (probs_SE.mean(0) * masks[0].to(logits_SE.dtype).mean(0)).sum() + poison
         z_loss = lse_S.square().mean() + poison
-    i32 = torch.int32
-    return expert_SK.to(i32), slot_SK.to(i32), weight_SK, load_E.to(i32), kept_KSE.sum((0, 1)).to(i32), aux_loss, z_loss
+    return expert_SK.int(), slot_SK.int(), weight_SK, load_E, kept_E, aux_loss, z_loss

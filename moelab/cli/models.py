@@ -127,8 +127,8 @@ def eval_(
 ) -> None:
     """Evaluate a model on zero-shot tasks (the paper's Table 2).
 
-    Prints accuracy, chance, bits per byte and margins; an interrupted evaluation continues. With --losses: what
-    rounding changes.
+    Prints accuracy, chance, bits per byte and margins; an interrupted evaluation continues with the task at which it
+    stopped. With --losses: what rounding changes.
     """
     check_device(device)
     check_dtypes([dtype])

@@ -23,7 +23,7 @@ import hashlib
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -166,33 +166,40 @@ def rank(*parts: object) -> bytes:
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
 
 
-def _verbs(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
-    forms = "|".join(itertools.chain(*VERBS))
-    pattern = re.compile(rf"(?<= )([a-z]{{4,}})( (?:{forms}))(?= [a-z])")
+def _places(
+    documents: Iterable[HeldOut], pattern: str, context: int, *, form: int = 0, part: int = 0
+) -> Iterator[tuple[re.Match[str], Place]]:
+    """Yield the places of a pattern in documents, each with its match.
+
+    Args:
+        form, part: groups of the pattern: what is asked for, and where it stands.
+    """
     for one in documents:
-        for found in pattern.finditer(one.text):
-            if not _NO_SUBJECT.fullmatch(found[1]) and (place := one.place(found[2].strip(), *found.span(2), context)):
-                yield place
+        for found in re.finditer(pattern, one.text):
+            if place := one.place(found[form], *found.span(part), context):
+                yield found, place
+
+
+def _verbs(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
+    pattern = rf"(?<= )([a-z]{{4,}})( ({'|'.join(itertools.chain(*VERBS))}))(?= [a-z])"
+    for found, place in _places(documents, pattern, context, form=3, part=2):
+        if not _NO_SUBJECT.fullmatch(found[1]):
+            yield place
 
 
 def _determiners(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
     plural = {form for _, form in DETERMINERS}
-    pattern = re.compile(rf" ({'|'.join(itertools.chain(*DETERMINERS))}) ([a-z]{{4,}})(?![\w'-])")
-    for one in documents:
-        for found in pattern.finditer(one.text):
-            noun, many = found[2], bool(_PLURAL.fullmatch(found[2]))
-            fits = many == (found[1] in plural) and not _NO_NOUN.fullmatch(noun) and (many or not noun.endswith("s"))
-            if fits and (place := one.place(found[1], *found.span(), context)):
-                yield place
+    pattern = rf" ({'|'.join(itertools.chain(*DETERMINERS))}) ([a-z]{{4,}})(?![\w'-])"
+    for found, place in _places(documents, pattern, context, form=1):
+        noun, many = found[2], bool(_PLURAL.fullmatch(found[2]))
+        if many == (found[1] in plural) and not _NO_NOUN.fullmatch(noun) and (many or not noun.endswith("s")):
+            yield place
 
 
 def _brackets(documents: Sequence[HeldOut], context: int) -> Iterator[Place]:
-    pattern = re.compile(r"(?<=\w)[)\]}](?=\s)")
-    for one in documents:
-        for found in pattern.finditer(one.text):
-            place = one.place(found[0], *found.span(), context)
-            if place and _opened(place.text, found[0]):
-                yield place
+    for found, place in _places(documents, r"(?<=\w)[)\]}](?=\s)", context):
+        if _opened(place.text, found[0]):
+            yield place
 
 
 def _opened(text: str, closing: str) -> bool:
@@ -237,10 +244,10 @@ def _two_forms(
                 for p, wrong in zip(couple, (other, one), strict=True)
             ]
             couples.append((rank(kind, one, other, i), pairs[0], pairs[1]))
-    return [pair for _, *couple in sorted(couples, key=lambda c: c[0])[: count // 2] for pair in couple]
+    return _first(couples, count)
 
 
-_NAME = re.compile(r"(?<!\w)([A-Za-z][A-Za-z0-9]*_)(\w*[A-Za-z0-9])(?!\w)")
+_NAME = r"(?<!\w)([A-Za-z][A-Za-z0-9]*_)(\w*[A-Za-z0-9])(?!\w)"
 
 
 def _names(documents: Sequence[HeldOut], context: int, count: int) -> list[Pair]:
@@ -250,39 +257,35 @@ def _names(documents: Sequence[HeldOut], context: int, count: int) -> list[Pair]
     """
     couples = []
     for number, one in enumerate(documents):
-        waiting: dict[int, list[tuple[str, str, Place]]] = defaultdict(list)
-        for place in _distinct(_named(one, context)):
-            begin, rest = place.form[: place.form.index("_") + 1], place.form[place.form.index("_") + 1 :]
+        waiting: dict[int, list[Place]] = defaultdict(list)
+        # Second parts of names that their context has already.
+        for place in _distinct(p for name, p in _places([one], _NAME, context, part=2) if name[0] in p.text):
             others = waiting[len(place.right)]
-            found = next(
-                (o for o in others if o[0] != begin and o[1] != rest and _mixed(o, (begin, rest, place))), None
-            )
-            if found is None:
-                others.append((begin, rest, place))
+            other = next((other for other in others if _mixed(other, place)), None)
+            if other is None:
+                others.append(place)
                 continue
-            others.remove(found)
-            other = found[2]
+            others.remove(other)
             pairs = [Pair("names", a.domain, a.context, a.right, b.right) for a, b in ((other, place), (place, other))]
             couples.append((rank(number, other.form, place.form, place.context), pairs[0], pairs[1]))
+    return _first(couples, count)
+
+
+def _mixed(one: Place, other: Place) -> bool:
+    """Return whether two names share no part, and both contexts have both names but none that mixes their parts."""
+    ((begin, rest),), ((start, end),) = (re.findall(_NAME, place.form) for place in (one, other))
+    texts, wrong = (one.text, other.text), (begin + end, start + rest)
+    apart = begin != start and rest != end
+    both = all(place.form in text for place in (one, other) for text in texts)
+    return apart and both and not any(name in text for name in wrong for text in texts)
+
+
+def _first(couples: Iterable[tuple[bytes, Pair, Pair]], count: int) -> list[Pair]:
+    """Return `count` pairs of the couples of the lowest ranks."""
     return [pair for _, *couple in sorted(couples, key=lambda c: c[0])[: count // 2] for pair in couple]
 
 
-def _named(one: HeldOut, context: int) -> Iterator[Place]:
-    """Yield the places of the second parts of a document's names that their context has already."""
-    for match in _NAME.finditer(one.text):
-        place = one.place(match[0], *match.span(2), context)
-        if place and match[0] in place.text:
-            yield place
-
-
-def _mixed(one: tuple[str, str, Place], other: tuple[str, str, Place]) -> bool:
-    """Return whether both contexts have both names, and neither the beginning of one with the rest of the other."""
-    texts = (one[2].text, other[2].text)
-    right, wrong = (one[0] + one[1], other[0] + other[1]), (one[0] + other[1], other[0] + one[1])
-    return all(n in text for n in right for text in texts) and not any(n in text for n in wrong for text in texts)
-
-
-def _distinct(places: Iterator[Place]) -> list[Place]:
+def _distinct(places: Iterable[Place]) -> list[Place]:
     """Return the places in the order of their rank, those with equal last words once."""
     by_end = {(place.context[-ROOM:], place.right): place for place in places}
     return sorted(by_end.values(), key=lambda place: rank(place.form, place.domain, place.context))

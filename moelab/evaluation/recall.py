@@ -88,7 +88,7 @@ def _facts(data: TokenData, context: int) -> list[tuple[str, tuple[int, ...]]]:
         return []
     keys = np.unique(np.concatenate([_hashes(tokens, WORDS)[ends - WORDS] for _, tokens, ends in places]))
     last_two = np.unique(np.concatenate([_hashes(tokens, 2)[ends - 2] for _, tokens, ends in places]))
-    often, share, word = _followers(data.train, keys, WORDS)
+    often, share, word = _commonest(data.train, keys, WORDS)
     found: dict[int, tuple[str, tuple[int, ...], int, int]] = {}
     for domain, tokens, ends in places:
         which = np.searchsorted(keys, _hashes(tokens, WORDS)[ends - WORDS])
@@ -131,10 +131,14 @@ def _matches(train: np.ndarray, keys: np.ndarray, words: int) -> tuple[np.ndarra
 
 
 def _followers(train: np.ndarray, keys: np.ndarray, words: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return, by key, how often the training text has it, the commonest next token's share, and that token."""
+    """Return how often the training text has each key; and key << 32 | token of what follows, with its number."""
     which, after = _matches(train, keys, words)
-    often = np.bincount(which, minlength=len(keys))
-    pairs, counts = np.unique(which << 32 | after, return_counts=True)
+    return np.bincount(which, minlength=len(keys)), *np.unique(which << 32 | after, return_counts=True)
+
+
+def _commonest(train: np.ndarray, keys: np.ndarray, words: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return, by key, how often the training text has it, the commonest next token's share, and that token."""
+    often, pairs, counts = _followers(train, keys, words)
     rising = np.argsort(counts, kind="stable")
     most, word = np.zeros(len(keys), np.int64), np.full(len(keys), -1)
     most[pairs[rising] >> 32] = counts[rising]  # of equal indices numpy keeps the last, which is the greatest
@@ -147,10 +151,8 @@ def _share_of(train: np.ndarray, keys: np.ndarray, asked: Sequence[tuple[int, in
     if not asked:
         return []
     wanted = np.unique([key for key, _ in asked])
-    which, after = _matches(train, keys[wanted], 2)
-    pairs, counts = np.unique(which << 32 | after, return_counts=True)
+    often, pairs, counts = _followers(train, keys[wanted], 2)
     by_pair = dict(zip(pairs.tolist(), counts.tolist(), strict=True))
-    often = np.bincount(which, minlength=len(wanted))
     places = np.searchsorted(wanted, [key for key, _ in asked])
     return [
         by_pair.get(int(place) << 32 | token, 0) / max(1, int(often[place]))

@@ -5,13 +5,8 @@
 A score has the accuracy with its standard error and that of guessing, the bits per byte of the right answers, and by
 how much these are likelier than the wrong ones. Tasks are lm-eval's (by name, with a network: `lambada_openai`, `piqa`,
 `boolq`, `race`, `triviaqa`, `webqs`) or the packaged ones of `moelab.evaluation.items`, defined in `tasks/*.yaml`. Both
-give the same `Score`. Files:
-
-    <directory>/evaluation/<weights>/requests-<version>.jsonl  each answer of the model, appended when computed
-                                     <task>[-first-N].json     the score
-
-`<weights>` is a hash of the model's weights and tokenizer, so that a run is evaluated again after further training;
-`<version>` is `SCORING`, so that it is evaluated again after a change of the code that scores.
+give the same `Score`, kept in `<directory>/evaluation/<weights>/<task>[-first-N].json`. `<weights>` is a hash of the
+model's weights and tokenizer, so that a run is evaluated again after further training.
 """
 
 from __future__ import annotations
@@ -46,8 +41,8 @@ PACKAGED = tuple(READERS)
 """The tasks that need no data set hub, in the paper's order."""
 
 SCORING = 2
-"""Version of the code that asks and scores: raise it with each change that gives other numbers. Stored answers and
-scores of another version are not used. 2 has margins."""
+"""Version of the code that asks and scores: raise it with each change that gives other numbers. Stored scores of
+another version are not used. 2 has margins."""
 
 PAPER_TASKS = {
     "lambada": ("packaged_lambada", "lambada_openai"),
@@ -137,12 +132,12 @@ def evaluate(
     if limit < 0 or limit == 1:
         raise ValueError(f"eval: limit must be 0 (all items) or at least 2, got {limit}")
     _manager(tasks)  # an unknown task is told before a model is opened
-    from moelab.evaluation.lm import Answers, RunLM
+    from moelab.evaluation.lm import RunLM
     from moelab.evaluation.models import open_evaluated
 
     evaluated = open_evaluated(directory, cache=cache, dtype=dtype, device=device)
     folder = directory / "evaluation" / evaluated.weights
-    lm = RunLM(evaluated, batch=batch, answers=Answers(folder / f"requests-{SCORING}.jsonl"))
+    lm = RunLM(evaluated, batch=batch)
     scores: list[Score] = []
     refused = ""
     for task in tasks:

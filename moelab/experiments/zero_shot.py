@@ -129,13 +129,9 @@ def measure(runs: Runs, limit: int) -> list[dict]:
         limit: as of `moelab.evaluation.zero_shot.evaluate`.
 
     Returns:
-        Rows of arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
+        Rows of arm, seed, and the fields of `Score`.
     """
-    from moelab.evaluation.zero_shot import PAPER_TASKS
-
-    columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
-    found = _of_each(runs, score, limit, _versions())
-    return [{"arm": arm, "seed": seed, "paper": columns.get(s["task"], ""), **s} for arm, seed, s in found]
+    return _of_each(runs, score, limit, _versions())
 
 
 def measure_pairs(runs: Runs, count: int) -> list[dict]:
@@ -147,24 +143,21 @@ def measure_pairs(runs: Runs, count: int) -> list[dict]:
     Returns:
         Rows of arm, seed, and the fields of `moelab.evaluation.likelihood.PairScore`.
     """
-    found = _of_each(runs, score_pairs, count, _pairs_version())
-    return [{"arm": arm, "seed": seed, **s} for arm, seed, s in found]
+    return _of_each(runs, score_pairs, count, _pairs_version())
 
 
-def _of_each(runs: Runs, function: Callable[..., list[dict]], *arguments: Any) -> list[tuple[str, int, dict]]:
-    """Return (arm, seed, score) of each score that a function finds for each finished run."""
+def _of_each(runs: Runs, function: Callable[..., list[dict]], *arguments: Any) -> list[dict]:
     for run in runs.finished:  # before the first takes its time
         evaluations.require(run, function, *arguments)
     rows = []
     with task_progress() as show:
         for run in runs.finished:
-            arm, seed = run.spec.title, run.spec.train.seed
+            about = {"arm": run.spec.title, "seed": run.spec.train.seed}
 
-            def progress(what: str, done: int, total: int, run: str = f"{arm}, seed {seed}") -> None:
+            def progress(what: str, done: int, total: int, run: str = "{arm}, seed {seed}".format(**about)) -> None:
                 show(f"{run}: {what}", done, total)
 
-            found = evaluations.measure(run, function, *arguments, on_progress=progress)
-            rows += [(arm, seed, one) for one in found]
+            rows += [about | one for one in evaluations.measure(run, function, *arguments, on_progress=progress)]
     return rows
 
 
@@ -205,27 +198,26 @@ def score_pairs(run: Run, count: int, version: int, on_progress: OnProgress) -> 
     Args:
         count: items of each kind.
         version: of items and scores; stored ones of another are not read back.
-        on_progress: called with (kind, sequences done, all sequences).
+        on_progress: called with (kind, continuations done, all continuations).
     """
     from moelab.bench.harness import torch_threads
-    from moelab.data.preparation import prepare
     from moelab.evaluation import likelihood
-    from moelab.inference.modes import set_mode
-    from moelab.inference.text import load_run
+    from moelab.evaluation.lm import RunLM
+    from moelab.evaluation.models import open_evaluated
 
-    spec, cache = run.spec, paths.home() / "data"
-    data = prepare(spec.data, cache)
-    with torch_threads(spec.train.threads):
-        model = set_mode(load_run(run.path, data=data, device=spec.train.device))
-        pairs = likelihood.pairs_of(spec.data, cache, count)
-        scores = likelihood.score(model, pairs, vocab_size=data.vocab_size, on_progress=on_progress)
+    cache, train = paths.home() / "data", run.spec.train
+    with torch_threads(train.threads):
+        lm = RunLM(open_evaluated(run.path, cache=cache, device=train.device), batch=64)
+        scores = likelihood.score(lm, likelihood.pairs_of(run.spec.data, cache, count), on_progress)
     return [asdict(s) for s in scores]
 
 
 def scored(rows: Sequence[dict]) -> pd.DataFrame:
-    """Return the rows that `measure` found as a frame."""
-    from moelab.evaluation.zero_shot import Score
+    """Return the rows that `measure` found as a frame, with the column paper: the paper's column, or empty."""
+    from moelab.evaluation.zero_shot import PAPER_TASKS, Score
 
+    columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
+    rows = [{**row, "paper": columns.get(row["task"], "")} for row in rows]
     frame = pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
     return frame.astype({"majority": float, "margin": float, "margin_error": float})  # also where all are None
 

@@ -21,8 +21,8 @@ REFERENCE = "smollm2"
 """What `moelab eval` calls the real model that checks the pipeline, see `moelab.evaluation.models`."""
 
 
-def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str, Any]) -> Path:
-    """Write `zero-shot-<name>.jsonl`, one line per task, and its provenance beside it; return the former's path.
+def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str, Any]) -> None:
+    """Write `zero-shot-<name>.jsonl`, one line per task, and its provenance.
 
     Args:
         name: the model's: `REFERENCE`, a run's id or a directory's name.
@@ -30,14 +30,12 @@ def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str,
     """
     from moelab.evaluation.models import SMOLLM2
 
-    about = {"model": name, "source": ""}
-    if name == REFERENCE:
-        about = {"model": "SmolLM2-135M-Instruct", "source": str(SMOLLM2)}
+    real = {"model": "SmolLM2-135M-Instruct", "source": str(SMOLLM2)}
+    about = real if name == REFERENCE else {"model": name, "source": ""}
     about |= {key: options[key] for key in ("limit", "dtype", "device")}
-    file = folder / f"zero-shot-{name}.jsonl"
-    write_text(file, "".join(json.dumps({**about, **asdict(score)}) + "\n" for score in scores))
+    lines = [json.dumps({**about, **asdict(score)}) for score in scores]
+    write_text(folder / f"zero-shot-{name}.jsonl", "\n".join([*lines, ""]))
     write_json(folder / f"zero-shot-{name}.provenance.json", {"title": _title(about["model"], scores), **provenance()})
-    return file
 
 
 def _title(model: str, scores: Sequence[Score]) -> str:
@@ -53,24 +51,16 @@ def reference() -> pd.DataFrame:
     """Return scores of a real model, the user's or published ones, computed by the same code, in the form of `scored`.
 
     The command is `moelab eval smollm2 --limit 200 --out .moelab/results/benchmarks`. The arm is the model's name, the
-    seed -1. The frame is empty where there are no such scores, or where the tasks have changed since.
+    seed -1. Tasks whose definition has changed since are left out; for that lm-eval need not be installed.
     """
-    from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, definition, version
+    from moelab.evaluation.zero_shot import PACKAGED, definition
 
-    def unchanged(task: str, stored: str) -> bool:
-        """Return whether a packaged task has its stored definition, for which lm-eval need not be installed."""
-        own = (
-            f"{task} {definition(task)['metadata']['version']}" if task in PACKAGED else version(task).partition(",")[0]
-        )
-        return stored.partition(",")[0] == own
-
-    columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
     files = [root / "benchmarks" / f"zero-shot-{REFERENCE}.jsonl" for root in reversed(paths.all_results())]
     file = next((file for file in files if file.exists()), None)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file else []
-    current = [row for row in rows if unchanged(row["task"], row["version"])]
-    made = [{**row, "arm": row["model"], "seed": -1, "paper": columns.get(row["task"], "")} for row in current]
-    return zero_shot.scored(made)
+    current = [f"{task} {definition(task)['metadata']['version']}" for task in PACKAGED]
+    same = [row for row in rows if row["version"].partition(",")[0] in current]
+    return zero_shot.scored([{**row, "arm": row["model"], "seed": -1} for row in same])
 
 
 def reference_headline(rows: pd.DataFrame) -> str:

@@ -106,133 +106,24 @@ const moelab = {
     boxes.forEach((box) => (box.checked = false));
   },
 
-  // Comparison: each result's data.js calls `add`.
-  arrived: {},
-  asked: {},
-  add(result) {
-    this.arrived[result.path] = result;
-  },
-  load(path) {
-    this.asked[path] ??= new Promise((resolve, reject) => {
-      const script = document.createElement("script");
-      script.src = `${path}/data.js`;
-      script.onload = () => resolve(this.arrived[path]);
-      script.onerror = () => {
-        delete this.asked[path]; // so that choosing it again tries again
-        reject(new Error(`${path}: no data.js; building the pages again writes it`));
-      };
-      document.head.append(script);
-    });
-    return this.asked[path];
-  },
-
+  // Two results side by side, a frame each; the choice stands in the address.
   comparison(form) {
-    const out = document.getElementById("compared");
     const asked = new URLSearchParams(location.search);
     const known = new Set([...form.a.options].map((option) => option.value));
     for (const side of ["a", "b"]) if (known.has(asked.get(side))) form[side].value = asked.get(side);
-    const show = async () => {
-      const { a, b } = Object.fromEntries(new FormData(form));
-      const chosen = () => form.a.value === a && form.b.value === b; // still, when the data have arrived
-      if (!a || !b) {
-        out.textContent = a || b ? "Choose the other result." : "Choose two results.";
-        return;
+    const show = () => {
+      const chosen = Object.fromEntries(new FormData(form));
+      for (const frame of document.querySelectorAll("#compared iframe")) {
+        const path = chosen[frame.name];
+        frame.hidden = !path;
+        if (path && frame.dataset.path !== path) frame.src = `${path}/index.html`;
+        frame.dataset.path = path;
       }
-      try {
-        const pair = await Promise.all([this.load(a), this.load(b)]);
-        if (!chosen()) return;
-        out.replaceChildren(...this.side(pair, form.all.checked));
-        this.focusable(out);
-        history.replaceState(null, "", `?a=${encodeURIComponent(a)}&b=${encodeURIComponent(b)}`);
-      } catch (error) {
-        if (chosen()) out.textContent = error.message;
-      }
+      history.replaceState(null, "", `?${new URLSearchParams(chosen)}`);
     };
     form.addEventListener("input", show);
     form.addEventListener("submit", (event) => event.preventDefault());
     show();
-  },
-
-  side([a, b], all) {
-    const { make } = this;
-    const union = (x, y) => [...new Set([...x, ...y])];
-    const by = (rows, key) => Object.fromEntries(rows.map((row) => [row[key], row]));
-    const text = (value) => {
-      if (value === undefined || value === null) return "–";
-      if (typeof value !== "number") return String(value);
-      return value.toLocaleString("en", Math.abs(value) >= 1000 ? { maximumFractionDigits: 0 } : { maximumSignificantDigits: 5 }).replace("-", "−");
-    };
-    const table = (caption, head, rows) =>
-      make("div", { class: "scroll" },
-        make("table", { class: `matrix columns-${head.length}` },
-          make("caption", {}, caption),
-          make("thead", {}, make("tr", {}, ...head.map((h) => make("th", { scope: "col" }, h)))),
-          make("tbody", {},
-            ...rows.map(({ cells: [first, ...rest], differs }) =>
-              make("tr", differs ? { class: "differs" } : {},
-                make("th", { scope: "row" }, first), ...rest.map((c, i) => make("td", { class: "wrap", "data-label": head[i + 1] ?? "" }, c)))))));
-    const rows = (pairs) =>
-      pairs.map((cells) => ({ cells, differs: cells[1] !== cells[2] })).filter((row) => all || row.differs);
-    const parts = [
-      make("div", { class: "pair" },
-        ...[a, b].map((r, i) => make("h2", {}, "AB"[i] + ": ", make("a", { href: `${r.path}/index.html` }, `${r.facts.experiment}, ${r.facts.scale}, ${r.facts.finished.slice(0, 10)}`), make("small", {}, r.title)))),
-    ];
-
-    const facts = rows(union(Object.keys(a.facts), Object.keys(b.facts)).map((k) => [k, text(a.facts[k]), text(b.facts[k])]));
-    if (facts.length) parts.push(table("How they were made", ["what", "A", "B"], facts));
-
-    const [ca, cb] = [a, b].map((r) => by(r.claims, "id"));
-    const say = (c) => {
-      if (!c || (c.ours === "–" && c.verdict.startsWith("not test"))) return "no value in this result";
-      const [mark, style] = c.sign.split(" ");
-      return make("span", {}, make("span", { class: `badge ${style}` }, make("span", { "aria-hidden": "true" }, mark), c.verdict),
-        c.ours === "–" ? "" : ` ${c.ours}${["–", "exact"].includes(c.interval) ? "" : ` (${c.interval})`}`);
-    };
-    const same = (x, y) => x && y && x.verdict === y.verdict && x.ours === y.ours && x.interval === y.interval;
-    const judged = union(Object.keys(ca), Object.keys(cb))
-      .map((id) => ({ cells: [make("span", {}, (ca[id] ?? cb[id]).statement, make("span", { class: "soft" }, ` ${(ca[id] ?? cb[id]).where}`)), (ca[id] ?? cb[id]).paper, say(ca[id]), say(cb[id])], differs: !same(ca[id], cb[id]) }))
-      .filter((row) => all || row.differs);
-    if (judged.length) parts.push(table("The paper's claims: verdict by itself, ours, 95 % interval", ["claim", "paper", "A", "B"], judged));
-
-    // One matrix for each number of the arms: an arm a row.
-    const [aa, ab] = [a, b].map((r) => by(r.arms, "arm"));
-    const names = union(Object.keys(aa), Object.keys(ab));
-    const keys = union(...[aa, ab].map((x) => Object.values(x).flatMap((row) => Object.keys(row)))).filter((key) => key !== "arm");
-    const first = ["validation_loss", "seeds", "parameters", "tokens"].filter((key) => keys.includes(key));
-    for (const key of union(first, keys)) {
-      const matrix = rows(names.map((arm) => [arm, text(aa[arm]?.[key]), text(ab[arm]?.[key])])).map((row) => {
-        const [x, y] = [aa[row.cells[0]]?.[key], ab[row.cells[0]]?.[key]];
-        const change = typeof x === "number" && typeof y === "number" ? (y > x ? "+" : "") + text(y - x) : "–";
-        return { ...row, cells: [...row.cells, change] };
-      });
-      if (!matrix.length) continue;
-      const shown = table(`${key.replaceAll("_", " ")}, mean over seeds`, ["arm", "A", "B", "B − A"], matrix);
-      parts.push(first.includes(key) ? shown : make("details", {}, make("summary", {}, key.replaceAll("_", " ")), shown));
-    }
-
-    const [fa, fb] = [a, b].map((r) => by(r.figures, "name"));
-    for (const name of union(Object.keys(fa), Object.keys(fb))) {
-      const one = (r, f, side) => {
-        if (!f) return make("p", { class: "soft" }, `${side} has no figure ${name}.`);
-        return make("figure", {}, make("h3", {}, `${side}: ${f.title}`),
-          make("img", { class: "picture", src: `${r.path}/${f.file}`, alt: f.title, width: f.width, height: f.height }));
-      };
-      parts.push(make("h2", {}, name), make("div", { class: "pair" }, one(a, fa[name], "A"), one(b, fb[name], "B")));
-    }
-
-    for (const name of union(Object.keys(a.tables), Object.keys(b.tables))) {
-      const one = (r, side) => {
-        const t = r.tables[name];
-        if (!t || !t.rows.length) return make("p", { class: "soft" }, `${side} has no table ${name}.`);
-        const keys = Object.keys(t.rows[0]);
-        const shown = table("", keys, t.rows.map((row) => ({ cells: keys.map((k) => text(row[k])) })));
-        const folded = make("details", {}, make("summary", {}, `${side}: ${t.title} (${t.rows.length} rows)`), shown);
-        folded.open = t.rows.length <= 12;
-        return folded;
-      };
-      parts.push(make("h2", {}, name), make("div", { class: "pair" }, one(a, "A"), one(b, "B")));
-    }
-    return parts;
   },
 
   // A click on the head of a column sorts by it, a second one the other way; rows without a value come last.

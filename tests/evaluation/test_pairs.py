@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from moelab.config import ModelConfig
 from moelab.data.tokenizer import Tokenizer
 from moelab.evaluation import recall
-from moelab.evaluation.likelihood import KINDS, RECALL, all_pairs, continuations, digest, score
+from moelab.evaluation.likelihood import KINDS, RECALL, all_pairs, digest, score
 from moelab.evaluation.pairs import Pair, minimal_pairs, token_bytes
 from moelab.inference.modes import set_mode
 from moelab.models import build
@@ -117,27 +118,15 @@ def test_the_bytes_of_tokens_are_those_of_the_text(data):
     assert pieces[data.eot] == b""
 
 
-class Blind(torch.nn.Module):
+class Blind:
     """A model that always expects the same, whatever stands before."""
 
-    def __init__(self, vocab):
-        super().__init__()
-        self.token_embedding = torch.nn.Embedding(vocab, 1)
-        self.logits = torch.randn(vocab, generator=torch.Generator().manual_seed(0))
+    device = "cpu"
+    config = SimpleNamespace()
+    logits = torch.randn(700, generator=torch.Generator().manual_seed(0))
 
-    def hidden_states(self, tokens_BT):
-        return torch.zeros(*tokens_BT.shape, 1), None
-
-    def head(self, x):
-        return self.logits.expand(*x.shape[:-1], -1)
-
-
-def test_a_model_that_does_not_look_at_the_context_gets_half(data):
-    found = score(Blind(700), all_pairs(data, CONTEXT, 60), vocab_size=700)
-    assert [one.kind for one in found] == [*KINDS, "copying"], "there is one remembered fact, and no couple of two"
-    for one in found:
-        assert one.accuracy == 0.5 and one.margin == pytest.approx(0, abs=1e-6), one.kind
-        assert one.standard_error == pytest.approx(0, abs=1e-9)
+    def __call__(self, tokens_BT):
+        return SimpleNamespace(logits=self.logits.expand(*tokens_BT.shape, -1))
 
 
 @pytest.fixture
@@ -146,6 +135,29 @@ def model():
         layers=4, experts=(0, 2, 0, 4), residual=True, hidden=32, heads=2, vocab=704, context=64, init_std=0.3
     )
     return set_mode(build(config, 0))
+
+
+@pytest.fixture
+def scores(data, model):
+    """`scores(pairs, batch, blind)`: of the model, or of the blind one."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval (extra eval)")
+    from moelab.evaluation.lm import RunLM
+    from moelab.evaluation.models import ours
+
+    def of(pairs, batch=64, blind=False):
+        evaluated = ours(model, data.tokenizer())
+        lm = RunLM(replace(evaluated, model=Blind()) if blind else evaluated, batch=batch)
+        return score(lm, pairs, lambda kind, done, total: None)
+
+    return of
+
+
+def test_a_model_that_does_not_look_at_the_context_gets_half(data, scores):
+    found = scores(all_pairs(data, CONTEXT, 60), blind=True)
+    assert [one.kind for one in found] == [*KINDS, "copying"], "there is one remembered fact, and no couple of two"
+    for one in found:
+        assert one.accuracy == 0.5 and one.margin == pytest.approx(0, abs=1e-6), one.kind
+        assert one.standard_error == pytest.approx(0, abs=1e-9)
 
 
 def plain(model, context, continuation, vocab):
@@ -159,9 +171,9 @@ def plain(model, context, continuation, vocab):
     return bits, exact
 
 
-def test_scores_are_those_of_the_plain_model_whatever_the_batch(data, model, pairs):
+def test_scores_are_those_of_the_plain_model_whatever_the_batch(scores, model, pairs):
     chosen = [pair for kind in KINDS for pair in [p for p in pairs if p.kind == kind][:4]]
-    by_kind = {one.kind: one for one in score(model, chosen, vocab_size=700, batch=3)}
+    by_kind = {one.kind: one for one in scores(chosen, batch=3)}
     for kind in KINDS:
         part = [pair for pair in chosen if pair.kind == kind]
         right, wrong = (
@@ -174,18 +186,13 @@ def test_scores_are_those_of_the_plain_model_whatever_the_batch(data, model, pai
         assert one.accuracy == statistics.fmean(m > 0 for m in margins) and one.n == 4
         couples = [statistics.fmean(margins[i : i + 2]) for i in (0, 2)]
         assert one.margin_error == pytest.approx(statistics.stdev(couples) / math.sqrt(2), abs=1e-3)
-    eleven = [((5, 6, 7), (8,)), ((5, 6, 7), (9,)), ((4,) * 40, (3, 2))]
-    alone = [continuations(model, [one], vocab_size=700)[0] for one in eleven]
-    for (bits, exact), one in zip(continuations(model, eleven, vocab_size=700), alone, strict=True):
-        assert bits == pytest.approx(one[0], abs=1e-4) and exact == one[1]
 
 
-def test_a_favourite_is_exact_and_right(data):
-    model = Blind(700)
-    best, other = int(model.logits.argmax()), int(model.logits.argmin())
-    (one,) = score(model, [Pair("copying", "", (1, 2), (best,), (other,))] * 4, vocab_size=700)
+def test_a_favourite_is_exact_and_right(scores):
+    best, other = int(Blind.logits.argmax()), int(Blind.logits.argmin())
+    (one,) = scores([Pair("copying", "", (1, 2), (best,), (other,))] * 4, blind=True)
     assert one.accuracy == one.exact == 1 and one.margin == pytest.approx(
-        float(model.logits[best] - model.logits[other]) / math.log(2), rel=1e-5
+        float(Blind.logits[best] - Blind.logits[other]) / math.log(2), rel=1e-5
     )
 
 
@@ -218,7 +225,7 @@ def test_counts_are_those_of_plain_counting(monkeypatch):
     train = draw.integers(0, 4, 3000).astype(np.uint16)
     monkeypatch.setattr(recall, "_CHUNK", 256)  # borders of pieces matter
     keys = np.unique(recall._hashes(train[:500], 3))
-    often, share, word = recall._followers(train, keys, 3)
+    often, share, word = recall._commonest(train, keys, 3)
     after = Counter(tuple(train[i : i + 4].tolist()) for i in range(len(train) - 3))
     for start in range(400):
         key = int(np.searchsorted(keys, recall._hashes(train[start : start + 4], 3)[0]))

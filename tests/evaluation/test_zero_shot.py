@@ -1,4 +1,4 @@
-"""Zero-shot tasks: the questions, the answers kept on disk, our model in lm-eval, and the scores."""
+"""Zero-shot tasks: the questions, our model in lm-eval, and the scores."""
 
 import dataclasses
 import json
@@ -42,19 +42,6 @@ def test_every_packaged_task_is_read(cache):
         assert all(0 <= g < len(item.answers) for item in rows for g in item.gold)
     with pytest.raises(ValueError, match=r"no packaged task 'race'; allowed: packaged_lambada"):
         items("race", cache)
-
-
-def test_answers_survive_a_kill_in_the_middle_of_a_line(lm_eval, tmp_path):
-    from moelab.evaluation.lm import Answers
-
-    path = tmp_path / "a" / "requests.jsonl"
-    Answers(path)["one"] = [-0.1 - 0.2, False]
-    with path.open("a") as file:
-        file.write('\n7\n["two", [-3')
-    again = Answers(path)
-    assert again == {"one": [-0.1 - 0.2, False]}
-    again["three"] = "text\n"
-    assert Answers(path) == again and len(again) == 2
 
 
 @pytest.fixture
@@ -260,25 +247,26 @@ def test_a_model_scores_as_in_lm_evals_own_wrapper(lm_eval, exported, llama, cac
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_and_a_finished_one_is_read_back(RunLM, exported, cache, monkeypatch):
+def test_a_killed_evaluation_goes_on_with_the_next_task_and_a_finished_one_is_read_back(
+    RunLM, exported, cache, monkeypatch
+):
     folder = exported(**PR)
     tasks = ("packaged_boolq", "packaged_trivia")
-    answered = []
-    store = RunLM.add_partial
-    monkeypatch.setattr(RunLM, "add_partial", lambda self, kind, *of: answered.append(kind) or store(self, kind, *of))
+    seen, answered = [], []
+    count = RunLM.add_partial
+    monkeypatch.setattr(RunLM, "add_partial", lambda self, kind, *of: answered.append(kind) or count(self, kind, *of))
 
     def kill(task, done, total):
-        raise KeyboardInterrupt
+        if task == tasks[1]:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(folder, tasks, cache=cache, batch=2, on_progress=kill)
-    assert answered == ["loglikelihood"]
-    seen = []
     scores = evaluate(folder, tasks, cache=cache, batch=2, on_progress=lambda *state: seen.append(state))
-    assert answered.count("loglikelihood") == 10 + 4, "each once: 5 items of 2 answers, and the right answers of 4"
-    assert answered.count("generate_until") == 4
-    assert seen[0] == ("packaged_boolq", 2, 10) and seen[-1][1] == seen[-1][2]
-    assert evaluate(folder, tasks, cache=cache) == scores and len(answered) == 18
+    assert answered.count("loglikelihood") == 10 + 4, "5 items of 2 answers once, and the right answers of 4"
+    assert seen[0] == ("packaged_boolq", 10, 10) and seen[-1][1] == seen[-1][2]
+    answered.clear()
+    assert evaluate(folder, tasks, cache=cache) == scores and not answered
     boolq, trivia = scores
     assert boolq.chance == 0.5 and boolq.majority == 0.8 and boolq.metric == "acc"
     assert trivia.chance == 0 and trivia.majority is None and trivia.metric == "exact_match"
@@ -286,7 +274,7 @@ def test_a_killed_evaluation_goes_on_and_a_finished_one_is_read_back(RunLM, expo
     (few,) = evaluate(folder, ["packaged_history"], cache=cache, limit=4)
     assert few.n == 4 and few.stand_in and few.chance == 0.25
     files = sorted(p.name for p in (folder / "evaluation").glob("*/*"))
-    assert files == ["packaged_boolq.json", "packaged_history-first-4.json", "packaged_trivia.json", "requests-2.jsonl"]
+    assert files == ["packaged_boolq.json", "packaged_history-first-4.json", "packaged_trivia.json"]
 
 
 def test_other_weights_are_evaluated_anew(exported, tokenizer):
@@ -322,7 +310,7 @@ def test_the_margin_is_that_of_the_right_over_the_wrong_answers(RunLM, exported,
     assert free.margin is None and free.margin_error is None
 
 
-def test_stored_answers_and_scores_are_not_used_after_a_change_of_the_scoring(RunLM, exported, cache, monkeypatch):
+def test_stored_scores_are_not_used_after_a_change_of_the_scoring(RunLM, exported, cache, monkeypatch):
     folder, answered = exported(), []
     store = RunLM.add_partial
     monkeypatch.setattr(RunLM, "add_partial", lambda self, kind, *of: answered.append(kind) or store(self, kind, *of))
@@ -377,7 +365,7 @@ def test_a_full_disk_is_no_missing_data(lm_eval, exported, cache, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moelab.evaluation.lm.Answers.__setitem__", full)
+    monkeypatch.setattr(zero_shot, "write_json", full)
     with pytest.raises(OSError, match="No space left on device"):
         evaluate(exported(), ["packaged_piqa"], cache=cache, limit=2)
 

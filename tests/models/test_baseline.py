@@ -1,6 +1,4 @@
-"""The baseline's gate against the kernels' gate: the same choices, slots, weights, losses and gradients."""
-
-import itertools
+"""A router with the baseline's gate and with the kernels' gate."""
 
 import pytest
 import torch
@@ -17,37 +15,6 @@ def assert_same(found, expected):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     for name in ("weight_SK", "aux_loss", "z_loss"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
-
-
-@pytest.mark.parametrize("rules", [{}, {"seed": 3}, {"normalize": True}, {"seed": 3, "normalize": True}], ids=str)
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_mask_gate_equals_the_kernels_gate(top_k, rules):
-    generator = torch.Generator().manual_seed(0)
-    for tokens, capacity in itertools.product((0, 1, 67), (None, 1, 5, 1000)):
-        logits, noisy = (torch.randn(tokens, 5, generator=generator) for _ in range(2))
-        for choice in (None, noisy):
-            grads = []
-            for function in (mask_gate, gate):
-                leaf = logits.clone().requires_grad_()
-                routing = function(leaf, top_k, capacity, choice_logits_SE=choice, **rules)
-                weights = torch.linspace(-1, 1, tokens * top_k).view(tokens, top_k)
-                ((routing.weight_SK * weights).sum() + routing.aux_loss + routing.z_loss).backward()
-                grads.append((routing, leaf.grad))
-            assert_same(grads[0][0], grads[1][0])
-            torch.testing.assert_close(grads[0][1], grads[1][1])
-
-
-def test_ties_and_all_tokens_to_one_expert():
-    logits = torch.zeros(9, 4)
-    for capacity, seed in ((None, None), (3, None), (3, 7)):
-        assert_same(mask_gate(logits, 2, capacity, seed=seed), gate(logits, 2, capacity, seed=seed))
-
-
-def test_equal_draws_go_to_the_lower_token(monkeypatch):
-    """As the kernels' gate has it, whichever of a token's choices the expert is."""
-    monkeypatch.setattr("moelab.models.baseline.priorities", lambda seed, S, K, device: torch.ones(S, K).long())
-    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])  # expert 0 is token 0's second choice
-    assert mask_gate(logits, 2, 1, seed=0).slot_SK.tolist() == [[0, 0], [-1, -1], [-1, -1]]
 
 
 def test_a_token_that_cannot_be_routed_shows_in_the_loss():

@@ -18,7 +18,7 @@ from moelab.experiments import EXPERIMENTS
 from moelab.report import ledger
 from moelab.report.site import charts, digest, hero, questions, sentences
 from moelab.report.site.claims import ClaimRow, tally
-from moelab.report.site.gallery import chapters
+from moelab.report.site.front import chapters
 from moelab.report.site.results import strongest
 from tests.report.helpers import result
 

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from moelab.report.site.sanitize import OF_FILES, POLICY
-from moelab.report.site.server import ResultsServer, _Handler
+from moelab.report.site.sanitize import OF_FILES
+from moelab.report.site.server import FRAMING, ResultsServer, _Handler
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def ask(server, path, host=None, method="GET"):
 def test_this_machine_is_answered_and_another_host_refused(server, method):
     port = server.server_port
     for name in ("127.0.0.1", "localhost", "LOCALHOST", "[::1]"):
-        assert ask(server, "/", f"{name}:{port}", method) == (200, "results" if method == "GET" else "", POLICY)
+        assert ask(server, "/", f"{name}:{port}", method) == (200, "results" if method == "GET" else "", FRAMING)
     for host in (f"evil.example:{port}", "127.0.0.1", "127.0.0.1:1", f"127.0.0.1.evil.example:{port}", False):
         status, text, _ = ask(server, "/", host, method)
         assert status == 403 and "results" not in text, host
@@ -74,7 +74,7 @@ def test_what_cannot_be_read_is_not_found_and_answered_at_once(server, method, c
 
 def test_pages_run_their_own_scripts_and_other_files_nothing(server):
     found = [ask(server, path)[2] for path in ("/", "/index.html?a=1", "/figure.svg")]
-    assert found == [POLICY, POLICY, OF_FILES] and "sandbox" in OF_FILES and "script-src" not in OF_FILES
+    assert found == [FRAMING, FRAMING, OF_FILES] and "sandbox" in OF_FILES and "script-src" not in OF_FILES
 
 
 def test_a_silent_client_does_not_hold_a_thread(server, monkeypatch):

@@ -16,7 +16,6 @@ for the user's own results beside the published ones, or in `results` where publ
     results/assets/                                        the style and the scripts of all pages
     results/<experiment>/<scale>/<date>-<time>/index.html  one result
                                                notebook.html  its executed notebook
-                                               data.js        the part of it that compare.html shows
                                                data.zip       its data and figures
 
 The pages load nothing from outside the folder and work without a script (filters, comparison and interactive charts

@@ -12,7 +12,7 @@ from moelab.experiments import distillation
 from moelab.lazy import pd
 from moelab.report.site.charts import models_of
 from moelab.report.site.claims import ClaimRow
-from moelab.report.site.gallery import Chapter
+from moelab.report.site.front import Chapter
 from moelab.report.site.results import Result
 from moelab.report.site.template import quantity
 from moelab.report.summary import RunRow

@@ -1,4 +1,4 @@
-"""Say how all claims came out, how large the twins are, and how each result is made again.
+"""Put the results in the paper's order; say how all claims came out, how large twins are, how a result is made again.
 
 All of it is generated from the stored verdicts, specs and parameters of the results that are there.
 """
@@ -15,11 +15,46 @@ from dataclasses import dataclass
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design.parameters import parameters
-from moelab.experiments import EXPERIMENTS
+from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.report.ledger import OPEN
 from moelab.report.site.claims import HEADINGS, ClaimRow, TallyItem
 from moelab.report.site.plot import Axis, axes
-from moelab.report.site.results import Result, large, span
+from moelab.report.site.results import Result, described, large, span, weakness
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One experiment of the gallery.
+
+    Attributes:
+        about: the experiment.
+        results: the newest of each scale and base, the strongest evidence first.
+    """
+
+    about: Experiment
+    results: Sequence[Result]
+
+
+def chapters(results: Sequence[Result]) -> list[Chapter]:
+    """Return a chapter for every experiment, with or without a result, in the order of the paper's claims.
+
+    Args:
+        results: the newest first.
+    """
+    newest: dict[str, dict[tuple[str, str], Result]] = {}
+    for result in sorted(results, key=weakness):
+        newest.setdefault(result.experiment, {}).setdefault((result.scale, result.summary.other_base), result)
+    names = dict.fromkeys([*paper.experiments(), *EXPERIMENTS, *newest])
+    return [Chapter(described(name), list(newest.get(name, {}).values())) for name in names]
+
+
+def by_chapter(rows: Sequence[ClaimRow], chapters: Sequence[Chapter]) -> list[tuple[Chapter, list[ClaimRow]]]:
+    """Return the claims that a result supports, grouped by experiment in the order of `chapters`."""
+    groups: dict[str, list[ClaimRow]] = {}
+    for row in rows:
+        if row.result:
+            groups.setdefault(row.experiment, []).append(row)
+    return [(chapter, groups[chapter.about.name]) for chapter in chapters if chapter.about.name in groups]
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from moelab.design.verdicts import STYLES
 from moelab.files import write_bytes
 from moelab.plotting.axis import mark
 from moelab.report.ledger import entries, family, scale_rank
-from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, sentences, template
+from moelab.report.site import digest, downloads, front, hero, notebook, plot, sentences, simulator, template
 from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
-from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.glossary import TERMS
 from moelab.report.site.questions import ANSWERS, answers, share_reached
 from moelab.report.site.results import Picture, Result, read_benchmarks, read_results, strongest
+from moelab.report.site.server import FRAMING
 from moelab.report.summary import unreadable_line
 
 TABLE_ROWS = 40
@@ -58,74 +57,48 @@ def build(root: Path) -> Built:
     page; the start page names them.
     """
     results, unreadable = read_results(root)
-    written = 0
     ledger = entries((result.path, result.summary) for result in results)
     claims = all_claims(results, ledger)
-    for result in results:
-        if result.has("notebook.ipynb"):
-            executed = result.folder / "notebook.ipynb"
-            result.names.add("notebook.html")
-            try:
-                written += notebook.convert(executed)
-            except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
-                unreadable.append(unreadable_line(executed, root, error))
-                result.names.discard("notebook.html")
-        written += _write_if_changed(result.folder / downloads.RESULT, downloads.packed(downloads.members(result)))
-        written += _write_result(result, root, unreadable, claims)
+    written = sum(_write_result(result, root, unreadable, claims) for result in results)
     benchmarks, unreadable_benchmarks = read_benchmarks(root)
     unreadable += unreadable_benchmarks
     for name in ASSETS:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
-    parts = chapters(results)
+    chapters, counted = front.chapters(results), tally(ledger)
     counts = downloads.claims_csv(ledger, claims)
     written += _write_if_changed(root / downloads.CLAIMS, counts)
     written += _write_downloads(root, results)
-    counted = tally(ledger)
     used = {result.scale for result in results} | {row.scale for row in claims if row.result}
-    runs = downloads.packed_runs(root, results)
+    grid = simulator.explorer(results)
     about = {
         "up": "",
-        "chapters": parts,
+        "chapters": chapters,
         "claims": claims,
         "family": family(ledger),
         "verdicts": dict.fromkeys([*(i.key for of in counted.values() for i in of), *(row.key for row in claims)]),
         "scales": sorted(used, key=lambda scale: (scale_rank(scale), scale)),
         "results": results,
         "sizes": front.sizes(results),
-        "runs": runs,
+        "runs": downloads.packed_runs(root, results),
         "unreadable": unreadable,
         **_VIEW,
     }
-    shown, drawn = hero.write(results, root, claims)
-    rows = digest.digest(parts, claims)
-    found = answers(results, claims)
-    written += drawn + _write_if_changed(root / digest.FILE, digest.to_csv([vars(row) for row in rows]))
-    written += _write_if_changed(root / ANSWERS, digest.to_csv([answer.row() for answer in found]))
-    cost = sentences.costs(strongest(results, "scaling"), strongest(results, "throughput"))
-    written += _write_if_changed(root / sentences.COSTS, digest.to_csv(cost))
-    grid = explorer.explorer(results)
-    start = {
-        "explorer": explorer.PAGE if grid else "",
-        "hero": shown,
-        "hero_caption": hero.caption(shown) if shown else "",
-        "hero_picture": Picture.of(root / hero.FILE),
-        "answers": found,
+    start, tables = _start(root, results, claims, chapters)
+    written += tables
+    start |= {
+        "explorer": simulator.EXPLORER if grid else "",
         "score": sentences.score(csv.DictReader(io.StringIO(counts))) if claims else "",
-        "shares": _shares([r for r in results if r is shown or any(r.path in answer.link for answer in found)]),
-        "digest": rows,
-        "hours": digest.hours(results),
-        "everything": downloads.EVERYTHING,
     }
-    tested = [(chapter, plot.axes(of_it)) for chapter, of_it in by_chapter(claims, parts)]
+    tested = [(chapter, plot.axes(of_it)) for chapter, of_it in front.by_chapter(claims, chapters)]
     pages: dict[str, dict[str, Any]] = {
         "index.html": start,
         "overview.html": {"forest": front.forest(claims, counted)},
         "claims.html": {"groups": tested},
         "figures.html": {"benchmarks": benchmarks, "verdicts_of": _verdicts(claims)},
         "runs.html": {},
-        "compare.html": {},
-        scoreboard.PAGE: scoreboard.scoreboard(),
-        **({explorer.PAGE: grid} if grid else {}),
+        "compare.html": {"policy": FRAMING},
+        simulator.SCOREBOARD: simulator.scoreboard(),
+        **({simulator.EXPLORER: grid} if grid else {}),
         "about.html": {"terms": TERMS, "version": moelab.__version__},
     }
     for name, own in pages.items():
@@ -134,6 +107,29 @@ def build(root: Path) -> Built:
             own["kilobytes"] = sum(file.stat().st_size for file in loaded if file.exists()) / 1000
         written += _write_if_changed(root / name, template.render(name, **about, **own))
     return Built(root / "index.html", len(results), written, unreadable)
+
+
+def _start(
+    root: Path, results: Sequence[Result], claims: Sequence[ClaimRow], chapters: Sequence[front.Chapter]
+) -> tuple[dict[str, Any], int]:
+    """Write the start page's figure and tables; return what the page shows, and how many files were written."""
+    shown, drawn = hero.write(results, root, claims)
+    written = int(drawn)
+    rows, found = digest.digest(chapters, claims), answers(results, claims)
+    cost = sentences.costs(strongest(results, "scaling"), strongest(results, "throughput"))
+    tables = {digest.FILE: [vars(row) for row in rows], ANSWERS: [answer.row() for answer in found]}
+    for name, table in {**tables, sentences.COSTS: cost}.items():
+        written += _write_if_changed(root / name, digest.to_csv(table))
+    return {
+        "hero": shown,
+        "hero_caption": hero.caption(shown) if shown else "",
+        "hero_picture": Picture.of(root / hero.FILE),
+        "answers": found,
+        "shares": _shares([r for r in results if r is shown or any(r.path in answer.link for answer in found)]),
+        "digest": rows,
+        "hours": digest.hours(results),
+        "everything": downloads.EVERYTHING,
+    }, written
 
 
 def _verdicts(claims: Sequence[ClaimRow]) -> dict[str, str]:
@@ -169,7 +165,17 @@ def _write_if_changed(path: Path, content: str | bytes) -> bool:
 
 
 def _write_result(result: Result, root: Path, unreadable: list[str], claims: Sequence[ClaimRow]) -> int:
-    """Write the page and the comparison data of a result; return how many files were written."""
+    """Write the notebook, the data and the page of a result where they have changed; return how many were written."""
+    written = 0
+    if result.has("notebook.ipynb"):
+        executed = result.folder / "notebook.ipynb"
+        result.names.add("notebook.html")
+        try:
+            written += notebook.convert(executed)
+        except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
+            unreadable.append(unreadable_line(executed, root, error))
+            result.names.discard("notebook.html")
+    written += _write_if_changed(result.folder / downloads.RESULT, downloads.packed(downloads.members(result)))
     decided = {row.claim.id: row for row in claims if row.decides and row.result is result}
     rows = [
         replace(row, verdict=(last := decided.get(row.claim.id, row)).verdict, alone=last.alone)
@@ -193,42 +199,7 @@ def _write_result(result: Result, root: Path, unreadable: list[str], claims: Seq
         charts=charts(result),
         **_VIEW,
     )
-    data = f"moelab.add({json.dumps(_comparison(result, rows, tables))});\n"
-    return _write_if_changed(result.folder / "data.js", data) + _write_if_changed(result.folder / "index.html", html)
-
-
-def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, list]) -> dict[str, Any]:
-    """Return what compare.html shows of a result."""
-    return {
-        "path": result.path,
-        "title": result.title,
-        "facts": {
-            "experiment": result.experiment,
-            "scale": result.scale,
-            "finished": result.date,
-            "seeds": result.seeds,
-            "hardware": result.hardware,
-            "cost": result.cost,
-            "commits": ", ".join(dict.fromkeys(result.commits)),
-            **{f"parameter {k}": json.dumps(v) for k, v in result.summary.parameters.items()},
-        },
-        "claims": [
-            {
-                "id": row.claim.id,
-                "statement": row.claim.statement,
-                "where": row.claim.where,
-                "paper": row.paper,
-                "ours": template.quantity(row.ours, row.claim),
-                "interval": row.interval,
-                "verdict": row.key,
-                "sign": " ".join(sign(row.verdict)),
-            }
-            for row in rows
-        ],
-        "arms": result.arms,
-        "figures": [{"name": f.name, "title": f.title, **asdict(result.picture(f.name))} for f in result.figures],
-        "tables": {t.name: {"title": t.title, "rows": tables[t.name][:TABLE_ROWS]} for t in result.summary.tables},
-    }
+    return written + _write_if_changed(result.folder / "index.html", html)
 
 
 _VIEW = {

@@ -10,6 +10,8 @@ from typing import Any
 
 from moelab.report.site.sanitize import OF_FILES, POLICY
 
+FRAMING = f"{POLICY}; frame-src 'self'"
+"""What a page may do as served; of the pages only compare.html allows itself to show others in frames."""
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 """Names of this machine that a request may give in its Host header.
 
@@ -71,7 +73,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     def end_headers(self) -> None:
         """Say what a page may do, and that no other file does anything."""
         page = getattr(self, "path", "").partition("?")[0].endswith((".html", "/"))
-        self.send_header("Content-Security-Policy", POLICY if page else OF_FILES)
+        self.send_header("Content-Security-Policy", FRAMING if page else OF_FILES)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Cache-Control", "no-cache")  # ask whether a page has changed
         super().end_headers()
