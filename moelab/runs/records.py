@@ -1,11 +1,11 @@
 """The numbers of finished runs, to pass on without their weights: `moelab runs export` and `moelab runs import`.
 
 A run's record holds what it left beside its checkpoints: spec, result, provenance, metrics, and what was measured with
-its weights. Of the tokens that each expert got, two thirds of the bytes, it has the last row and of the others the
-percentiles, which is all that figures and TensorBoard show. `results/runs` has a pack for each model, `<model>.zip`, with the records of its runs, `<id>.zip`. Who
-takes them over can ask the experiments for more seeds or arms and trains only those; figures and verdicts come out as
-from runs trained here. What needs weights (generating, new evaluations, distilling from the run) does not work with
-them. Any zip program opens a record, and loading one executes nothing.
+its weights. Training rows give percentiles of the experts' load; only the last one gives every expert's load, which
+would be two thirds of the bytes. `results/runs` has a pack for each model, `<model>.zip`, with the records of its runs,
+`<id>.zip`. Who takes them over can ask the experiments for more seeds or arms and trains only those; figures and
+verdicts come out as from runs trained here. What needs weights (generating, new evaluations, distilling from the run)
+does not work with them. Any zip program opens a record, and loading one executes nothing.
 """
 
 from __future__ import annotations
