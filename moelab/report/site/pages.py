@@ -66,11 +66,10 @@ def build(root: Path) -> Built:
             executed = result.folder / "notebook.ipynb"
             result.names.add("notebook.html")
             try:
-                written += notebook.convert(executed)
+                written += notebook.convert(executed, result.summary.figures)
             except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
                 unreadable.append(unreadable_line(executed, root, error))
                 result.names.discard("notebook.html")
-        written += _write_if_changed(result.folder / downloads.RESULT, downloads.packed(downloads.members(result)))
         written += _write_result(result, root, unreadable, claims)
     benchmarks, unreadable_benchmarks = read_benchmarks(root)
     unreadable += unreadable_benchmarks
@@ -79,7 +78,6 @@ def build(root: Path) -> Built:
     parts = chapters(results)
     counts = downloads.claims_csv(ledger, claims)
     written += _write_if_changed(root / downloads.CLAIMS, counts)
-    written += _write_downloads(root, results)
     counted = tally(ledger)
     used = {result.scale for result in results} | {row.scale for row in claims if row.result}
     runs = downloads.packed_runs(root, results)
@@ -114,7 +112,6 @@ def build(root: Path) -> Built:
         "shares": _shares([r for r in results if r is shown or any(r.path in answer.link for answer in found)]),
         "digest": rows,
         "hours": digest.hours(results),
-        "everything": downloads.EVERYTHING,
     }
     tested = [(chapter, plot.axes(of_it)) for chapter, of_it in by_chapter(claims, parts)]
     pages: dict[str, dict[str, Any]] = {
@@ -143,15 +140,6 @@ def _verdicts(claims: Sequence[ClaimRow]) -> dict[str, str]:
         for name in (row.result.path, row.experiment) if row.result else (row.experiment,):
             found.setdefault(name, {})[row.key] = None
     return {name: "|".join(keys) for name, keys in found.items()}
-
-
-def _write_downloads(root: Path, results: Sequence[Result]) -> int:
-    """Write the zip of everything, the claims' CSV in it; return how many files were written."""
-    files = {downloads.CLAIMS: root / downloads.CLAIMS}
-    for result in sorted(results, key=lambda r: r.path):
-        files |= {f"{result.path}/{name}": path for name, path in downloads.members(result).items()}
-    files |= {p.relative_to(root).as_posix(): p for p in sorted((root / "benchmarks").rglob("*.json*"))}
-    return int(_write_if_changed(root / downloads.EVERYTHING, downloads.packed(files)))
 
 
 def _shares(results: Iterable[Result]) -> str:
