@@ -105,7 +105,7 @@ def test_unchanged_results_are_not_written_again(root):
     site.build(root)
     assert "Loss rises" in (root / "figures.html").read_text()
     changed = sorted(p.name for p in root.rglob("*.*") if p.stat().st_mtime >= summary.stat().st_mtime)
-    expected = ["data.js", "digest.csv", "figures.html", "index.html", "index.html"]
+    expected = ["data.js", "digest.csv", "figures.html", "index.html", "index.html", "notebook.html"]
     assert changed == [*expected, "summary.json"], "the start page's line, and no page of another result"
 
 
