@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 # about every editable installation, which says nothing to who installs this one.
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: reproduce install test test-fast test-slurm lab browse docs lint types format constraints clean
+.PHONY: reproduce install test test-fast test-slurm coverage lab browse docs lint types format constraints clean
 
 reproduce: $(VENV)/.installed  ## the gap between dense, PR-MoE and MoE-128 on a laptop (minutes on 2 cores)
 	$(BIN)/moelab run pr-moe --scale quick -p seeds=3
@@ -28,6 +28,11 @@ test-fast: $(VENV)/.installed-test  ## those that need no other process, noteboo
 
 test-slurm: $(VENV)/.installed-test  ## the tests on a real Slurm on this machine (slurm/README.md says what it needs)
 	MOELAB_SLURM=require $(TEST) tests/cluster --durations=10
+
+coverage: $(VENV)/.installed-test  ## which lines the fast tests run, in .moelab/coverage/html; TESTS=... for others
+	rm -rf .moelab/coverage && mkdir -p .moelab/coverage
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(or $(TESTS),-m "$(FAST)")
+	$(BIN)/coverage combine -q && $(BIN)/coverage html -q && $(BIN)/coverage report --skip-covered | tail -1
 
 lab: $(VENV)/.installed  ## JupyterLab on the notebooks
 	$(BIN)/moelab lab

@@ -18,9 +18,10 @@ from traitlets import Type, Unicode, default
 from moelab import environment, paths
 from moelab.engine.launch import postmortem
 from moelab.experiments import Experiment
-from moelab.files import sweep, write_json
+from moelab.files import read_json, sweep, write_json
 from moelab.report.publication import SUMMARY
 from moelab.report.site import convert
+from moelab.report.summary import parse
 from moelab.runs.collection import NoResult
 from moelab.terminal import one_line
 
@@ -114,7 +115,7 @@ def execute(
         raise NotebookFailed(f"{experiment.notebook} ended without publishing a result (executed copy: {copy})")
     _forget_places(copy)
     if publish:  # pages of own results are made in the workspace, see moelab.report.site.workspace
-        convert(copy)
+        convert(copy, parse(read_json(staging / SUMMARY)).figures)
     place = Path(experiment.name, scale)
     while any((root / place / name).exists() for root in paths.all_results()):
         name += "x"

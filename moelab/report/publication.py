@@ -121,9 +121,8 @@ class Publication:
         write_text(self.path / file, text)
 
     def claims(self, verdicts: Sequence[Verdict]) -> None:
-        """Save the verdicts on the paper's claims, with the values that they were judged by."""
+        """Keep the verdicts on the paper's claims, with the values that they were judged by, for the summary."""
         self.verdicts = list(verdicts)
-        write_json(self.path / "claims.json", [asdict(verdict) for verdict in self.verdicts])
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:
         """Write the summary; return one line that says where everything is.

@@ -1,10 +1,11 @@
 """The numbers of finished runs, to pass on without their weights: `moelab runs export` and `moelab runs import`.
 
 A run's record holds what it left beside its checkpoints: spec, result, provenance, metrics, and what was measured with
-its weights. `results/runs` has a pack for each model, `<model>.zip`, with the records of its runs, `<id>.zip`. Who
-takes them over can ask the experiments for more seeds or arms and trains only those; figures and verdicts come out as
-from runs trained here. What needs weights (generating, new evaluations, distilling from the run) does not work with
-them. Any zip program opens a record, and loading one executes nothing.
+its weights. Training rows give percentiles of the experts' load; only the last one gives every expert's load, which
+would be two thirds of the bytes. `results/runs` has a pack for each model, `<model>.zip`, with the records of its runs,
+`<id>.zip`. Who takes them over can ask the experiments for more seeds or arms and trains only those; figures and
+verdicts come out as from runs trained here. What needs weights (generating, new evaluations, distilling from the run)
+does not work with them. Any zip program opens a record, and loading one executes nothing.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ def _packed(run: Run) -> bytes:
             own = name == "provenance.json"  # as the run tells it: without names of hosts
             content[name] = (json.dumps(run.provenance, indent=2) + "\n").encode() if own else file.read_bytes()
     _checked(content, run.path.name, str(run.path))
+    if rows := content.get("train.jsonl"):
+        content["train.jsonl"] = _without_loads(rows)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, data in content.items():
@@ -135,6 +138,17 @@ def _packed(run: Run) -> bytes:
             f"({PACKED >> 20} MiB packed), which no import takes; train.log_every makes fewer rows"
         )
     return packed.getvalue()
+
+
+def _without_loads(rows: bytes) -> bytes:
+    """Return the rows of `train.jsonl` without each expert's load where percentiles say it; the last row keeps it."""
+    from moelab.training.metrics import parse_rows
+
+    parsed = parse_rows(rows, "train.jsonl")
+    for row in parsed[:-1]:
+        if "load_percentiles" in row:
+            row.pop("expert_load", None)
+    return "".join(json.dumps(row) + "\n" for row in parsed).encode()
 
 
 def read(archive: Archive, store: RunStore) -> Run | None:

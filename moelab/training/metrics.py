@@ -149,8 +149,9 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for layer, balance in row.get("balance", {}).items():
         for name, value in balance.items():
             yield f"balance/layer{layer}/{name}", value
-    for layer, load in row.get("expert_load", {}).items():
-        for percent, value in zip(PERCENTILES, percentiles(load), strict=True):
+    loads = {layer: percentiles(load) for layer, load in row.get("expert_load", {}).items()}
+    for layer, values in row.get("load_percentiles", loads).items():  # older rows have only loads, records' only these
+        for percent, value in zip(PERCENTILES, values, strict=True):
             yield f"expert_load/layer{layer}/p{percent}", value
 
 

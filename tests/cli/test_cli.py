@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -426,31 +425,3 @@ def test_packaging_lists_every_package():
     found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "moelab").rglob("__init__.py")}
     found |= {".".join(("moelab", *p.parent.relative_to(ROOT).parts)) for p in (ROOT / "kernels").rglob("__init__.py")}
     assert listed == found | {"moelab.notebooks"}
-
-
-@pytest.mark.slow
-def test_a_wheel_brings_notebooks_and_paper(tmp_path):
-    """It is made from the source distribution, which leaves no build/ in the checkout for a later wheel."""
-    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    place = tmp_path / "elsewhere"
-    zipfile.ZipFile(wheel).extractall(place)
-    code = """
-import sys, moelab, moelab.kernels
-from pathlib import Path
-from moelab import paper, paths, simulate
-from moelab.report import site
-from moelab.experiments import EXPERIMENTS
-from moelab.design.parameters import parameters
-assert paths.checkout() is None and moelab.__file__.startswith(sys.argv[1])
-site.build(Path("results"))
-assert simulate.plan("350M+MoE-32", 8, "h100").best.fits, "clusters and calibration come along"
-assert {path.suffix for path in (Path(moelab.kernels.__file__).parent / "_cpp").iterdir()} >= {".cpp", ".h"}
-print(len(paper.models()), len(paper.claims()), *parameters(EXPERIMENTS["pr-moe"]))
-"""
-    env = {**os.environ, "PYTHONPATH": str(place)}
-    command = [sys.executable, "-c", code, str(place)]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "seeds" in done.stdout

@@ -1,9 +1,6 @@
-"""Verdicts as pages count them, axes that rows share, sizes, commands, downloads, explained words."""
+"""Verdicts as pages count them, axes that rows share, sizes, commands, explained words."""
 
-import io
 import math
-import os
-import zipfile
 
 import pytest
 
@@ -13,7 +10,7 @@ from moelab.design.judging import judge
 from moelab.experiments import EXPERIMENTS
 from moelab.plotting import axis
 from moelab.report import ledger
-from moelab.report.site import downloads, front, plot
+from moelab.report.site import front, plot
 from moelab.report.site.claims import ClaimRow, all_claims, tally
 from moelab.report.site.glossary import TERMS, explain
 from moelab.report.site.results import read_results
@@ -100,16 +97,6 @@ def test_sizes_come_from_the_specs():
         "parameters and 300 billion tokens."
     )
     assert front.sizes([result(), result(runs=[{"id": "x", "label": "x"}])]) == {}
-
-
-def test_a_zip_has_the_files_and_that_of_the_same_files_is_the_same(tmp_path):
-    files = {name: tmp_path / name for name in ("a.json", "b.jsonl")}
-    for file in files.values():
-        file.write_text(file.name)
-    first = downloads.packed(files)
-    assert zipfile.ZipFile(io.BytesIO(first)).read("a.json") == b"a.json"
-    os.utime(files["a.json"], (0, 0))
-    assert downloads.packed(files) == first, "byte for byte"
 
 
 def test_words_are_explained_where_they_first_stand():

@@ -18,7 +18,9 @@ from moelab.plotting.typography import typeset
 from moelab.report import ledger, site
 from moelab.report.site import claims, front, notebook, template
 from moelab.report.site.results import read_results
+from moelab.report.summary import FigureRow
 from moelab.simulate.public import measurements
+from tests.conftest import PICTURE
 from tests.report.helpers import result
 
 
@@ -103,7 +105,7 @@ def test_unchanged_results_are_not_written_again(root):
     site.build(root)
     assert "Loss rises" in (root / "figures.html").read_text()
     changed = sorted(p.name for p in root.rglob("*.*") if p.stat().st_mtime >= summary.stat().st_mtime)
-    expected = ["data.zip", "digest.csv", "figures.html", "index.html", "index.html", "moelab-results.zip"]
+    expected = ["digest.csv", "figures.html", "index.html", "index.html", "notebook.html"]
     assert changed == [*expected, "summary.json"], "the start page's line, and no page of another result"
 
 
@@ -198,6 +200,26 @@ def test_a_notebook_page_has_its_outputs_and_no_library_from_outside(published):
     text = re.sub(r"<(style|script).*?</\1>", "", page, flags=re.S)
     assert "<math" in page and "<mi>log</mi>" in page and "$" not in text
     assert 'alt="Figure: Notebook of pr-moe"' in page and "<details" not in page
+
+
+def test_a_published_figure_stands_on_the_notebooks_page_once_as_its_file(tmp_path):
+    def cell(source, count):
+        return nb.new_code_cell(source, outputs=count * [nb.new_output("display_data", data={"image/png": PICTURE})])
+
+    for name in ("curves", "gaps", "missing"):
+        if name != "missing":
+            (tmp_path / f"{name}.svg").write_text('<svg width="360pt" height="90pt"></svg>')
+    cells = [
+        cell('publication.figure(b, "gaps")\npublication.figure(a, "curves")', 2),
+        cell('publication.figure(a, "curves"); plt.figure()', 2),
+        cell('publication.figure(c, "missing")', 1),
+    ]
+    (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
+    rows = [FigureRow(name, f"{name} <fall>") for name in ("curves", "gaps", "missing")]
+    assert site.convert(tmp_path / "notebook.ipynb", rows)
+    page = (tmp_path / "notebook.html").read_text()
+    assert re.findall(r'src="(\w+)\.svg"', page) == ["gaps", "curves"] and page.count("data:image/png") == 3
+    assert "<strong>gaps &lt;fall&gt;</strong>" in page and 'height="120"' in page
 
 
 def test_a_notebooks_page_is_made_again_once_the_code_that_makes_it_has_changed(tmp_path, monkeypatch):

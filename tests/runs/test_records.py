@@ -20,6 +20,7 @@ from moelab.experiments import pr_moe
 from moelab.files import write_json
 from moelab.runs import dry_run, preflight, records
 from moelab.runs.collection import Runs
+from moelab.runs.measurements import FORMAT, file_digest
 from moelab.runs.states import Status
 from moelab.runs.store import RunStore
 from tests.runs.conftest import record
@@ -146,6 +147,38 @@ def test_a_record_says_what_the_run_says_and_has_no_weights(finished, tmp_path, 
     assert Runs([taken]).curves().equals(Runs([finished]).curves()) and taken.provenance == finished.provenance
     assert not (taken.path / "checkpoints").exists()
     assert archive.read_bytes() == record(finished, tmp_path / "again").read_bytes()
+
+
+def test_a_record_has_the_experts_loads_of_the_last_row_and_the_percentiles_of_all(finished, tmp_path, theirs):
+    rows = [{"step": n, "expert_load": {"2": [0.75, 0.25]}, "load_percentiles": {"2": [0.5, 1.5]}} for n in (1, 2)]
+    old = [{"step": 0, "expert_load": {"2": [0.5, 0.5]}}]  # of a version that wrote no percentiles
+    (finished.path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*old, *rows]))
+    taken = records.read(record(finished, tmp_path / "first"), theirs).rows("train.jsonl")
+    assert taken["expert_load"].isna().tolist() == [False, True, False] and taken["load_percentiles"].notna().sum() == 2
+
+
+def test_a_pack_of_many_records_with_folders_grows_by_what_was_added(finished, store, tmp_path, theirs):
+    first, *others = [
+        store.run(replace(finished.spec, train=replace(finished.spec.train, seed=seed))) for seed in range(100, 180)
+    ]
+    digest = file_digest(finished.path / "result.json")
+    for n, run in enumerate((first, *others)):
+        shutil.copy(finished.path / "result.json", run.path)
+        (run.path / "measured").mkdir()
+        for name in ("validation-limits", "zero-shot.score"):
+            value = {"format": FORMAT, "result": digest, "code": "abc", "value": {"loss": n}}
+            write_json(run.path / "measured" / f"{name}-{n:012x}.json", value)
+    records.write(others, tmp_path / "runs")
+    before = {archive.stem: archive.read_bytes() for archive in records.archives_in(tmp_path / "runs")}
+    (pack,) = records.write([first], tmp_path / "runs")
+    found = {archive.stem: archive for archive in records.archives_in(pack)}
+    assert found.keys() == {run.spec.id for run in (first, *others)}
+    assert {id: found[id].read_bytes() for id in before} == before, "git stores the bytes that are new alone"
+    for n, run in enumerate((first, *others)):
+        taken = records.read(found[run.spec.id], theirs)
+        measured = sorted(file.relative_to(taken.path).as_posix() for file in taken.path.glob("*/*.json"))
+        assert measured == [f"measured/{name}-{n:012x}.json" for name in ("validation-limits", "zero-shot.score")]
+        assert (taken.path / "result.json").read_bytes() == (run.path / "result.json").read_bytes()
 
 
 def test_names_of_hosts_are_not_passed_on(finished, tmp_path, theirs):

@@ -12,11 +12,9 @@ for the user's own results beside the published ones, or in `results` where publ
     results/compare.html                                   two results side by side
     results/runs.html                                      the training runs in `runs/`, to download
     results/claims.csv                                     all claims with their verdicts
-    results/moelab-results.zip                             the data of all results
     results/assets/                                        the style and the scripts of all pages
     results/<experiment>/<scale>/<date>-<time>/index.html  one result
                                                notebook.html  its executed notebook
-                                               data.zip       its data and figures
 
 The pages load nothing from outside the folder and work without a script (filters, comparison and interactive charts
 need it). They are made only from the files of the results (`moelab.report.publication`) and the descriptions in

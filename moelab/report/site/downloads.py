@@ -1,8 +1,7 @@
-"""Write what can be downloaded: all claims as one CSV, the data of each result and of all as zips, the list of runs."""
+"""Collect what can be downloaded: all claims as one CSV, and the list of runs."""
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from moelab.report.site.results import Result
 from moelab.report.summary import RunRow
 from moelab.runs import records
 
-EVERYTHING = "moelab-results.zip"
-RESULT = "data.zip"
 CLAIMS = "claims.csv"
 
 _COLUMNS = (
@@ -37,20 +34,6 @@ def claims_csv(ledger: Sequence[Entry], rows: Sequence[ClaimRow]) -> str:
             for entry in ledger
         ]
     )
-
-
-def members(result: Result) -> dict[str, Path]:
-    """Return the files of a result that its zip has: summary, claims, data, figures; not the notebook, nor pages."""
-    return {n: result.folder / n for n in sorted(result.names) if n.endswith((".json", ".jsonl", ".svg"))}
-
-
-def packed(files: Mapping[str, Path]) -> bytes:
-    """Return a zip of these files, name in the zip -> file; that of the same files is the same, byte for byte."""
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as archive:
-        for name, file in files.items():
-            archive.writestr(zipfile.ZipInfo(name), file.read_bytes(), zipfile.ZIP_DEFLATED, 9)  # of a constant time
-    return data.getvalue()
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,15 @@ import html
 import re
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab.files import write_text
+from moelab.plotting.typography import typeset
 from moelab.report.site import sanitize, template
+from moelab.report.site.results import Picture
+from moelab.report.summary import FigureRow
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
@@ -23,24 +27,30 @@ if TYPE_CHECKING:
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # as if it could not be imported
 
 
-def convert(notebook: Path) -> bool:
+def convert(notebook: Path, figures: Sequence[FigureRow] = ()) -> bool:
     """Write `<name>.html` beside the executed notebook of a result unless that is current; return whether it wrote.
 
-    Code of markdown cells and outputs is dropped, see `sanitize`.
+    Code of markdown cells and outputs is dropped, see `sanitize`. Published figures, SVG files next to the notebook,
+    take the place of the notebook's pictures of them.
 
     Widgets, which need a running kernel, are shown as the table or text that is stored with them; where that is only a
     name, a line refers to JupyterLab. Formulas become MathML, which browsers draw themselves. Code of more than 12
     lines, and of cells whose source JupyterLab hides, is folded.
+
+    Args:
+        figures: those of the result.
     """
     page = notebook.with_suffix(".html")
     code = (Path(str(module)).read_bytes() for module in (__file__, sanitize.__file__))
-    mark = template.mark(notebook.read_bytes(), *code, names=("notebook.html", "base.html", "cells.html"))
+    named = [f"{figure.name}\n{figure.title}".encode() for figure in figures]
+    mark = template.mark(notebook.read_bytes(), *named, *code, names=("notebook.html", "base.html", "cells.html"))
     if template.is_current(page, mark):
         return False
     import nbformat
 
     node = nbformat.read(notebook, as_version=4)
     _describe_figures(node)
+    _show_files(node, figures, notebook.parent)
     sanitize.frame_pictures(node)
     _name_widgets(node)
     _fold_tables(node)
@@ -115,6 +125,29 @@ def _describe_figures(notebook: NotebookNode) -> None:
                 about.setdefault("alt", f"Figure: {heading}")
                 width, height = struct.unpack(">II", base64.b64decode(data[:64])[16:24])  # of the PNG's first chunk
                 about |= {"width": about.get("width", width), "height": about.get("height", height)}
+
+
+def _show_files(notebook: NotebookNode, figures: Sequence[FigureRow], folder: Path) -> None:
+    """Replace the pictures of each cell that publishes as many figures as it shows by the figures' files and titles.
+
+    Args:
+        figures: of which a cell that publishes one names it in its code.
+        folder: with their files.
+    """
+    files = {figure.name: Picture.of(folder / f"{figure.name}.svg") for figure in figures}
+    titles = {figure.name: html.escape(typeset(figure.title)) for figure in figures}
+    for cell in notebook.cells:
+        shown = [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        names = sorted((at, name) for name in files if (at := cell.source.find(f'"{name}"')) >= 0)
+        if len(shown) != len(names) or not all(files[name].width for _, name in names):  # not drawn by us, or missing
+            continue
+        for output, (_, name) in zip(shown, names, strict=True):
+            file, title = files[name], titles[name]
+            del output.data["image/png"]
+            size = f'width="{file.width}" height="{file.height}"'
+            output.data["text/html"] = (
+                f'<p><strong>{title}</strong></p><img class="picture" src="{file.file}" alt="{title}" {size}>'
+            )
 
 
 def _name_widgets(notebook: NotebookNode) -> None:

@@ -67,7 +67,6 @@ def build(root: Path) -> Built:
     chapters, counted = front.chapters(results), tally(ledger)
     counts = downloads.claims_csv(ledger, claims)
     written += _write_if_changed(root / downloads.CLAIMS, counts)
-    written += _write_downloads(root, results)
     used = {result.scale for result in results} | {row.scale for row in claims if row.result}
     grid = simulator.explorer(results)
     about = {
@@ -128,7 +127,6 @@ def _start(
         "shares": _shares([r for r in results if r is shown or any(r.path in answer.link for answer in found)]),
         "digest": rows,
         "hours": digest.hours(results),
-        "everything": downloads.EVERYTHING,
     }, written
 
 
@@ -139,15 +137,6 @@ def _verdicts(claims: Sequence[ClaimRow]) -> dict[str, str]:
         for name in (row.result.path, row.experiment) if row.result else (row.experiment,):
             found.setdefault(name, {})[row.key] = None
     return {name: "|".join(keys) for name, keys in found.items()}
-
-
-def _write_downloads(root: Path, results: Sequence[Result]) -> int:
-    """Write the zip of everything, the claims' CSV in it; return how many files were written."""
-    files = {downloads.CLAIMS: root / downloads.CLAIMS}
-    for result in sorted(results, key=lambda r: r.path):
-        files |= {f"{result.path}/{name}": path for name, path in downloads.members(result).items()}
-    files |= {p.relative_to(root).as_posix(): p for p in sorted((root / "benchmarks").rglob("*.json*"))}
-    return int(_write_if_changed(root / downloads.EVERYTHING, downloads.packed(files)))
 
 
 def _shares(results: Iterable[Result]) -> str:
@@ -165,17 +154,16 @@ def _write_if_changed(path: Path, content: str | bytes) -> bool:
 
 
 def _write_result(result: Result, root: Path, unreadable: list[str], claims: Sequence[ClaimRow]) -> int:
-    """Write the notebook, the data and the page of a result where they have changed; return how many were written."""
+    """Write the notebook and the page of a result where they have changed; return how many were written."""
     written = 0
     if result.has("notebook.ipynb"):
         executed = result.folder / "notebook.ipynb"
         result.names.add("notebook.html")
         try:
-            written += notebook.convert(executed)
+            written += notebook.convert(executed, result.summary.figures)
         except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
             unreadable.append(unreadable_line(executed, root, error))
             result.names.discard("notebook.html")
-    written += _write_if_changed(result.folder / downloads.RESULT, downloads.packed(downloads.members(result)))
     decided = {row.claim.id: row for row in claims if row.decides and row.result is result}
     rows = [
         replace(row, verdict=(last := decided.get(row.claim.id, row)).verdict, alone=last.alone)
