@@ -57,7 +57,8 @@ if fail == "exit":
 from pathlib import Path
 from ipykernel.connect import get_connection_info
 print(get_connection_info(unpack=True)["transport"])
-Path(os.environ["MOELAB_PUBLICATION"], "summary.json").write_text(json.dumps({"missing": []}))""",
+said = {"experiment": "x", "scale": "smoke", "title": "Found", "finished": "2026-12-03T00:00:00", "missing": []}
+Path(os.environ["MOELAB_PUBLICATION"], "summary.json").write_text(json.dumps(said))""",
 ]
 EXPERIMENT = Experiment(
     name="x", number=1, title="X", paper="none", question="?", paper_answer="!", scales={"smoke": Scale("w", "c")}
