@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import environment, paths
 from moelab.design.conclusion import Conclusion, conclude
-from moelab.files import write_json, write_text
+from moelab.files import write_text
 from moelab.lazy import pd
 from moelab.report.summary import SUMMARY, FigureRow, TableRow, check_file_name
 from moelab.runs.provenance import provenance
@@ -134,37 +134,35 @@ class Publication:
         finished = runs.finished if runs is not None else ()
         once = {run.spec.id: run for run in finished}.values()  # a run may stand for its own and for the shared rate
         hardware = [run.provenance.get("hardware") for run in finished]
-        write_json(
-            self.path / SUMMARY,
-            {
-                "experiment": self.experiment,
-                "scale": self.scale,
-                "title": title,
-                "parameters": self.parameters,
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "notebook_seconds": round(time.time() - self.started, 1),
-                "training_seconds": round(sum(run.own_seconds for run in once), 1),
-                "seeds": sorted({run.spec.train.seed for run in finished}),
-                "hardware": hardware[0] if hardware else None,
-                "figures": [asdict(row) for row in self.figures],
-                "tables": [asdict(row) for row in self.tables],
-                "claims": [asdict(verdict) for verdict in self.verdicts],
-                "missing": list(dict.fromkeys(run.spec.id for run in runs.missing)) if runs is not None else [],
-                "broken_down": runs.broken_down if runs is not None else [],
-                "runs": [
-                    {
-                        "id": run.spec.id,
-                        "label": run.spec.title,
-                        "spec": run.spec.to_json(),
-                        "result": run.result,
-                        "provenance": run.provenance,
-                    }
-                    for run in finished
-                ],
-                "measurements": [one.summary() for one in self.measurements],
-                "provenance": provenance(),
-            },
-        )
+        record = {
+            "experiment": self.experiment,
+            "scale": self.scale,
+            "title": title,
+            "parameters": self.parameters,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "notebook_seconds": round(time.time() - self.started, 1),
+            "training_seconds": round(sum(run.own_seconds for run in once), 1),
+            "seeds": sorted({run.spec.train.seed for run in finished}),
+            "hardware": hardware[0] if hardware else None,
+            "figures": [asdict(row) for row in self.figures],
+            "tables": [asdict(row) for row in self.tables],
+            "claims": [asdict(verdict) for verdict in self.verdicts],
+            "missing": list(dict.fromkeys(run.spec.id for run in runs.missing)) if runs is not None else [],
+            "broken_down": runs.broken_down if runs is not None else [],
+            "runs": [
+                {
+                    "id": run.spec.id,
+                    "label": run.spec.title,
+                    "spec": run.spec.to_json(),
+                    "result": run.result,
+                    "provenance": run.provenance,
+                }
+                for run in finished
+            ],
+            "measurements": [one.summary() for one in self.measurements],
+            "provenance": provenance(),
+        }
+        write_text(self.path / SUMMARY, by_rows(record))
         if self.interactive:
             return f"draft written to {self.path}"
         return f"result handed over as {self.experiment}, scale {self.scale}"
@@ -185,3 +183,14 @@ def lines(data: pd.DataFrame) -> str:
     """Return the rows of a frame as JSON lines, with an index that has a name as columns."""
     named = [name for name in data.index.names if name is not None and name not in data]
     return (data.reset_index(named) if named else data).to_json(orient="records", lines=True, double_precision=15)
+
+
+def by_rows(record: dict[str, Any]) -> str:
+    """Return a JSON object with a line for each value, and a line for each object of a list: of 180 runs, 180 lines."""
+
+    def value(part: Any) -> str:
+        if isinstance(part, list) and part and isinstance(part[0], dict):
+            return "[\n    " + ",\n    ".join(json.dumps(row, separators=(",", ":")) for row in part) + "\n  ]"
+        return json.dumps(part)
+
+    return "{\n  " + ",\n  ".join(f"{json.dumps(key)}: {value(part)}" for key, part in record.items()) + "\n}\n"

@@ -108,6 +108,8 @@ def test_a_run_that_stands_for_both_rates_counts_once(result):
     publication.finish(Runs(runs), title="There")
     summary = read_json(publication.path / SUMMARY)
     assert summary["training_seconds"] == 1 and [run["label"] for run in summary["runs"]] == [s.title for s in specs]
+    written = (publication.path / SUMMARY).read_text().splitlines()
+    assert sum(specs[0].id in line for line in written) == 2, "a line a run"
 
 
 def test_a_conclusion_is_that_of_the_verdicts_which_are_published(capsys):
