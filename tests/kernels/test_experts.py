@@ -28,7 +28,7 @@ ODD = [  # rows per expert, spare rows, M, F
     ([0, 67, 0, 1], 0, 67, 33),
     ([0, 0, 13], 5, 40, 130),
     ([0, 0], 3, 8, 8),
-    ([1, 2] * 16, 0, 16, 20),
+    ([1, 2] * (5 if INTERPRETING else 16), 0, 16, 20),  # more tiles than stand beside each other
 ]
 MULTIPLES = [  # of 16, which the C++ takes
     ([1], 0, 16, 16),
