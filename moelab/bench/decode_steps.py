@@ -31,13 +31,17 @@ Turns = list[float]
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Tokens of a prompt, tokens generated for each, rounds; the device, and the dtype of weights and activations."""
+    """Tokens of a prompt, tokens generated for each, rounds; the device, and the dtype of weights and activations.
+
+    `rough` is that of `Timing`.
+    """
 
     prompt: int = 32
     output: int = 32
     rounds: int = 5
     device: str = "cpu"
     dtype: str = "fp32"
+    rough: bool = False
 
     def __post_init__(self) -> None:
         if self.output < 2 or min(self.prompt, self.rounds) < 1:
@@ -51,7 +55,8 @@ class DecodeSettings:
     @property
     def timing(self) -> Timing:
         """How a round is timed."""
-        return Timing(self.rounds, self.device, warm_up=1, budget_s=math.inf)  # on ranks no clock may decide
+        no_clock = math.inf  # decides when ranks end
+        return Timing(self.rounds, self.device, warm_up=1, budget_s=no_clock, rough=self.rough)
 
 
 def filled(config: ModelConfig, device: str, dtype: torch.dtype = torch.float32) -> GPT:

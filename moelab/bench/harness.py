@@ -49,6 +49,8 @@ class Timing:
         budget_s: no new round begins after that long, once three are counted.
         longest_s: a candidate whose turn takes longer than that, and over ten times the first candidate's, while
             warming up is left out, with a line that says so; None keeps all of them.
+        rough: measure the machine's rates of copying, reading and products on small arrays, which the caches hold: for
+            a run that shows only that everything runs.
     """
 
     rounds: int = 7
@@ -57,6 +59,7 @@ class Timing:
     warm_up: int = 2
     budget_s: float = 60.0
     longest_s: float | None = None
+    rough: bool = False
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -306,7 +309,7 @@ def product_rate(dtype: torch.dtype, timing: Timing, largest: int | None = None)
     n is `largest` (by default 2048, on a GPU 8192: a shorter product would be timed with its launch), or less where
     that would take long (bf16 on a processor that has no instructions for it).
     """
-    largest = largest or (8192 if timing.device == "cuda" else 2048)
+    largest = largest or (256 if timing.rough else 8192 if timing.device == "cuda" else 2048)
     n = min(256, largest)
     with fastest_products():
         while True:
@@ -329,6 +332,8 @@ def copy_rate(timing: Timing, size: int | None = None) -> float:
 
 def _large(timing: Timing) -> int:
     """Return the bytes of memory larger than the caches, whose reading takes much longer than a launch on a GPU."""
+    if timing.rough:
+        return 1 << 22
     return 1 << 30 if timing.device == "cuda" else 1 << 28
 
 

@@ -74,7 +74,7 @@ class Ranks:
             raise ValueError(f"ranks: {function.__qualname__} is of this notebook; put it into a module")
         deadline = time.monotonic() + timeout_s
         if not self._processes:
-            self._start()
+            self._start(function.__module__)
             deadline += START_S
         code = sys.modules[function.__module__].__file__
         message = (function.__module__, code, function.__qualname__, pickle.dumps(args))
@@ -110,9 +110,10 @@ class Ranks:
     def __exit__(self, kind: type | None, value: BaseException | None, where: TracebackType | None) -> None:
         self.close()
 
-    def _start(self) -> None:
+    def _start(self, module: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["moelab.engine.preload"])
+        # Beside what every rank needs, the first function's module: a test's or a script's is left to the ranks.
+        context.set_forkserver_preload(["moelab.engine.preload", *([module] if module.startswith("moelab.") else [])])
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         for rank in range(self.size):
             ours, theirs = context.Pipe()

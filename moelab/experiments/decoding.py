@@ -86,7 +86,7 @@ def decode(
     """Measure the steps in this process; return rows of `moelab bench decode` with the model's key as name."""
     from moelab.bench.decode import DecodeSettings, measure, measure_ranks
 
-    settings = DecodeSettings(4, 4, 1) if scale == "smoke" else DecodeSettings(16, 24, 5)
+    settings = DecodeSettings(4, 4, 1, rough=True) if scale == "smoke" else DecodeSettings(16, 24, 5)
     on_gpu = DecodeSettings(device="cuda", dtype="bf16")
     measured = []
     for name, model in models.items():

@@ -88,7 +88,7 @@ def _session(scale: str, rounds: int | None, threads: int) -> list[dict[str, Any
 
     s = SHAPES[scale]
     cases = [(tokens, experts) for tokens in s.tokens for experts in s.experts]
-    timing = Timing(rounds or s.rounds, s.device)
+    timing = Timing(rounds or s.rounds, s.device, rough=scale == "smoke")
     with torch_threads(threads):
         return [row for S, E in cases for row in measure_parts(S, s.hidden, E, timing, calls=s.calls)]
 
@@ -99,7 +99,7 @@ def training_gate(scale: str, rounds: int | None = None, threads: int = 1) -> li
     from moelab.bench.harness import Timing, torch_threads
 
     s = SHAPES[scale]
-    timing = Timing(rounds or s.rounds, s.device)
+    timing = Timing(rounds or s.rounds, s.device, rough=scale == "smoke")
     with torch_threads(threads):
         return [row.json() for E in s.experts for row in measure(s.train_tokens, E, timing)]
 
@@ -115,7 +115,7 @@ def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict
 
     s = SHAPES[scale]
     M, F, S = s.layer
-    timing = Timing(rounds or s.rounds, s.device)
+    timing = Timing(rounds or s.rounds, s.device, rough=scale == "smoke")
     cases = [(f"inference, {tokens} tokens", tokens, False) for tokens in s.tokens[:2]]
     with torch_threads(threads):
         return [

@@ -30,9 +30,10 @@ SHRINK: dict[str, dict[str, int]] = {
 
 
 def measured_steps(measure: Measure, scale: str, file: str | None = None) -> pd.DataFrame:
-    """Return `decoding.steps` of the twin over 1, 2 and 4 ranks, or over batches on one GPU; at paper read `file`."""
+    """Return `decoding.steps` of the twin over `RANKS`, or over batches on one GPU; at paper read `file`."""
+    ranks = RANKS[:2] if scale == "smoke" else RANKS
     models = twins({"1.3B+MoE-128": ModelConfig.parse("1.3B+MoE-128")}, scale, SHRINK)
-    return steps(measure, EXPERIMENT.name, models, scale, file, by="size", ranks=RANKS, batches=(1, 8, 32))
+    return steps(measure, EXPERIMENT.name, models, scale, file, by="size", ranks=ranks, batches=(1, 8, 32))
 
 
 def latencies() -> pd.DataFrame:
@@ -68,7 +69,7 @@ EXPERIMENT = Experiment(
     question="Does an MoE get faster, and each GPU more productive, when GPUs are added?",
     paper_answer="Yes: from 8 to 64 GPUs latency falls from 27.3 to 12.7 ms while throughput per GPU doubles.",
     scales={
-        "smoke": Scale("simulated cluster; a tiny twin on 1, 2, 4 gloo ranks", "seconds"),
+        "smoke": Scale("simulated cluster; a tiny twin on 1 and 2 gloo ranks", "seconds"),
         "cpu": Scale(
             "simulated cluster; the 1.3B+MoE-128 twin on 1, 2, 4 gloo ranks", "half a minute on two cores (estimated)"
         ),
