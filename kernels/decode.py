@@ -116,8 +116,8 @@ def decode(
     last: Tensor | None = None,
     angles: Tensor | None = None,
     seconds: Tensor | None = None,
-) -> Tensor:
-    """Return the logits after each sequence's last token, [B, V]; write the new keys and values to the cache.
+) -> tuple[Tensor, Tensor]:
+    """Return the logits after each sequence's last token and the likeliest tokens; write keys and values to the cache.
 
     Args:
         tokens_R: int64 ids of all new tokens, sequence by sequence.
@@ -126,6 +126,10 @@ def decode(
         angles: with rotation, float32 [T, D]: the D / 2 cosines of each place, then the sines.
         seconds: float64 [8], to which the seconds of `PARTS` are added, then the number of experts with tokens, summed
             over layers, and the number of layers with experts.
+
+    Returns:
+        The logits [B, V], and int64 [B] the lowest token with the largest logit, or -1 where that is infinite or any is
+        NaN.
 
     Raises:
         RuntimeError: a token, slot or place that does not exist, or tensors that do not fit.

@@ -85,6 +85,32 @@ void score(const float* logits, int64_t E, bool alone, float* scores) {
   for (int64_t e = 0; e < E; ++e) scores[e] /= total;
 }
 
+// Return the lowest place of a row's largest value, or -1 if that is infinite or any value is NaN.
+template <typename T>
+int64_t likeliest(const T* row, int64_t n) {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  Vec most = all(-infinity);
+  Ints place{}, odd{};
+  int32_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const Vec v = load(row + j);
+    const Ints better = v > most;
+    most = better ? v : most;
+    place = better ? all(j) : place;
+    odd |= v != v;
+  }
+  float found = -infinity;
+  int64_t best = -1;
+  bool nan = false;
+  const auto see = [&](float x, int64_t at) {
+    nan |= x != x;
+    if (x > found || (x == found && at < best)) found = x, best = at;
+  };
+  for (int64_t i = 0; i < kLanes; ++i) nan |= odd[i] != 0, see(most[i], place[i] + i);
+  for (; j < n; ++j) see(load(row + j, 1)[0], j);
+  return nan || found == infinity ? -1 : best;
+}
+
 struct Step {
   const Weights& weights;
   const std::vector<int64_t>& sizes;
@@ -239,7 +265,8 @@ struct Step {
     return y;
   }
 
-  Tensor logits(const Tensor& tokens) {
+  // The logits, and the likeliest token of each sequence.
+  std::tuple<Tensor, Tensor> logits(const Tensor& tokens) {
     const int64_t layers = (weights.size() - kModelWeights) / kLayerWeights;
     const Tensor& table = *weights[kEmbedding];
     auto x = is_float(table) ? embed_as<float>(tokens) : embed_as<BFloat16>(tokens);
@@ -253,13 +280,19 @@ struct Step {
       clock.book(of_layer(layer, kRouter).has_value() ? kRest : kFeedForward);
     }
     x = norm(last_of(x), weights[kLastNorm], weights[kLastNormBias]);
-    auto found = linear(x, *weights[kHead], {}, table.size(0), kNone, {});
+    const int64_t V = table.size(0);
+    const auto found = linear(x, *weights[kHead], {}, V, kNone, {});
+    auto best = empty(tokens, {x.size(0)});
+    each_row(x.size(0), [&](int64_t s) {
+      data<int64_t>(best)[s] = is_float(found) ? likeliest(data<float>(found) + s * V, V)
+                                               : likeliest(data<BFloat16>(found) + s * V, V);
+    });
     clock.book(kOfHead);
-    return found;
+    return {found, best};
   }
 };
 
-Tensor decode(
+std::tuple<Tensor, Tensor> decode(
     const Tensor& tokens, std::vector<int64_t> slots, std::vector<int64_t> starts, std::vector<int64_t> counts,
     const Tensor& keys, const Tensor& values, const Optional& last, const Optional& angles, Weights weights,
     std::vector<int64_t> sizes, std::vector<double> numbers, const Optional& seconds) {
@@ -289,9 +322,9 @@ Tensor decode(
   for (int64_t r = 0; r < rows; ++r)
     check(0 <= ids[r] && ids[r] < weights[kEmbedding]->size(0), "decode: token ", ids[r], " of ", weights[kEmbedding]->size(0));
   Step step{weights, sizes, numbers, sequences, {keys, values, last}, angles, Clock(data<double>(seconds))};
-  Optional logits;
-  Team::lead([&] { logits = step.logits(tokens); });
-  return *logits;
+  std::optional<std::tuple<Tensor, Tensor>> found;
+  Team::lead([&] { found = step.logits(tokens); });
+  return *found;
 }
 
 }  // namespace
@@ -300,7 +333,7 @@ Tensor decode(
 STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
   library.def(
       "decode(Tensor tokens, int[] slots, int[] starts, int[] counts, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? last, "
-      "Tensor? angles, Tensor?[] weights, int[] sizes, float[] numbers, Tensor(d!)? seconds) -> Tensor");
+      "Tensor? angles, Tensor?[] weights, int[] sizes, float[] numbers, Tensor(d!)? seconds) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MOELAB_OPERATIONS, CPU, library) { library.impl("decode", TORCH_BOX(&moelab::decode)); }

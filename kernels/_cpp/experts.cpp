@@ -301,14 +301,16 @@ void packed_forward(
         found.push_back({part.expert, part.first, part.last - part.first, p, std::min(p + step, panels)});
     return found;
   };
-  share(pieces(w1.panels), [&](const Piece& piece, const Piece*) {
+  share(pieces(w1.panels), [&](const Piece& piece, const Piece* next) {
     const T* bias = B1 ? B1 + piece.expert * gates * F : nullptr;
-    layer(X + piece.row * M, piece.rows, w1.of(piece.expert), piece.first, piece.last, bias, activation,
+    const T* after = next ? w1.of(next->expert).panel(0, next->first) : w2.of(piece.expert).panel(0, 0);
+    layer(X + piece.row * M, piece.rows, w1.of(piece.expert), piece.first, piece.last, after, bias, activation,
           [&](int64_t i, int64_t j, Vec v, auto... n) { store(H + (piece.row + i) * F + j, v, n...); });
   });
-  share(pieces(w2.panels), [&](const Piece& piece, const Piece*) {
+  share(pieces(w2.panels), [&](const Piece& piece, const Piece* next) {
     const T* bias = B2 ? B2 + piece.expert * M : nullptr;
-    layer(H + piece.row * F, piece.rows, w2.of(piece.expert), piece.first, piece.last, bias, kNone,
+    const T* after = next ? w2.of(next->expert).panel(0, next->first) : nullptr;
+    layer(H + piece.row * F, piece.rows, w2.of(piece.expert), piece.first, piece.last, after, bias, kNone,
           [&](int64_t i, int64_t j, Vec v, auto... n) { store(Y + (piece.row + i) * M + j, v, n...); });
   });
   std::memset(Y + o[E] * M, 0, (R - o[E]) * M * sizeof(T));

@@ -49,8 +49,9 @@ void linear_as(
   for (int64_t p = 0; p < w.panels; p += step)
     for (int64_t r = 0; r < R; r += kPackedRows)
       parts.push_back({r, std::min(kPackedRows, R - r), p, std::min(p + step, w.panels)});
-  share(parts, [&](const Part& part, const Part*) {
-    layer(X + part.row * K, part.rows, w, part.first, part.last, B, activation,
+  share(parts, [&](const Part& part, const Part* next) {
+    const T* after = next ? w.panel(0, next->first) : nullptr;
+    layer(X + part.row * K, part.rows, w, part.first, part.last, after, B, activation,
           [&](int64_t i, int64_t column, Vec v, auto... n) {
             const int64_t at = (part.row + i) * N + column;
             if (A) v = v + load(A + at, n...);

@@ -43,13 +43,14 @@ struct Packed {
 };
 
 // act(x @ W + bias) of some rows and panels; `write(row, column, vector)`, at the end of a row with the number of columns.
+// `after` is a panel that the thread needs next, or null.
 template <typename T, typename Write>
 void layer(
-    const T* x, int64_t m, const Packed<T>& w, int64_t first, int64_t last, const T* bias, int64_t activation,
-    const Write& write) {
+    const T* x, int64_t m, const Packed<T>& w, int64_t first, int64_t last, const T* after, const T* bias,
+    int64_t activation, const Write& write) {
   alignas(64) float c[kPackedRows * kPackedPanel], up[kPackedRows * kPackedPanel];
   for (int64_t p = first; p < last; ++p) {
-    const T* next = p + 1 < last ? w.panel(0, p + 1) : nullptr;
+    const T* next = p + 1 < last ? w.panel(0, p + 1) : after;
     w.multiply(x, m, w.panel(0, p), c, w.gates > 1 ? w.panel(1, p) : next);
     if (w.gates > 1) w.multiply(x, m, w.panel(1, p), up, next);
     for (int64_t i = 0; i < m; ++i)

@@ -210,10 +210,10 @@ class Generator:
             if not prefill and not decode:
                 return
             if decode:
-                yield from self._take(alive, self._decode(alive), sampling)
+                yield from self._take(alive, *self._decode(alive), sampling)
             if prefill:  # after the decoding step, so that each sequence yields one token per turn
                 slots = range(len(alive), len(alive) + len(fresh))
-                yield from self._take(fresh, self._prefill(fresh, slots), sampling)
+                yield from self._take(fresh, *self._prefill(fresh, slots), sampling)
                 alive += fresh
             for slot in reversed(range(len(alive))):
                 if self._finish(alive[slot], sampling):
@@ -239,8 +239,8 @@ class Generator:
         return [bool(f) for f in flags.tolist()]
 
     @torch.inference_mode()
-    def _prefill(self, fresh: list[_Sequence], slots: Sequence[int]) -> Tensor:
-        """Return the logits [B, V] after each prompt."""
+    def _prefill(self, fresh: list[_Sequence], slots: Sequence[int]) -> packing.Logits:
+        """Return the logits after each prompt."""
         if self.packed is not None:
             return self.packed.prefill(self.cache, slots, [s.prompt for s in fresh])
         lengths = [len(s.prompt) for s in fresh]
@@ -248,33 +248,32 @@ class Generator:
         self.cache.prefill(slots, lengths)
         x_1NM, _ = self.model.hidden_states(tokens.to(self.cache.device), self.cache)
         last = torch.tensor([end - 1 for end in itertools.accumulate(lengths)], dtype=torch.long)
-        return self.model.head(x_1NM[0, last.to(self.cache.device)])
+        return _with_likeliest(self.model.head(x_1NM[0, last.to(self.cache.device)]))
 
     @torch.inference_mode()
-    def _decode(self, alive: list[_Sequence]) -> Tensor:
-        """Return the logits [B, V] after each sequence's newest token."""
+    def _decode(self, alive: list[_Sequence]) -> packing.Logits:
+        """Return the logits after each sequence's newest token."""
         if self.packed is not None:
             return self.packed.step(self.cache, [s.tokens[-1] for s in alive], [s.cached for s in alive])
         self.cache.decode([s.cached for s in alive])
         tokens = torch.tensor([s.tokens[-1] for s in alive], dtype=torch.long, device=self.cache.device)
         x_B1M, _ = self.model.hidden_states(tokens[:, None], self.cache)
-        return self.model.head(x_B1M[:, 0])
+        return _with_likeliest(self.model.head(x_B1M[:, 0]))
 
     @torch.inference_mode()
-    def _take(self, sequences: list[_Sequence], logits_BV: Tensor, sampling: Sampling) -> list[Piece]:
+    def _take(
+        self, sequences: list[_Sequence], logits_BV: Tensor, likeliest_B: Tensor, sampling: Sampling
+    ) -> list[Piece]:
         """Choose a token for each sequence and append it."""
-        if not sequences:
-            return []
-        finite_B = logits_BV.amax(1).isfinite()  # of a row with a NaN, that is the maximum
-        if not finite_B.all():
-            index = sequences[finite_B.tolist().index(False)].index
+        tokens = likeliest_B.tolist()
+        if -1 in tokens:
+            index = sequences[tokens.index(-1)].index
             raise ValueError(f"generate: prompt {index}: the model's logits of the next token are NaN or infinite")
-        draws_B = None
-        if not sampling.greedy:
+        if sequences and not sampling.greedy:
             draws = [s.draws[len(s.tokens)] for s in sequences]
             draws_B = torch.tensor(draws, dtype=torch.float64, device=logits_BV.device)
-        chosen = choose(logits_BV, draws_B, sampling)
-        return self._keep(sequences, chosen.tolist(), sampling)
+            tokens = choose(logits_BV, draws_B, sampling).tolist()
+        return self._keep(sequences, tokens, sampling)
 
     def _keep(self, sequences: list[_Sequence], tokens: list[int], sampling: Sampling) -> list[Piece]:
         for sequence, token in zip(sequences, tokens, strict=True):
@@ -303,13 +302,20 @@ class Generator:
                 yield from self._keep(list(alive.values()), [tokens[i] for i in alive], sampling)
             if fresh := self._admit(queue, len(free)):
                 taken = free[: len(fresh)]
-                yield from self._take(fresh, self._prefill(fresh, taken), sampling)
+                yield from self._take(fresh, *self._prefill(fresh, taken), sampling)
                 for slot, sequence in zip(taken, fresh, strict=True):
                     slots[slot] = sequence
                     step.place(slot, sequence)
             for slot, held in enumerate(slots):
                 if held is not None and self._finish(held, sampling):
                     slots[slot] = None
+
+
+def _with_likeliest(logits_BV: Tensor) -> packing.Logits:
+    if not len(logits_BV):
+        return logits_BV, logits_BV.new_empty(0, dtype=torch.long)
+    largest_B = logits_BV.amax(1)  # of a row with a NaN, that
+    return logits_BV, logits_BV.argmax(1).where(largest_B.isfinite(), -1)
 
 
 class _StaticStep:

@@ -37,6 +37,9 @@ from moelab.models.dispatch import LocalDispatch
 from moelab.models.gpt import Block
 from moelab.models.moe import MLP, Experts, Mix, MoE, SharedGate
 
+Logits = tuple[Tensor, Tensor]
+"""The logits [B, V], and int64 [B] the likeliest tokens, -1 where the largest logit is infinite or any is NaN."""
+
 
 def why_not(model: GPT) -> str | None:
     """Return why this model cannot be packed here, or None if it can.
@@ -92,21 +95,21 @@ class Packed:
         with torch.no_grad():
             self._model = _pack(model, release)
 
-    def __call__(self, cache: KVCache, tokens: Sequence[int], sequences: Sequences) -> Tensor:
-        """Return the logits [B, V] after the new tokens of B sequences, whose keys and values the cache gets."""
+    def __call__(self, cache: KVCache, tokens: Sequence[int], sequences: Sequences) -> Logits:
+        """Return the logits after the new tokens of B sequences, whose keys and values the cache gets."""
         if self._config.decoder.positions == "rotary" and (self._angles is None or len(self._angles) < cache.length):
             rotation = rotation_at(torch.arange(cache.length), self._config.head_size, self._config.decoder.rotary_base)
             self._angles = angles_of(*rotation)
         ids = torch.tensor(tokens, dtype=torch.long)
         return decode(self._model, ids, sequences, cache.keys, cache.values, cache.last, self._angles, self.seconds)
 
-    def prefill(self, cache: KVCache, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the logits [B, V] after whole prompts, one for each of the slots."""
+    def prefill(self, cache: KVCache, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Logits:
+        """Return the logits after whole prompts, one for each of the slots."""
         tokens = list(itertools.chain.from_iterable(prompts))
         return self(cache, tokens, Sequences(slots, [0] * len(prompts), [len(p) for p in prompts]))
 
-    def step(self, cache: KVCache, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Return the logits [B, V] after one token for each of the slots 0, 1, ..., which hold `lengths` tokens."""
+    def step(self, cache: KVCache, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """Return the logits after one token for each of the slots 0, 1, ..., which hold `lengths` tokens."""
         return self(cache, tokens, Sequences(range(len(tokens)), lengths, [1] * len(tokens)))
 
     def time(self) -> Tensor:

@@ -31,11 +31,11 @@ KINDS = {name: replace(config, routing=replace(config.routing, drop_tokens=False
 class Recorder(Generator):
     """Keeps the logits behind every token."""
 
-    def _take(self, sequences, logits_BV, sampling):
+    def _take(self, sequences, logits_BV, likeliest_B, sampling):
         self.logits = getattr(self, "logits", {})
         for sequence, row in zip(sequences, logits_BV, strict=True):
             self.logits[sequence.index, len(sequence.tokens)] = row.clone()
-        return super()._take(sequences, logits_BV, sampling)
+        return super()._take(sequences, logits_BV, likeliest_B, sampling)
 
 
 @pytest.fixture

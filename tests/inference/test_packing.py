@@ -68,11 +68,11 @@ class Run:
     def __init__(self, model, texts, steps=3):
         self.cache = KVCache(model, len(texts), 64, model.token_embedding.weight.dtype, "cpu")
         packed, rows = Packed(model), range(len(texts))
-        parts = [packed.prefill(self.cache, rows, [text[: len(text) - steps] for text in texts])]
+        found = [packed.prefill(self.cache, rows, [text[: len(text) - steps] for text in texts])]
         for i in range(steps):
             at = [len(text) - steps + i for text in texts]
-            parts.append(packed.step(self.cache, [text[n] for text, n in zip(texts, at, strict=True)], at))
-        self.logits = torch.stack(parts, 1)
+            found.append(packed.step(self.cache, [text[n] for text, n in zip(texts, at, strict=True)], at))
+        self.logits, self.likeliest = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
 
 
 @torch.inference_mode()
@@ -84,12 +84,14 @@ def test_prompts_and_steps_equal_the_plain_modules(config, dtype, instructions, 
     model, texts = set_mode(make(config).to(dtype)), draw(*(n + 3 for n in LENGTHS))
     with _cpp.limited(instructions):
         assert why_not(model) is None
-        found = Run(model, texts).logits
+        run = Run(model, texts)
+    found = run.logits
     expected = torch.stack([model(torch.tensor([text])).logits_BTV[0, -4:] for text in texts])
     assert found.dtype == expected.dtype == dtype
     errors = [relative(*rows) for rows in zip(found.flatten(0, 1), expected.flatten(0, 1), strict=True)]
     error = statistics.median(errors) if dtype == torch.bfloat16 else max(errors)
     assert error < TOLERANCE[dtype]
+    assert torch.equal(run.likeliest, found.argmax(2))
 
 
 @torch.inference_mode()
@@ -140,8 +142,24 @@ def test_a_token_that_cannot_be_routed_leaves_other_sequences_alone(make):
     model, texts = set_mode(make(replace(BASE, decoder=DecoderConfig(tied=False)))), [[7] * 9, [3] * 12]
     expected = Run(model, [texts[1]]).logits[0]
     model.token_embedding.weight.data[7] = torch.nan
-    found = Run(model, texts).logits
-    assert found[0].isnan().all() and torch.equal(found[1], expected)
+    run = Run(model, texts)
+    assert run.logits[0].isnan().all() and torch.equal(run.logits[1], expected)
+    assert (run.likeliest[0] == -1).all() and (run.likeliest[1] >= 0).all()
+
+
+@torch.inference_mode()
+@dtypes
+@on_each
+def test_of_equal_logits_the_lowest_token_is_likeliest_and_infinite_ones_have_none(dtype, instructions, make):
+    model = set_mode(make(replace(BASE, decoder=DecoderConfig(tied=False))).to(dtype))
+    with _cpp.limited(instructions):
+        for logits, expected in (({}, 0), ({130: 1, 129: 1, 5: -1}, 129), ({130: 1e38}, -1)):
+            model.norm.weight.data.zero_()
+            model.norm.bias.data.fill_(10.0)
+            model.output.weight.data.zero_()
+            for token, value in logits.items():
+                model.output.weight.data[token] = value
+            assert (Run(model, [[7] * 9]).likeliest == expected).all()
 
 
 @torch.inference_mode()
