@@ -274,11 +274,11 @@ def export(
     with terminal.working(f"writing {directory}"):
         if not (source / "spec.json").is_file():
             config = hf.read_config(source)
-            kind = format or hf.suitable_format(config)
+            hf.check_format(kind := format or hf.suitable_format(config), config)
             hf.convert(source, directory, kind)
         else:
             config, of_data = run_configs(source)
-            kind = format or hf.suitable_format(config)
+            hf.check_format(kind := format or hf.suitable_format(config), config)
             data = prepare(of_data, paths.home() / "data")
             model = load_run(source, data=data, dtype=dtype or "fp32")
             finished = (source / "result.json").is_file()

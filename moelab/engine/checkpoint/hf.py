@@ -146,6 +146,11 @@ def suitable_format(config: ModelConfig) -> str:
     return "gpt2" if is_gpt2(config) else family_of(config) or "moelab"
 
 
+def check_format(model_type: str, config: ModelConfig) -> None:
+    """Refuse, before any weights are read, an unknown format and one that cannot describe a model. ValueError."""
+    _format(model_type).write_config(config, None)
+
+
 def _format(model_type: str) -> Format:
     if model_type not in FORMATS:
         raise ValueError(f"export: format {model_type!r} is unknown; allowed: {', '.join(FORMATS)}")
