@@ -17,7 +17,7 @@ RESULTS = ROOT / "results"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*sorted(RESULTS.glob("*.html")), *sorted(RESULTS.glob("*/*/*/index.html"))]
 SIGNED = r"[+−]?\d+\.\d{3}"
-INTERVAL = re.compile(rf"({SIGNED})[^\d.;|]{{0,40}}(?:95.% interval )?[(\[]?({SIGNED})(?: to |, )({SIGNED})[)\],]")
+INTERVAL = re.compile(rf"({SIGNED})[^\d.;|+−]{{0,40}}(?:95.% interval )?[(\[]?({SIGNED})(?: to |, )({SIGNED})[)\],]")
 
 
 def read(name: str) -> list[dict[str, str]]:
