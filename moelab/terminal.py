@@ -1,18 +1,26 @@
-"""Draw tables and progress in a terminal, in one style; a pipe or a file has room for every column."""
+"""Draw tables and progress in a terminal, in one style; a pipe or a file has room for every column.
+
+The variable COLUMNS sets the width of both.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
+
+    from moelab.tables import StackingTable
 
 T = TypeVar("T")
 
@@ -31,21 +39,32 @@ def one_line(error: BaseException) -> str:
 
 
 def console() -> Console:
-    """Where to print: as wide as the terminal, `PIPE_WIDTH` characters where there is none."""
+    """Where to print: as wide as COLUMNS or the terminal, `PIPE_WIDTH` characters where there is none."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH)
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """Return a table without vertical lines, for narrow terminals; text that does not fit is wrapped, not cut."""
-    from rich import box
-    from rich.table import Table
+def say(*texts: str, file: TextIO | None = None) -> None:
+    """Print each text, wrapped at spaces where a terminal or COLUMNS sets a width, else on one line.
 
-    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        view.add_column(column, overflow="fold")
-    return view
+    Args:
+        file: standard output by default.
+    """
+    file = file or sys.stdout
+    width = shutil.get_terminal_size().columns if "COLUMNS" in os.environ or file.isatty() else None
+    for text in texts:
+        indent = " " * (len(text) - len(text.lstrip()) + 2)
+        if width and len(text) > width:
+            text = textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        print(text, file=file, flush=True)
+
+
+def table(*columns: str, title: str | Text | None = None) -> StackingTable:
+    """Return a table whose rows are stacked where a terminal is too narrow for its columns."""
+    from moelab.tables import StackingTable
+
+    return StackingTable(*columns, title=title)
 
 
 @contextlib.contextmanager
@@ -66,6 +85,15 @@ def task_progress() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
+def counted(items: Sequence[T], what: str) -> Iterator[T]:
+    """Yield the items; show a progress bar while they are worked on."""
+    with task_progress() as show:
+        for done, item in enumerate(items):
+            show(what, done, len(items))
+            yield item
+        show(what, len(items), len(items))
+
+
 def working(what: str) -> AbstractContextManager[object]:
     """Show on standard error, in a terminal, that this goes on while the context lasts."""
     from rich.console import Console
@@ -81,6 +109,14 @@ def announced(cases: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:
         left = f", about {duration((time.monotonic() - started) / i * (len(cases) - i))} left" if i else ""
         print(f"{name(case)} ({i + 1} of {len(cases)}{left})", flush=True)
         yield case
+
+
+def short(number: float) -> str:
+    """``52.3 B``, ``252 k``: a number with three digits and the unit that fits."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"
 
 
 def duration(seconds: float | None) -> str:

@@ -154,10 +154,8 @@ def _announce(candidates: int, timing: Timing, round_s: float) -> None:
     """Print how long the rounds will take, by the last one of the warm-up, if that is long; on ranks the first does."""
     expected_s = min(round_s * timing.rounds, max(timing.budget_s, 3 * round_s))
     if expected_s >= LONG_S and not (dist.is_initialized() and dist.get_rank()):
-        print(
-            f"  {candidates} candidates in turns, up to {timing.rounds} rounds: about {terminal.duration(expected_s)}",
-            flush=True,
-        )
+        about = terminal.duration(expected_s)
+        terminal.say(f"  {candidates} candidates in turns, up to {timing.rounds} rounds: about {about}")
 
 
 @dataclass(frozen=True)
@@ -278,7 +276,7 @@ def write(rows: Sequence[Row], path: Path) -> list[dict[str, Any]]:
     """Write rows as JSON lines, replacing the file in one step; return them as they are in the file."""
     objects = [row.json() for row in rows]
     write_text(path, "".join(json.dumps(value) + "\n" for value in objects))
-    print(f"{len(objects)} rows in {path}")
+    terminal.say(f"{len(objects)} rows in {path}")
     return objects
 
 

@@ -5,6 +5,7 @@ Heavy modules are imported inside the commands, so that `moelab --help` is quick
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -32,7 +33,7 @@ from moelab.cli import (
 )
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
 from moelab.files import REFUSED
-from moelab.terminal import one_line, plain
+from moelab.terminal import one_line, plain, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,6 +54,19 @@ predict.register(app)
 app.add_typer(bench.bench, name="bench", rich_help_panel=BENCHMARKS)
 app.add_typer(kernels.kernels, name="kernels", rich_help_panel=BENCHMARKS)
 app.command(name="check-cluster", rich_help_panel=BENCHMARKS)(cluster.check_cluster)
+
+
+def _unwrap(group: typer.Typer) -> None:
+    """Join the lines of each paragraph of the docstrings, which the help would break where the source does."""
+    for command in group.registered_commands:
+        paragraphs = inspect.cleandoc(getattr(command.callback, "__doc__", None) or "").split("\n\n")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for inner in group.registered_groups:
+        if inner.typer_instance is not None:
+            _unwrap(inner.typer_instance)
+
+
+_unwrap(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -131,7 +145,7 @@ def _variable_of(file: str) -> str:
 
 
 def _complain(line: str) -> None:
-    print(f"moelab: {plain(line)}", file=sys.stderr)
+    say(f"moelab: {plain(line)}", file=sys.stderr)
 
 
 _MEANT = {

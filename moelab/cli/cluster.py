@@ -42,6 +42,6 @@ def check_cluster(
         for row in found:
             table.add_row(row.check, row.measured, row.expected, row.verdict, row.remedy * (row.check in bad))
         terminal.console().print(table)
-        print(f"verdict: {'not ok: ' + '; '.join(bad) if bad else f'ok, {place.world_size} ranks'}")
+        terminal.say(f"verdict: {'not ok: ' + '; '.join(bad) if bad else f'ok, {place.world_size} ranks'}")
     process.leave()
     raise typer.Exit(int(bool(bad) and place.rank == 0))

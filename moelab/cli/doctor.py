@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from rich.console import Console
-from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from moelab import paths
 from moelab.runs.preflight import existing
 from moelab.runs.provenance import commit, describe, hardware
+from moelab.terminal import console as console_
 from moelab.terminal import one_line
 
 _EXTRAS = {"hf": "datasets", "tensorboard": "tensorboard", "eval": "lm_eval", "peers": "deepspeed"}
@@ -22,12 +23,14 @@ _EXTRAS = {"hf": "datasets", "tensorboard": "tensorboard", "eval": "lm_eval", "p
 
 def report(rates: bool = False) -> bool:
     """Print one line a check; False when something needed is missing. Argument as of `checks`."""
-    console = Console()
+    console = console_()
     good = True
     for ok, text in checks(rates):
         good &= ok is not False
-        mark = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}[ok]
-        console.print(f"{mark:>20}  {escape(text)}", soft_wrap=True, highlight=False)
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_column(width=8, justify="right")
+        line.add_row({True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}[ok], Text(text))
+        console.print(line, highlight=False)
     return good
 
 

@@ -47,7 +47,6 @@ def list_(
     console = terminal.console()
     if name is None:
         view = terminal.table("experiment", "in the paper", "cheapest cost")
-        view.columns[0].no_wrap = view.columns[1].no_wrap = True
         for e in KNOWN.values():
             scale, first = next((item for item in e.scales.items() if item[0] != "smoke"), (*e.scales.items(),)[0])
             figure = re.sub(r" \(sec[^)]*\)", "", e.paper)
@@ -98,7 +97,7 @@ def run(
     wanted = [resolve(experiment(name), given) for name in dict.fromkeys(names or ())] or batch.chosen(given)
     trained = [spec for request in wanted for spec in request.trained]
     if all_ and (without := batch.left_out(given["scale"])):
-        print(f"left out, because each needs its own -p measured_file=FILE: {', '.join(without)}")
+        terminal.say(f"left out, because each needs its own -p measured_file=FILE: {', '.join(without)}")
     if dry_run:
         _plan(trained)
         return
@@ -106,7 +105,7 @@ def run(
     on_gpu = any(r.scale in r.experiment.measures_on_gpu and (r.experiment.measures or not r.specs) for r in wanted)
     preflight.check(trained, device="cuda" if on_gpu else "cpu", publish=publish)
     for line in on_this_machine(planned_runs(trained)):
-        print(line, flush=True)
+        terminal.say(line)
     from moelab.notebook.watch import GO_ON, execute_watched
 
     try:
@@ -117,7 +116,7 @@ def run(
         else:
             good = execute_watched(wanted[0].experiment, wanted[0].given, publish=publish)
     except KeyboardInterrupt:
-        print(GO_ON, flush=True)
+        terminal.say(GO_ON)
         raise typer.Exit(130) from None
     if not good:
         raise typer.Exit(1)
@@ -190,25 +189,28 @@ def power(
     all arms against one of them.
     """
     from moelab.design.power import MAX_SEEDS
-    from moelab.report.planning import needs
+    from moelab.experiments import experiment
+    from moelab.report.planning import SMALLEST, needs
 
-    rows = needs(name, scale, *paths.all_results(), against=against, effect=effect)
-    view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
+    with terminal.working(f"reading the results of {name} at {scale}"):
+        rows = needs(name, scale, *paths.all_results(), against=against, effect=effect)
+    sought = f"{effect:g} nats per token" if effect else "its own effect"
+    view = terminal.table(
+        *("comparison", "spread of a seed", "seeds known", "effect", "one look", "at most", "on average"),
+        title=f"{experiment(name).name} at scale {scale}: seeds with which each comparison detects {sought}",
+    )
     for row in rows.to_dict("records"):
         seen, missing = row["effect from"], "–"
         if pd.notna(row["effect"]):
             seen, missing = f"{row['effect']:.3g}, {seen}", f"> {MAX_SEEDS}"
         seeds = [missing if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
-        view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", seen, *seeds)
-    console = terminal.console()
-    console.print(view)
-    console.print(
-        "Seeds with which a comparison decides with 80 % probability if the effect is there: with one look; at most, "
-        "and on average, with a look at every third seed, where it stops as soon as it decides. The effect is half the "
-        "paper's, or the smallest of interest where the paper gives no number. The spread of a few seeds is itself "
-        "uncertain, and with it these numbers.",
-        markup=False,
-        highlight=False,
+        view.add_row(row["comparison"], f"{row['spread']:.2g}", f"{row['seeds']}", seen, *seeds)
+    terminal.console().print(view)
+    terminal.say(
+        "The comparison decides with 80 % probability if the effect is there: with one look; at most, and on average, "
+        "with a look at every third seed, where it stops as soon as it decides. The effect of a claim is half the "
+        f"paper's, or the smallest of interest where the paper gives no number; of two arms {SMALLEST:g} nats per "
+        "token (--effect). The spread of a few seeds is itself uncertain, and with it these numbers."
     )
 
 

@@ -44,6 +44,10 @@ def generate(
         ),
     ],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text to continue; repeat for several")] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option("--ids", help="token ids to continue, such as 1,2,3, instead of text; needs no tokenizer"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
     top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0 is all")] = 0,
@@ -70,20 +74,26 @@ def generate(
     check_dtypes([dtype])
     check_choice("--exchange", exchange, EXCHANGES)
     directory = RunStore().find(run)
+    if ids and prompt:
+        raise ValueError("generate: give --prompt or --ids, not both")
+    tokens = [_token_ids(text) for text in ids or ()]
     from moelab.engine.launch import process
     from moelab.inference import Sampling
-    from moelab.inference.text import join_ranks, open_text
+    from moelab.inference.text import join_ranks, open_ids, open_text
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    prompts = prompt or [""]
+    prompts: Sequence[Any] = tokens or prompt or [""]
     layout = dict(tensor=tensor, expert=expert, expert_slicing=expert_slicing, exchange=exchange)
     mesh = join_ranks(directory, device, **layout, gpus_per_node=gpus_per_node)
     cache, batch = paths.home() / "data", min(len(prompts), 32)
-    writer = open_text(directory, cache=cache, mode=mode, dtype=dtype, device=device, batch=batch, mesh=mesh)
-    why, rank = writer.generator.why_plain, 0 if mesh is None else mesh.rank
+    opened: dict[str, Any] = dict(mode=mode, dtype=dtype, device=device, batch=batch, mesh=mesh)
+    writer: Any = open_ids(directory, **opened) if tokens else open_text(directory, cache=cache, **opened)
+    why, rank = (writer if tokens else writer.generator).why_plain, 0 if mesh is None else mesh.rank
     if why and mode == "optimised" and rank == 0:
-        print(f"moelab: PyTorch's modules compute this model instead of one C++ call a step: {why}", file=sys.stderr)
-    if len(prompts) == 1 and mesh is None and not as_json:
+        terminal.say(
+            f"moelab: PyTorch's modules compute this model instead of one C++ call a step: {why}", file=sys.stderr
+        )
+    if len(prompts) == 1 and mesh is None and not as_json and not tokens:
         pieces = writer.stream(prompts, sampling)  # a prompt that is too long is refused, not printed
         print(prompts[0], end="", flush=True)
         try:
@@ -95,9 +105,22 @@ def generate(
     completions = writer.generate(prompts, sampling)
     if mesh is None or mesh.rank == 0:
         given = {"model": directory.resolve().name, "dtype": dtype, "sampling": asdict(sampling)}
-        lines = [json.dumps(given | asdict(text)) for text in completions] if as_json else map(str, completions)
-        print(("\n" if as_json else "\n\n").join(lines))
+        if tokens and as_json:
+            lines = [json.dumps(given | {"prompt": p} | asdict(c)) for p, c in zip(prompts, completions, strict=True)]
+        elif tokens:
+            lines = [",".join(map(str, completion.tokens)) for completion in completions]
+        else:
+            lines = [json.dumps(given | asdict(text)) if as_json else str(text) for text in completions]
+        print(("\n" if as_json or tokens else "\n\n").join(lines))
     process.leave()
+
+
+def _token_ids(text: str) -> list[int]:
+    """Return the ids of ``1,2,3``; ValueError, one line, for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"generate: --ids {text}: expected token ids between commas, such as 1,2,3") from None
 
 
 def eval_(
@@ -208,15 +231,20 @@ def import_(
     OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE and GPT-2, from safetensors files only.
     """
     if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise ValueError(f"import: {source!r} is no directory, and no name of a published model such as OWNER/NAME")
+        raise ValueError(f"import: there is no folder {source!r}; a published model is named as OWNER/NAME")
     _check_new("import", directory)
     from moelab.engine.checkpoint import hf
 
     folder = Path(source) if Path(source).is_dir() else hf.fetch(source)
     with terminal.working(f"converting {source}"):
         config = hf.convert(folder, directory, name=Path(source).name)
-    billions, active = config.parameters() / 1e9, config.active_parameters() / 1e9
-    print(f"{config}: {billions:.3g} billion parameters, {active:.3g} of them active, in {directory}")
+    sizes = map(terminal.short, (config.parameters(), config.active_parameters()))
+    terminal.say("{}: {} parameters, {} active for a token, in {}".format(config, *sizes, directory))
+    if not (directory / "tokenizer.json").is_file():
+        terminal.say(
+            "it has no tokenizer.json: generate takes token ids (--ids 1,2,3); until that file is put into "
+            f"{directory}, generate --prompt, eval and trace refuse the model"
+        )
 
 
 def export(
@@ -246,11 +274,11 @@ def export(
     with terminal.working(f"writing {directory}"):
         if not (source / "spec.json").is_file():
             config = hf.read_config(source)
-            kind = format or hf.suitable_format(config)
+            hf.check_format(kind := format or hf.suitable_format(config), config)
             hf.convert(source, directory, kind)
         else:
             config, of_data = run_configs(source)
-            kind = format or hf.suitable_format(config)
+            hf.check_format(kind := format or hf.suitable_format(config), config)
             data = prepare(of_data, paths.home() / "data")
             model = load_run(source, data=data, dtype=dtype or "fp32")
             finished = (source / "result.json").is_file()
@@ -258,7 +286,7 @@ def export(
             hf.export(model, directory, data.tokenizer(), kind)
             if card:
                 write_text(directory / "README.md", card)
-    print(f"{config}: {kind} format in {directory}")
+    terminal.say(f"{config}: {kind} format in {directory}")
 
 
 def _check_new(command: str, directory: Path) -> None:

@@ -29,10 +29,14 @@ def predict(
         print_json({"model": model, **found, "nearest": near.to_dict("records")})
         return
     value, low, high = (f"{found[name]:.2f}" for name in ("times", "times_low", "times_high"))
-    print(f"{model}: {experts} experts, one a token, over {parameters / 1e6:,.0f} M parameters (without embeddings)")
-    print(f"worth {value} times the parameters of its dense base ({low} to {high}: 95 % of single models)")
-    print(f"that is {found['gain']:.3f} nats per token ({found['low']:.3f} to {found['high']:.3f}) on Clark's text")
-    print(f"shown to hold: {outside.shown()}")
+    terminal.say(
+        f"{model}: {experts} experts, one a token, over {parameters / 1e6:,.0f} M parameters (without embeddings)"
+    )
+    terminal.say(f"worth {value} times the parameters of its dense base ({low} to {high}: 95 % of single models)")
+    terminal.say(
+        f"that is {found['gain']:.3f} nats per token ({found['low']:.3f} to {found['high']:.3f}) on Clark's text"
+    )
+    terminal.say(f"shown to hold: {outside.shown()}")
     view = terminal.table("nearest measured", "experts", "times its base", "nats gained", title=None)
     for row in near.itertuples():
         view.add_row(f"{row.router} {row.size}", f"{row.experts}", f"{row.times:.2f}", f"{row.gain:.3f}")

@@ -38,7 +38,7 @@ def trace(
     cache = paths.home() / "data"
     with terminal.working(f"routing text with {directory.name}"):
         n = traces.write(directory, out, cache=cache, corpus=corpus, max_tokens=tokens, dtype=dtype, device=device)
-    print(f"{n['rows']:,} choices of {n['tokens']:,} tokens in {n['layers']} layers: {out}")
+    terminal.say(f"{n['rows']:,} choices of {n['tokens']:,} tokens in {n['layers']} layers: {out}")
 
 
 def conform(

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from moelab import terminal
 from moelab.runs import records
 from moelab.runs.preflight import existing
 from moelab.runs.store import Run, RunStore
@@ -37,8 +38,8 @@ def export_(
             left_out.append(str(error))
     records.write(exported, to, left_out)
     for line in left_out:
-        print(f"moelab: {line}", file=sys.stderr)
-    print(f"{len(runs) - len(left_out)} runs packed into {to}")
+        terminal.say(f"moelab: {line}", file=sys.stderr)
+    terminal.say(f"{len(runs) - len(left_out)} runs packed into {to}")
     if left_out:
         raise ValueError(f"{len(left_out)} of {len(runs)} runs cannot be read and were not packed")
 
@@ -56,7 +57,7 @@ def import_(
     taken = here = 0
     begun: list[str] = []
     others: list[str] = []
-    for archive in archives:
+    for archive in terminal.counted(archives, "records"):
         try:
             taken_over = records.read(archive, store)
             if not (store.root / archive.stem / "result.json").exists():
@@ -66,17 +67,17 @@ def import_(
         except (ValueError, PermissionError) as error:  # damaged, or here in a folder of another user; others are good
             if isinstance(error, PermissionError) and not os.access(existing(store.root), os.W_OK):
                 raise  # so are all of them
-            print(f"moelab: {error}", file=sys.stderr)
+            terminal.say(f"moelab: {error}", file=sys.stderr)
             continue
         taken, here = taken + (taken_over is not None), here + (taken_over is None)
-    print(f"{taken} runs taken over, {here} were here already ({store.root})")
+    terminal.say(f"{taken} runs taken over, {here} were here already ({store.root})")
     if others:
-        print(
+        terminal.say(
             f"{len(others)} of these have another result here, of another training; remove the folder of one to take "
             f"it over: {', '.join(others)}"
         )
     if begun:
-        print(
+        terminal.say(
             f"{len(begun)} of these are not finished and go on from their own checkpoints; remove the folder of one to "
             f"take it over: {', '.join(begun)}"
         )

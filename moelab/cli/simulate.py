@@ -97,8 +97,6 @@ def plan(
     several = len({e.parallel.exchange for e in found.front}) > 1
     columns = ("GPUs", "tensor", "experts", *["exchange"] * several, "batch", "ms", "tokens/s", "GiB", "bound by")
     front = terminal.table(*columns)
-    for column in front.columns:
-        column.no_wrap = column.header != "exchange"
     for e in found.front:
         p = e.parallel
         over = (f"{p.expert} x {p.expert_slicing}" if p.expert else "", *[p.exchange] * several)
@@ -106,7 +104,7 @@ def plan(
         front.add_row(str(p.ranks), str(p.tensor), *over, str(e.batch), *numbers)
     console.print(front)
     console.print(
-        "experts: over so many ranks x slices of each; batch: sequences of a tensor group; tokens/s and GiB: a GPU's",
+        "experts: ranks x slices of an expert; batch: sequences of a tensor group; tokens/s and GiB: per GPU",
         highlight=False,
     )
     if figure is not None:
@@ -122,7 +120,7 @@ def plan(
         serving.pareto(frame(found.front), ax, best=chosen, objective=objective)
         figures.title(drawing, found.headline)
         drawing.savefig(figure, dpi=200)
-        print(f"figure: {figure}")
+        terminal.say(f"figure: {figure}")
 
 
 @app.command()
@@ -158,14 +156,14 @@ def decode(
     if as_json:
         print_json(got)
         return
-    print(f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.latency_ms:.2f} ms a token")
+    terminal.say(f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.latency_ms:.2f} ms a token")
     for part, ms in got.parts_ms.items():
         if ms >= 0.0005:
-            print(f"  {part:<12} {ms:9.3f} ms  {ms / got.latency_ms:4.0%}")
-    print(f"{got.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(got)}")
+            terminal.say(f"  {part:<12} {ms:9.3f} ms  {ms / got.latency_ms:4.0%}")
+    terminal.say(f"{got.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(got)}")
     _print_memory(got)
     for line in _experience(model, got):
-        print(line)
+        terminal.say(line)
 
 
 def _experience(model: str, got) -> list[str]:
@@ -221,12 +219,14 @@ def train(
     if as_json:
         print_json({**asdict(got), "days": got.days(tokens)})
         return
-    print(f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.step_s:.3f} s a step of {batch} sequences")
+    terminal.say(
+        f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.step_s:.3f} s a step of {batch} sequences"
+    )
     for part, seconds in got.parts_s.items():
         if seconds > 0:
-            print(f"  {part:<12} {seconds:9.4f} s  {seconds / got.step_s:4.0%}")
-    print(f"{got.samples_per_s:,.1f} samples/s, {got.tflops_per_gpu:.1f} model TFLOP/s/GPU")
-    print(f"{got.days(tokens):,.1f} days for {tokens / 1e9:,g} billion tokens")
+            terminal.say(f"  {part:<12} {seconds:9.4f} s  {seconds / got.step_s:4.0%}")
+    terminal.say(f"{got.samples_per_s:,.1f} samples/s, {got.tflops_per_gpu:.1f} model TFLOP/s/GPU")
+    terminal.say(f"{got.days(tokens):,.1f} days for {tokens / 1e9:,g} billion tokens")
     _print_memory(got)
 
 
@@ -238,12 +238,12 @@ def clusters(as_json: AsJson = False) -> None:
     if as_json:
         print_json({name: simulate.cluster(name) for name in simulate.clusters()})
         return
+    view = terminal.table("name", "GPUs of a node", "memory GB/s", "TFLOP/s", "NVLink GB/s", "between nodes GB/s")
     for name in simulate.clusters():
         c = simulate.cluster(name)
-        print(
-            f"{name:<10} {c.gpus_per_node} x {c.gpu.name}, {c.gpu.memory_gb_s:,.0f} GB/s, {c.gpu.tflops:,.0f} TFLOP/s; "
-            f"NVLink {c.near_gb_s:g}, between nodes {c.far_gb_s:g} GB/s a GPU"
-        )
+        rates = (f"{c.gpu.memory_gb_s:,.0f}", f"{c.gpu.tflops:,.0f}", f"{c.near_gb_s:g}", f"{c.far_gb_s:g}")
+        view.add_row(name, f"{c.gpus_per_node} x {c.gpu.name}", *rates)
+    terminal.console().print(view)
 
 
 @app.command()
@@ -264,13 +264,13 @@ def score(
     if as_json:
         print_json(found)
         return
+    view = terminal.table("number", "paper", "simulated", "unit", "error", "kind")
     for row in found:
-        print(
-            f"{row['what']:<44} paper {row['paper']:>8.4g}  simulated {row['simulated']:>8.4g} {row['unit']:<9} "
-            f"{row['error_percent']:+6.1f} %  {row['kind']}"
-        )
+        numbers = (f"{row['paper']:.4g}", f"{row['simulated']:.4g}")
+        view.add_row(row["what"], *numbers, row["unit"], f"{row['error_percent']:+.1f} %", row["kind"])
+    terminal.console().print(view)
     for kind in ("fitted", "predicted"):
-        print(f"median absolute error, {kind}: {median_error(found, kind=kind):.1f} %")
+        terminal.say(f"median absolute error, {kind}: {median_error(found, kind=kind):.1f} %")
 
 
 def _score_public(group: str, as_json: bool) -> None:
@@ -313,7 +313,7 @@ def fit(
     found = judge.fit() if modern else run_fit()
     if modern:
         for name, value in found["constants"].items():
-            print(f"{name:<14} {value:10.4g}{'  at its bound' if name in found['at_bound'] else ''}")
+            terminal.say(f"{name:<14} {value:10.4g}{'  at its bound' if name in found['at_bound'] else ''}")
     else:
         _print_fit(found, FREE)
     record = provenance()
@@ -325,7 +325,7 @@ def fit(
     name = "calibration_modern.json" if modern else "calibration.json"
     file = out or Path(str(resources.files("moelab.simulate").joinpath(name)))
     write_json(file, found)
-    print(f"written: {file}")
+    terminal.say(f"written: {file}")
 
 
 def _print_fit(found, free) -> None:
@@ -333,10 +333,10 @@ def _print_fit(found, free) -> None:
         low, high, _ = free[name]
         error = found["standard_errors"][name]
         spread = "at its bound" if error is None else f"± {error:.0%}"
-        print(f"{name:<14} {value:8.3f}  {spread}, allowed {low:g} to {high:g}")
+        terminal.say(f"{name:<14} {value:8.3f}  {spread}, allowed {low:g} to {high:g}")
     for bar in found["bars"]:
         ratio = bar["simulated_ms"] / bar["paper_ms"] - 1
-        print(
+        terminal.say(
             f"{bar['system']:<10} {bar['gpus']:>3} GPUs  paper {bar['paper_ms']:5.1f}  "
             f"simulated {bar['simulated_ms']:5.1f} ms  {ratio:+.1%}"
         )
@@ -390,4 +390,4 @@ def _price(got) -> str:
 def _print_memory(got) -> None:
     used = ", ".join(f"{name} {size:.1f}" for name, size in got.memory_gib.items() if size >= 0.05)
     fits = "fits" if got.fits else "does NOT fit"
-    print(f"memory a GPU: {got.total_gib:.1f} of {got.capacity_gib:.1f} GiB ({used}): {fits}")
+    terminal.say(f"memory a GPU: {got.total_gib:.1f} of {got.capacity_gib:.1f} GiB ({used}): {fits}")

@@ -69,7 +69,9 @@ def prepare(
     specs = [spec for name in names for spec in resolve(experiment(name), given).specs]
     for config in dict.fromkeys(replace(spec.data, part="whole") for spec in closure(specs).values()):
         tokens = prepare(config, paths.home() / "data", print)
-        print(f"{config.corpus}, {config.tokenizer}: {tokens.train.size:,} tokens in {paths.short(tokens.folder)}")
+        terminal.say(
+            f"{config.corpus}, {config.tokenizer}: {tokens.train.size:,} tokens in {paths.short(tokens.folder)}"
+        )
 
 
 def submit(
@@ -200,17 +202,19 @@ def cancel(
     now = overview(names or ())
     rows = [row for row in now.rows if row.job]
     if not rows and now.trouble:
-        raise ValueError(now.trouble)
+        raise ValueError(f"cancel: none of moelab's jobs runs on this machine, and {now.trouble}")
     if not rows:
-        print(f"moelab: cancel: nothing in the queue is named so: {', '.join(names or ['--all'])}", file=sys.stderr)
+        terminal.say(
+            f"moelab: cancel: nothing in the queue is named so: {', '.join(names or ['--all'])}", file=sys.stderr
+        )
         raise typer.Exit(1)
     for row in rows:
-        print(f"{row.job}  {row.experiment}  {row.what}  {row.id}  {row.state}")
+        terminal.say(f"{row.job}  {row.experiment}  {row.what}  {row.id}  {row.state}")
     jobs = list(dict.fromkeys(row.job for row in rows))
     if len(rows) > 1 and not everything and sys.stdin.isatty():
         typer.confirm(f"cancel these {len(rows)}?", abort=True)
     cancel(rows)
-    print(f"cancelled {len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(jobs)}")
+    terminal.say(f"cancelled {len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(jobs)}")
     if now.trouble:
         raise ValueError(now.trouble)
 
@@ -253,14 +257,14 @@ def _submit(
                 todo = {spec.id for group in plan.specs.values() for spec in group}
                 mine = closure(request.trained)
                 point = " ".join(f"{key}={given[key]}" for key in varied)
-                print(f"{point}: {len(mine)} runs, {len(todo & mine.keys())} of them to train")
+                terminal.say(f"{point}: {len(mine)} runs, {len(todo & mine.keys())} of them to train")
             _print_scripts(plan, scripts=not varied)
         else:
             _print_submitted(name, plan)
             if sweep:
                 _compare(name, sweep, publish, over=not plan.scripts)
     if trouble:
-        print(f"# as things are, it would be refused: {trouble}")
+        terminal.say(f"# as things are, it would be refused: {trouble}")
 
 
 def _compare(name: str, sweep: Sweep, publish: bool, *, over: bool) -> None:
@@ -276,9 +280,9 @@ def _compare(name: str, sweep: Sweep, publish: bool, *, over: bool) -> None:
         module.show(sweep, comparison)
         if all(ended) and (folder := module.publish(experiment(name), sweep, comparison, publish=publish)):
             site.update(publish=publish)
-            print(f"figure: {paths.short(folder / module.NAME)}.svg; it is on the results page, too")
+            terminal.say(f"figure: {paths.short(folder / module.NAME)}.svg; it is on the results page, too")
     if not (over and all(ended)):
-        print("when the last of its notebooks has ended, the same command prints the table of all points")
+        terminal.say("when the last of its notebooks has ended, the same command prints the table of all points")
 
 
 def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:
@@ -287,12 +291,12 @@ def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:
         listed = "".join(f"\n#      {i} {run.id}  {run.title}" for i, run in enumerate(runs))
         print(f"# ---- {name}.sbatch{listed}\n{text}")
     if not plan.scripts:
-        print("nothing to submit: all is finished or queued")
+        terminal.say("nothing to submit: all is finished or queued")
         return
     counts = {"run": sum(map(len, plan.specs.values())), "notebook": len(plan.scripts) - len(plan.specs)}
     what = [f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items() if n]
     ids = "; @NAME@ stands for the job's id" if any("dependency=after" in x for x in plan.scripts.values()) else ""
-    print(f"# nothing was queued: {' and '.join(what)} would be{ids}")
+    terminal.say(f"# nothing was queued: {' and '.join(what)} would be{ids}")
 
 
 def _print_submitted(name: str, plan: Plan) -> None:
@@ -301,11 +305,11 @@ def _print_submitted(name: str, plan: Plan) -> None:
     before += [f"{plan.queued} are queued already"] * bool(plan.queued)
     if not plan.scripts:
         why = " and ".join([*before, "so is the notebook"]) if before else "all is finished or queued"
-        print(f"{name}: nothing to submit; {why}")
+        terminal.say(f"{name}: nothing to submit; {why}")
         return
     if before:
-        print(f"{name}: {', '.join(before)}")
+        terminal.say(f"{name}: {', '.join(before)}")
     for part in submission.parts:
         runs = f"{len(part.runs)} run{'s' * (len(part.runs) != 1)}"
-        print(f"{name}: job {part.job}: {runs if part.values is None else 'notebook, after its runs'}")
-    print(f"scripts and logs: {paths.short(submission.folder)}\nwatch: moelab status --watch")
+        terminal.say(f"{name}: job {part.job}: {runs if part.values is None else 'notebook, after its runs'}")
+    terminal.say(f"scripts and logs: {paths.short(submission.folder)}", "watch: moelab status --watch")

@@ -109,7 +109,7 @@ def _plan(scale: str, effect: float | None) -> int:
     if known:
         spread, n, where = known
         why = f"to detect {wanted:g} nats per token; the baseline's {n} seeds spread by {spread:.4f} ({where})"
-    print(f"{seeds} seeds of each side: {why}", file=sys.stderr, flush=True)
+    terminal.say(f"{seeds} seeds of each side: {why}", file=sys.stderr)
     return seeds
 
 
@@ -125,7 +125,7 @@ def _trained(specs: Sequence[RunSpec], seeds: int, part: Part | None) -> Runs:
 
     preflight.check(specs)
     for line in on_this_machine(planned_runs(specs)):
-        print(line, file=sys.stderr, flush=True)
+        terminal.say(line, file=sys.stderr)
     console = Console(stderr=True)
 
     def run(lab: Lab, of: Sequence[RunSpec], **how: Any) -> Runs:
@@ -143,11 +143,11 @@ def _trained(specs: Sequence[RunSpec], seeds: int, part: Part | None) -> Runs:
 
         baseline = run(Lab(), specs[:seeds])
         part.keep()
-        print("the variant trains in this process, one seed after the other", file=sys.stderr, flush=True)
+        terminal.say("the variant trains in this process, one seed after the other", file=sys.stderr)
         with installed(part):
             return baseline + run(Lab(RunStore(part.folder() / "runs")), specs[seeds:], executor="inline")
     except KeyboardInterrupt:
-        print(GO_ON, file=sys.stderr, flush=True)
+        terminal.say(GO_ON, file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -30,6 +30,8 @@ def lab(
         from moelab.slurm import jupyter, profiles
 
         raise typer.Exit(jupyter.start(profiles.load(profile), folder, context.args))
+    if os.geteuid() == 0 and "--allow-root" not in context.args:
+        raise ValueError("lab: JupyterLab refuses to run as root; use another account, or: moelab lab --allow-root")
     # Outside a checkout, a kernel would take its own current folder for these.
     places = {environment.HOME.name: str(paths.home()), environment.RESULTS.name: str(paths.results())}
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *context.args]
@@ -49,17 +51,17 @@ def browse(
 
     from moelab.report import site
     from moelab.report.site.server import ResultsServer
-    from moelab.terminal import working
+    from moelab.terminal import say, working
 
     with working("building the pages"):
         built = site.update(publish=publish)
     for line in built.unreadable:
-        print(f"not readable: {line}", file=sys.stderr)
+        say(f"not readable: {line}", file=sys.stderr)
     if not serve:
-        print(f"{built.results} results, {built.written} files written: {built.index}")
+        say(f"{built.results} results, {built.written} files written: {built.index}")
         return
     with ResultsServer(built.index.parent, port) as server:
-        print(f"results of {server.folder} at {server.address} (Ctrl-C ends)", flush=True)
+        say(f"results of {server.folder} at {server.address} (Ctrl-C ends)")
         if open_browser:
             webbrowser.open(server.address)
         try:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 import types
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -96,8 +97,23 @@ def _line(kind: Any, where: str, error: Any) -> str:
     if error["type"] == "unexpected_keyword_argument":
         allowed = _fields(kind, error["loc"][:-1])
         return unknown(f"{'.'.join([where, *parents])}: unknown field {name}", name, allowed)
-    must = error["msg"].replace("Input should", "must").replace("a valid tuple", "a list").partition(", unable ")[0]
+    must = re.sub("^(Input|Tuple|List) should", "must", error["msg"]).partition(", unable ")[0]
+    for theirs, plain in _WORDS.items():
+        must = must.replace(theirs, plain)
     return f"{'.'.join([where, *parents, name]).rstrip('.')} {must}, got {error['input']!r}"
+
+
+_WORDS = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "a text",
+    "a valid tuple": "a list",
+    "a valid list": "a list",
+    "a valid dictionary": "an object",
+    " after validation": "",
+}
+"""pydantic's words and the plain ones."""
 
 
 def _fields(kind: Any, path: tuple[Any, ...]) -> list[str]:

@@ -381,28 +381,18 @@ def gaps_headline(final: pd.DataFrame, reference: str) -> str:
     return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats{without}"
 
 
-def moved_headline(moved: pd.DataFrame) -> str:
-    """Return "At the end of their curves, against REFERENCE: ARM −0.012, … nats", from `over_training`."""
-    if not len(moved):
-        return "no arm and its reference have both been trained"
-    last = moved[moved["tokens"] == moved.groupby("arm")["tokens"].transform("max")]
-    said = ", ".join(f"{arm} {gap:+.3f}" for arm, gap in last.groupby("arm", sort=False)["loss"].mean().items())
-    return f"At the end of their curves, against {moved['against'].iloc[0]}: {said} nats"
-
-
 def then_and_at_the_end(moved: pd.DataFrame, share: float) -> str:
-    """Return "+0.012 nats at 70% of training, +0.034 at its end", from one arm's rows of `over_training`.
+    """Return "+0.012 nats at 70% of training, +0.034 at the last evaluation", from one arm's rows of `over_training`.
 
     The first is at the last evaluation up to that share of the training, and says which share that is.
     """
     at = moved.groupby("tokens")["loss"].mean()
     then = max(0, int((at.index <= share * at.index[-1]).sum()) - 1)
     reached = at.index[then] / at.index[-1]
-    return f"{at.iloc[then]:+.3f} nats at {reached:.0%} of training, {at.iloc[-1]:+.3f} at its end"
+    return f"{at.iloc[then]:+.3f} nats at {reached:.0%} of training, {at.iloc[-1]:+.3f} at the last evaluation"
 
 
-def ends_headline(curves: pd.DataFrame) -> str:
-    """Return "Loss at the end of the curves: ARM 3.95, … nats per token", the mean over seeds, from curves."""
-    last = curves[curves["tokens"] == curves.groupby("arm")["tokens"].transform("max")]
-    said = ", ".join(f"{arm} {loss:.2f}" for arm, loss in last.groupby("arm", sort=False)["loss"].mean().items())
-    return f"Loss at the end of the curves: {said} nats per token"
+def ends_headline(final: pd.DataFrame) -> str:
+    """Return "Final loss: ARM 3.95, … nats per token", the mean over seeds on the whole validation text."""
+    means = final.groupby("arm", sort=False)["validation_loss"].mean()
+    return f"Final loss: {', '.join(f'{arm} {loss:.2f}' for arm, loss in means.items())} nats per token"

@@ -167,7 +167,7 @@ def headline(table: pd.DataFrame) -> str:
         below = f"below zero from {crossed.mean():.0%} of the training on"
         if len(crossed) < len(part):
             others = f", on the other{'s' if len(crossed) > 1 else ''} {below}" if len(crossed) else ""
-            below = f"ends above zero on {len(part) - len(crossed)} of {len(part)} seeds{others}"
+            below = f"above zero at the last evaluation on {len(part) - len(crossed)} of {len(part)} seeds{others}"
         said.append(f"{pair} {below}")
     return "; ".join(said) or "no pair has finished"
 

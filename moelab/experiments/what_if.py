@@ -29,7 +29,6 @@ MODELS = {
 GPUS = {"smoke": (8, 16), "cpu": (1, 8, 32, 128, 256)}
 BATCHES = {"smoke": (8,), "cpu": (1, 4, 16, 64, 256)}
 """Scale -> what the grid is made of; batches are of a tensor group."""
-OBJECTIVES: tuple[simulate.Objective, ...] = ("latency", "cost")
 
 
 def grid(scale: str, context: int) -> pd.DataFrame:
@@ -41,22 +40,21 @@ def grid(scale: str, context: int) -> pd.DataFrame:
     Args:
         context: tokens of a sequence in the cache.
     """
-    from moelab.simulate.search import frame
+    from moelab.simulate.search import best, frame
 
     rows = []
     for name, where in itertools.product(MODELS[scale], simulate.clusters()):
         settings: dict[str, Any] = {"program": "engine", "dtype": TODAY[name]} if name in TODAY else {}
-        for most, batch, objective in itertools.product(GPUS[scale], BATCHES[scale], OBJECTIVES):
+        for most, batch in itertools.product(GPUS[scale], BATCHES[scale]):
             try:
-                found = simulate.plan(
-                    name, most, where, objective=objective, batches=[batch], context=context, **settings
-                ).best
-            except ValueError:  # it does not fit, or the GPUs have no fp8
+                layouts = best(name, most, where, batch=batch, context=context, **settings)
+            except ValueError:  # the GPUs have no fp8
                 continue
-            about = {"model": name, "cluster": where, "most_gpus": most, "best_by": objective}
-            of_cluster = {"memory_gib": found.capacity_gib, "currency": found.currency}
-            beside = beside_measurements(name, found) if name in TODAY else {}
-            rows.append(about | frame([found]).iloc[0].to_dict() | of_cluster | beside)
+            for objective, found in layouts.items():
+                about = {"model": name, "cluster": where, "most_gpus": most, "best_by": objective}
+                of_cluster = {"memory_gib": found.capacity_gib, "currency": found.currency}
+                beside = beside_measurements(name, found) if name in TODAY else {}
+                rows.append(about | frame([found]).iloc[0].to_dict() | of_cluster | beside)
     if not rows:
         raise ValueError(f"what-if: no model fits any cluster with {context} tokens of a sequence in the cache")
     return pd.DataFrame(rows)

@@ -127,31 +127,47 @@ def open_text(
     return Writer(Generator(set_mode(model, mode), batch=batch, mesh=mesh, release=True), tokenizer)
 
 
+def open_ids(
+    directory: Path,
+    *,
+    mode: str = "optimised",
+    dtype: str = "fp32",
+    device: str = "cpu",
+    batch: int = 8,
+    mesh: Mesh | None = None,
+) -> Generator:
+    """Return a generator, which takes and returns token ids; without tokenizer. Arguments, errors as of `open_text`."""
+    model = _open_weights(directory, None, dtype, device, mesh)
+    return Generator(set_mode(model, mode), batch=batch, mesh=mesh, release=True)
+
+
 def open_model(
     directory: Path, *, cache: Path, dtype: str = "fp32", device: str = "cpu", mesh: Mesh | None = None
 ) -> tuple[GPT, Tokenizer]:
     """Return (model, tokenizer) of a directory, before a mode is set; arguments and errors as in `open_text`."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
-    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
-        raise ValueError(f"device must be cpu, or cuda where there is a GPU, got {device!r}")
-    if (directory / "spec.json").is_file():
-        data = prepare(run_configs(directory)[1], cache)
-        model = load_run(directory, data=data, mesh=mesh, device=device, dtype=dtype)
-        tokenizer = data.tokenizer()
-    elif (directory / "config.json").is_file():
-        if mesh is None:
-            model = hf.load(directory, dtype=DTYPES[dtype], device=device)
-        else:
-            model = hf.load_part(directory, mesh, dtype=DTYPES[dtype]).module
-        tokenizer = hf.load_tokenizer(directory)
-    else:
-        raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")
+    data = prepare(run_configs(directory)[1], cache) if (directory / "spec.json").is_file() else None
+    model = _open_weights(directory, data, dtype, device, mesh)
+    tokenizer = hf.load_tokenizer(directory) if data is None else data.tokenizer()
     if tokenizer.vocab_size > (vocab := model.config.vocab):
         raise ValueError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
         )
     return model, tokenizer
+
+
+def _open_weights(directory: Path, data: TokenData | None, dtype: str, device: str, mesh: Mesh | None) -> GPT:
+    """Return the model of a directory; `data` is the text of a run, or None. Errors as in `open_text`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where there is a GPU, got {device!r}")
+    if (directory / "spec.json").is_file():
+        return load_run(directory, data=data, mesh=mesh, device=device, dtype=dtype)
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")
+    if mesh is not None:
+        return hf.load_part(directory, mesh, dtype=DTYPES[dtype]).module
+    return hf.load(directory, dtype=DTYPES[dtype], device=device)
 
 
 def join_ranks(directory: Path, device: str = "cpu", **layout: Any) -> Mesh | None:

@@ -12,21 +12,18 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from moelab import paths
+from moelab import paths, terminal
 from moelab.experiments import Experiment
 from moelab.files import read_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.publication import SUMMARY
-from moelab.report.summary import find_results
+from moelab.report.summary import compared
 from moelab.runs import records
 from moelab.runs.progress import Estimate, Snapshot, table
 from moelab.runs.store import Run, RunStore
 
 GO_ON = "stopped; run the same command again to go on, with unfinished runs from their last checkpoints"
-
-APART = 0.02
-"""Nats per token by which the final losses of one run differ at most on two kinds of processor: see docs/extend.md."""
 
 
 def execute_watched(
@@ -65,38 +62,15 @@ def execute_watched(
     if page:  # last: the result stands, also where the pages are another user's
         show("page", site.update(publish=publish).index)
     if not publish and (line := compared(summary)):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        terminal.say(line)
     if publish and (line := not_packed(summary)):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        terminal.say(line)
     if summary["missing"]:
         console.print(
             f"[red]without a result:[/] {escape(', '.join(summary['missing']))}; the notebook says why", soft_wrap=True
         )
         return False
     return True
-
-
-def compared(summary: Mapping[str, Any]) -> str:
-    """Return in one line the final loss of a run beside its published one; empty where no run is published.
-
-    Of several runs it is the one whose losses are farthest apart.
-    """
-    theirs: dict[str, Any] = {}
-    for folder in find_results(paths.results()).values():
-        if folder.parts[-3] == summary["experiment"]:
-            with contextlib.suppress(ValueError, OSError):  # the pages name a damaged result
-                theirs |= {run["id"]: run for run in read_json(folder / SUMMARY).get("runs", [])}
-    both = [(run, theirs[run["id"]]) for run in summary["runs"] if run["id"] in theirs]
-    losses = [(*(one["result"].get("validation_loss") for one in pair), *pair) for pair in both]
-    known = [found for found in losses if None not in found[:2]]
-    if not known:
-        return ""
-    ours, published, run, other = max(known, key=lambda found: abs(found[0] - found[1]))
-    cpus = [(one["provenance"].get("hardware") or {}).get("cpu") for one in (run, other)]
-    where = "the same processor" if cpus[0] == cpus[1] else f"another processor (expected within {APART})"
-    farthest = f"; the farthest apart of {len(known)} runs" if len(known) > 1 else ""
-    name = f"{run['label']}, seed {run['spec']['train']['seed']}"
-    return f"{name}: published {published:.3f}, yours {ours:.3f} nats per token, {where}{farthest}"
 
 
 def not_packed(summary: Mapping[str, Any]) -> str:

@@ -130,8 +130,15 @@ class Entry:
         """Its p-value alone and adjusted, and its q-value, in words: ``p = 0.003, 0.012 adjusted, q = 0.008``."""
         if not self.tested or self.deciding is None or self.deciding.p is None:
             return ""
-        adjusted = "" if self.p in (None, self.deciding.p) else f", {self.p:.2g} adjusted"
-        return f"p = {self.deciding.p:.2g}{adjusted}" + ("" if self.q is None else f", q = {self.q:.2g}")
+        adjusted = (
+            "" if self.p is None or self.p == self.deciding.p else f", {_small(self.p)} adjusted".replace("= ", "")
+        )
+        return f"p {_small(self.deciding.p)}{adjusted}" + ("" if self.q is None else f", q {_small(self.q)}")
+
+
+def _small(p: float) -> str:
+    """Return ``= 0.017``, or ``< 0.0001``: an exponent would break over lines."""
+    return f"= {p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
 def ledger(*results: Path) -> list[Entry]:

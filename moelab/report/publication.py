@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import environment, paths
 from moelab.design.conclusion import Conclusion, conclude
-from moelab.files import write_text
+from moelab.files import read_json, write_text
 from moelab.lazy import pd
-from moelab.report.summary import SUMMARY, FigureRow, TableRow, check_file_name
+from moelab.report.summary import SUMMARY, FigureRow, TableRow, check_file_name, compared
 from moelab.runs.provenance import provenance
 
 if TYPE_CHECKING:
@@ -170,11 +170,16 @@ class Publication:
     def conclude(self, runs: Runs | None = None, *, title: str, simulated: bool = False, sure: str = "") -> Conclusion:
         """Finish, print where everything is, and return the conclusion, which a notebook shows at the end of a cell.
 
+        Of a draft it prints a published run's loss, too, next to that of the same run here.
+
         Args:
             runs, title: as of `finish`.
             simulated, sure: as of `moelab.design.conclusion.conclude`.
         """
         print(self.finish(runs, title=title))
+        # `moelab run` ends with this line, too.
+        if self.interactive and (line := compared(read_json(self.path / SUMMARY))):
+            print(line)
         seeds = runs.seeds if runs is not None else 0
         return conclude(title, self.verdicts, seeds=seeds, simulated=simulated, sure=sure, scale=self.scale)
 

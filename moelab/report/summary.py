@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moelab import paths
 from moelab.config import from_json
 from moelab.design import budgets
 from moelab.design.verdicts import Verdict
@@ -266,3 +269,30 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"line {number}: expected an object, got {line[:40]}")
         rows.append(row)
     return rows
+
+
+APART = 0.02
+"""Nats per token by which the final losses of one run differ at most on two kinds of processor: see docs/extend.md."""
+
+
+def compared(summary: Mapping[str, Any]) -> str:
+    """Return in one line the final loss of a run beside its published one; empty where no run is published.
+
+    Of several runs it is the one whose losses are farthest apart.
+    """
+    theirs: dict[str, Any] = {}
+    for folder in find_results(paths.results()).values():
+        if folder.parts[-3] == summary["experiment"]:
+            with contextlib.suppress(ValueError, OSError):  # the pages name a damaged result
+                theirs |= {run["id"]: run for run in read_json(folder / SUMMARY).get("runs", [])}
+    both = [(run, theirs[run["id"]]) for run in summary["runs"] if run["id"] in theirs]
+    losses = [(*(one["result"].get("validation_loss") for one in pair), *pair) for pair in both]
+    known = [found for found in losses if None not in found[:2]]
+    if not known:
+        return ""
+    ours, published, run, other = max(known, key=lambda found: abs(found[0] - found[1]))
+    cpus = [(one["provenance"].get("hardware") or {}).get("cpu") for one in (run, other)]
+    where = "the same processor" if cpus[0] == cpus[1] else f"another processor (expected within {APART})"
+    farthest = f"; the farthest apart of {len(known)} runs" if len(known) > 1 else ""
+    name = f"{run['label']}, seed {run['spec']['train']['seed']}"
+    return f"{name}: published {published:.3f}, yours {ours:.3f} nats per token, {where}{farthest}"

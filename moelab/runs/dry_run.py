@@ -97,8 +97,8 @@ def show(runs: Sequence[PlannedRun]) -> None:
         cost = f"{spec.cost:.2g} FLOPs" + (f", {_hours(r.gpu_hours)}" if r.gpu_hours is not None else "")
         passes = train.batch_size // (train.micro_batch or train.batch_size) // spec.parallel.data
         numbers = (
-            f"{_short(model.parameters())} parameters, {_short(model.active_parameters())} active; "
-            f"{_short(spec.own_tokens)} tokens in {r.steps:,} steps; "
+            f"{terminal.short(model.parameters())} parameters, {terminal.short(model.active_parameters())} active; "
+            f"{terminal.short(spec.own_tokens)} tokens in {r.steps:,} steps; "
             f"{ranks} rank{'s' * (ranks > 1)} x {passes}, {memory}; {cost}"
         )
         swept = sum(title == spec.title for title, _ in rates) > 1
@@ -210,11 +210,4 @@ def _name(spec: RunSpec) -> str:
     """Return the model, how it is taught and where it starts."""
     sum_ = " (sum)" if spec.model.residual and spec.model.residual_mix == "sum" else ""
     taught = f", KD {spec.distill.schedule}" if spec.distill else ""
-    return f"{spec.model}{sum_}{taught}" + (f", from {_short(spec.start.tokens)} tokens" if spec.start else "")
-
-
-def _short(number: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:g}"
+    return f"{spec.model}{sum_}{taught}" + (f", from {terminal.short(spec.start.tokens)} tokens" if spec.start else "")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moelab import terminal
 from moelab.runs.states import OVER, Status
 from moelab.runs.store import Run
 from moelab.terminal import duration
@@ -72,12 +73,9 @@ class Estimate:
 
 def table(runs: Sequence[Run], snapshot: Snapshot, left: float | None, *, most: int | None = None) -> Any:
     """Return a rich table of the runs for terminals and notebooks; of more than `most`, those under way or failed."""
-    from rich.table import Table
     from rich.text import Text
 
-    view = Table(
-        "run", "state", "step", "training loss", "tokens/s", title=snapshot.describe(left), title_justify="left"
-    )
+    view = terminal.table("run", "state", "step", "training loss", "tokens/s", title=snapshot.describe(left))
     rows = list(zip(runs, snapshot.statuses, strict=True))
     if most is not None and len(rows) > most:
         rows = [(run, s) for run, s in rows if s.state not in ("new", "finished")]

@@ -245,11 +245,8 @@ def plan(
         need, _ = least_gpus(model, where, program=code, batch=min(batches), context=context, dtype=dtype)
         raise ValueError(f"plan: {model} does not fit {gpus} GPUs of {where.name}; it needs {need}")
 
-    # By the objective; among equals by latency, throughput, fewer GPUs, and the simpler exchange.
     main = latency if objective == "latency" else 1 / throughput
-    exchange = 2 * options.coordinated + options.hierarchical  # the index in `EXCHANGES`
-    keys = np.broadcast_arrays(exchange, options.ranks, 1 / throughput, latency, np.where(good, main, np.inf))
-    order = np.lexsort([key.ravel() for key in keys])[: int(good.sum())]
+    order = _order(options, main, latency, throughput, good)
     n, worth = len(options), main.ravel()
     first = int(order[0])
     equal = worth[order] <= worth[first] * 1.0005
@@ -269,6 +266,40 @@ def plan(
         fitting=int(fits.sum()),
         front=tuple(estimate(f) for f in pareto(latency.ravel(), throughput.ravel(), good.ravel())),
     )
+
+
+def _order(
+    options: Layouts, main: np.ndarray, latency: np.ndarray, throughput: np.ndarray, good: np.ndarray
+) -> np.ndarray:
+    """Return the flat indices of the good ones of [batches, layouts], best first.
+
+    By `main`, the objective; among equals by latency, throughput, fewer GPUs, and the simpler exchange.
+    """
+    exchange = 2 * options.coordinated + options.hierarchical  # the index in `EXCHANGES`
+    keys = np.broadcast_arrays(exchange, options.ranks, 1 / throughput, latency, np.where(good, main, np.inf))
+    return np.lexsort([key.ravel() for key in keys])[: int(good.sum())]
+
+
+def best(
+    model: ModelConfig | str, gpus: int, on: str | Cluster, *, batch: int, program: str = "deepspeed", **settings: Any
+) -> dict[Objective, DecodeEstimate]:
+    """Return the best layout by latency and by cost, as `plan` does, in a quarter of its time; empty if nothing fits.
+
+    Args:
+        batch: sequences of a tensor group.
+        settings: context and dtype, as of `plan`.
+    """
+    model, where, code = named(model), cluster(on), system(program)
+    options = layouts(model, sizes(gpus, where.gpus_per_node), where.gpus_per_node, code)
+    sweep = decode_sweep(model, options, where, program=code, batch=batch, **settings)
+    if not sweep.fits.any():
+        return {}
+    latency, throughput, found = sweep.latency_ms, sweep.tokens_per_s_per_gpu, {}
+    mains: dict[Objective, np.ndarray] = {"latency": latency, "cost": 1 / throughput}
+    for objective, main in mains.items():
+        layout = options.rows[int(_order(options, main, latency, throughput, sweep.fits)[0])]
+        found[objective] = decode(model, layout, where, batch=batch, program=code, **settings)
+    return found
 
 
 def pareto(latency: np.ndarray, throughput: np.ndarray, allowed: np.ndarray) -> list[int]:

@@ -14,10 +14,6 @@ _COLORS = {
     **dict.fromkeys(("stopped", "incomplete"), "yellow"),
     **{"finished": "green", "running": "cyan"},
 }
-_LEFT_OUT = ("job", "node", "Slurm", "tokens/s", "loss", "left", "experiment", "why", "step", "log")
-"""Columns in the order in which a narrow terminal does without them."""
-_WRAPPED = {"run": 18, "log": 16, "why": 20}
-"""Columns of longer texts, and the characters that they have at least."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +66,11 @@ class Overview:
         """Return the rows as a data frame."""
         return pd.DataFrame([row.__dict__ for row in self.rows], columns=[f.name for f in fields(Row)])
 
-    def table(self, width: int | None = None) -> Any:
-        """Return the rows as a rich table, or one line when there are none, for terminals and notebooks.
-
-        Args:
-            width: characters of a line; what does not fit is left out, the names of Slurm first, a run and its state
-                never. None has room for all.
-        """
-        from rich.table import Table
+    def table(self) -> Any:
+        """Return the rows as a rich table, or one line when there are none, for terminals and notebooks."""
         from rich.text import Text
+
+        from moelab.terminal import table
 
         counts: dict[str, int] = {}
         for row in self.rows:
@@ -87,10 +79,9 @@ class Overview:
         title += f" · {plain(self.trouble)}" if self.trouble else ""
         if not self.rows:
             return Text(title)
-        view = Table(title=Text(title, "table.title"), title_justify="left")
         columns: dict[str, Callable[[Row], str]] = {
-            "experiment": lambda row: row.experiment,
             "run": lambda row: row.what,
+            "experiment": lambda row: row.experiment,
             "log": lambda row: row.id if "/" in row.id else row.id.rpartition("-")[2],
             "state": lambda row: row.state,
             "Slurm": lambda row: row.slurm,
@@ -104,17 +95,9 @@ class Overview:
         }
         cells = {name: [plain(text(row)) for row in self.rows] for name, text in columns.items()}
         cells = {name: texts for name, texts in cells.items() if any(texts)}
-        least = {name: max(map(len, (name, *texts))) for name, texts in cells.items()}
-        least |= {name: min(least[name], characters) for name, characters in _WRAPPED.items() if name in least}
-        for name in _LEFT_OUT:
-            if width is not None and sum(n + 3 for n in least.values()) >= width:
-                least.pop(name, None)
-        cells = {name: cells[name] for name in least}
-        for name in cells:
-            number = name in ("step", "loss", "tokens/s", "left")
-            justify: Any = "right" if number else "left"
-            wraps = name in _WRAPPED
-            view.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold", min_width=least[name])
+        view = table(*cells, title=Text(title, "table.title"))
+        for column in view.columns:
+            column.justify = "right" if column.header in ("step", "loss", "tokens/s", "left") else "left"
         for texts in zip(*cells.values(), strict=True):
             # As `Text`: in a string, rich would take a parameter such as [/b] for markup.
             view.add_row(
@@ -126,4 +109,4 @@ class Overview:
         return self.table()._repr_mimebundle_(**{"include": [], "exclude": [], **options})
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield self.table(options.max_width)
+        yield self.table()

@@ -182,10 +182,10 @@ def test_identity_leaves_out_defaults_and_names():
     [
         ({"lr": 1, "learning": 2}, "unknown field learning; allowed: tokens"),
         ({"seeds": 1}, "unknown field seeds; did you mean seed? allowed: tokens"),
-        ({"lr": "fast"}, "TrainConfig.lr must be a valid number, got 'fast'"),
+        ({"lr": "fast"}, "TrainConfig.lr must be a number, got 'fast'"),
         ({"betas": [0.9]}, "TrainConfig: betas.1 is missing"),
         ({"dtype": "fp64"}, "TrainConfig.dtype must be 'fp32' or 'bf16', got 'fp64'"),
-        ({"seed": True}, "TrainConfig.seed must be a valid integer, got True"),
+        ({"seed": True}, "TrainConfig.seed must be a whole number, got True"),
         ({"lr": -1}, "train: lr must be positive"),
         ([], "TrainConfig must be an object, got []"),
     ],

@@ -72,9 +72,9 @@ def test_crossings_by_share_of_the_training():
     assert shares.crossings(table[::-1]).equals(shares.crossings(table)), "by seed, in whatever order the runs are"
     assert (
         shares.headline(table)
-        == "A − B ends above zero on 1 of 2 seeds, on the other below zero from 78% of the training on"
+        == "A − B above zero at the last evaluation on 1 of 2 seeds, on the other below zero from 78% of the training on"
     )
-    assert shares.headline(table[table["seed"] == 1]) == "A − B ends above zero on 1 of 1 seeds"
+    assert shares.headline(table[table["seed"] == 1]) == "A − B above zero at the last evaluation on 1 of 1 seeds"
     assert shares.crossing(pd.DataFrame({"share": [0.5, 1.0], "gap": [-1.0, -2.0]})) == 0.5, "from its first point on"
     assert not len(shares.gaps(curves({("A", 0): (9, 5)}), [("A", "B")]))
 

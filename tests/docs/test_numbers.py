@@ -2,6 +2,7 @@
 
 import csv
 import html
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ RESULTS = ROOT / "results"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*sorted(RESULTS.glob("*.html")), *sorted(RESULTS.glob("*/*/*/index.html"))]
 SIGNED = r"[+−]?\d+\.\d{3}"
-INTERVAL = re.compile(rf"({SIGNED})[^\d.;|]{{0,40}}(?:95.% interval )?[(\[]?({SIGNED})(?: to |, )({SIGNED})[)\],]")
+INTERVAL = re.compile(rf"({SIGNED})[^\d.;|+−]{{0,40}}(?:95.% interval )?[(\[]?({SIGNED})(?: to |, )({SIGNED})[)\],]")
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -98,3 +99,34 @@ def test_the_dense_size_of_equal_loss_is_the_claims_or_that_of_a_named_pair():
                 assert named or f"{float(ours):.{len(value.partition('.')[2])}f}" == value, f"{page.name}: {said}"
                 found += 1
     assert found >= 3
+
+
+def test_a_sentence_names_the_seeds_and_the_scale_of_its_claim():
+    """The start page's and the README's sentences, from answers.csv: "… 0.425 nats …: holds, but larger (3 seeds)."."""
+    claims, checked = read("claims.csv"), 0
+    for row in read("answers.csv"):
+        result, scale = row["link"].partition("/index.html")[0], row["link"].split("/")[1]
+        if said := re.search(r"(.*) \(paper.*: ([\w, ]+) \((\d+) seeds\)", row["sentence"]):
+            place = (result, said[2], scale, said[3])
+            known = [c for c in claims if (c["result"], c["adjusted"], c["scale"], c["samples"]) == place and c["ours"]]
+            ours = {f"{abs(float(c['ours'])):.{digits}f}" for c in known for digits in (1, 2, 3)}
+            assert ours & set(re.findall(r"\d+\.\d+", said[1])), row["sentence"]
+            checked += 1
+    assert checked >= 2
+
+
+def test_a_figure_shows_the_seeds_of_the_claims_beside_it():
+    """Fewer only where curves cross on some seeds alone, or where a claim counts sessions."""
+    checked = 0
+    for path in sorted(RESULTS.glob("*/*/*/summary.json")):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        of_claims = {c["claim"]: c for c in summary["claims"] if c["kind"] == "measured" and c["samples"]}
+        for figure in summary["figures"]:
+            rows = [json.loads(line) for line in (path.parent / f"{figure['name']}.jsonl").read_text().splitlines()]
+            if seeds := {row["seed"] for row in rows if "seed" in row}:
+                for stored in (of_claims[name] for name in figure.get("claims") or () if name in of_claims):
+                    fewer = claim(stored["claim"]).timed or "cross" in stored["note"]
+                    same = stored["samples"] == len(seeds)
+                    assert same or (fewer and stored["samples"] < len(seeds)), (path.parent, figure["name"])
+                    checked += 1
+    assert checked > 40

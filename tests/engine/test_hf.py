@@ -142,7 +142,7 @@ def test_bad_directories(tmp_path):
     for change, message in (
         ({"activation_function": "relu"}, "activation_function is 'relu', supported is 'gelu_new'"),
         ({"model_type": "llama"}, "model_type 'llama' is not supported; allowed: gpt2, olmoe"),
-        ({"n_layer": None}, "n_layer must be a valid integer, got None"),
+        ({"n_layer": None}, "n_layer must be a whole number, got None"),
         ({"n_inner": 7}, "n_inner is 7, supported is 4 x n_embd"),
         ({"n_layer": 3}, "tensor transformer.h.2.ln_1.weight is missing"),
         ({"n_positions": 25}, r"position_embedding.weight is \(24, 32\), expected \(25, 32\)"),

@@ -133,6 +133,25 @@ def test_commands(trained, tmp_path, monkeypatch):
     assert "moelab format in" in moelab("export", trained.spec.id[:6], str(tmp_path / "out"))
     both = moelab("generate", str(tmp_path / "out"), "--prompt", "wave", "--prompt", "corn", *few)
     assert both.startswith("wave") and "\n\ncorn" in both
+    out = tmp_path / "out"
+    ids = [hf.load_tokenizer(out).encode_prompt(text) for text in ("wave", "corn")]
+    given = [word for one in ids for word in ("--ids", ",".join(map(str, one)))]
+    (out / "tokenizer.json").rename(out / "hidden")
+    with pytest.raises(ValueError, match="text needs a tokenizer, `moelab generate --ids` takes ids"):
+        moelab("generate", str(out), "--prompt", "wave", *few)
+    for words, said in ((["--ids", "1,x"], "expected token ids"), ([*given, "--prompt", "a"], "not both")):
+        with pytest.raises(ValueError, match=said):
+            moelab("generate", str(out), *words)
+    answers = [json.loads(line) for line in moelab("generate", str(out), *given, *few, "--json").splitlines()]
+    assert moelab("generate", str(out), *given, *few).splitlines() == [
+        ",".join(map(str, answer["tokens"])) for answer in answers
+    ]
+    (out / "hidden").rename(out / "tokenizer.json")
+    tokens = hf.load_tokenizer(out)
+    texts = [
+        text + tokens.decode_after(answer["tokens"]) for text, answer in zip(("wave", "corn"), answers, strict=True)
+    ]
+    assert "\n\n".join(texts) + "\n" == both
     lines = moelab("generate", str(tmp_path / "out"), "--prompt", "wave", "--prompt", "corn", *few, "--json")
     rows = [json.loads(line) for line in lines.splitlines()]
     assert "\n\n".join(row["prompt"] + row["text"] for row in rows) + "\n" == both

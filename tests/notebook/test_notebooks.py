@@ -20,8 +20,8 @@ from moelab.design.parameters import resolve
 from moelab.experiments import pr_moe
 from moelab.files import write_json
 from moelab.notebook import execute as notebooks
-from moelab.notebook import watch
 from moelab.notebook.watch import execute_watched
+from moelab.report.summary import compared
 from moelab.runs import records
 from moelab.runs.measurements import file_digest
 from moelab.runs.store import RunStore
@@ -101,8 +101,8 @@ def given(**texts: str):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"sizes": "[1.5]"}, r"x: parameter sizes\.0 must be a valid integer, got 1\.5; allowed: "),
-        ({"rates": '{"a": "b"}'}, r"x: parameter rates\.a must be a valid number, got 'b'; allowed: "),
+        ({"sizes": "[1.5]"}, r"x: parameter sizes\.0 must be a whole number, got 1\.5; allowed: "),
+        ({"rates": '{"a": "b"}'}, r"x: parameter rates\.a must be a number, got 'b'; allowed: "),
         ({"fail": "raise\udc80"}, r"x: .*not valid Unicode text: .*\\udc80"),
         ({"rates": '{"\\ud800": 1}'}, r"x: .*not valid Unicode text: .*\\ud800"),
     ],
@@ -272,12 +272,12 @@ def test_a_run_is_compared_with_its_published_loss(tmp_path, monkeypatch):
     folder = tmp_path / "start" / "cpu" / "1"
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(summary([5.76, 5.68, 5.0], "Zen")))
-    monkeypatch.setattr(watch.paths, "results", lambda: tmp_path)
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path))
     said = "Dense, seed 3: published 5.760, yours 5.774 nats per token, "
-    assert watch.compared(summary([5.774], "Xeon")) == said + "another processor (expected within 0.02)"
-    same = watch.compared(summary([5.774, 5.681, None, 1.0], "Zen"))
+    assert compared(summary([5.774], "Xeon")) == said + "another processor (expected within 0.02)"
+    same = compared(summary([5.774, 5.681, None, 1.0], "Zen"))
     assert same == said + "the same processor; the farthest apart of 2 runs"
-    assert watch.compared(summary([], "Zen")) == "" == watch.compared(summary([5.0], "Zen") | {"experiment": "x"})
+    assert compared(summary([], "Zen")) == "" == compared(summary([5.0], "Zen") | {"experiment": "x"})
 
 
 def test_who_publishes_hears_of_runs_whose_records_lack_numbers(tmp_path, monkeypatch, capsys, result):

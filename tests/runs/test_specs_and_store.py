@@ -56,7 +56,7 @@ def test_numbers_that_json_turns_into_floats_name_the_same_run(tiny_spec):
 
 def test_values_of_another_type_are_refused_before_a_worker_reads_them(tiny_spec):
     spec = replace(tiny_spec, train=replace(tiny_spec.train, tokens=3e3))
-    with pytest.raises(ValueError, match=r"TrainConfig.tokens must be a valid integer, got 3000.0"):
+    with pytest.raises(ValueError, match=r"TrainConfig.tokens must be a whole number, got 3000.0"):
         _ = spec.id
 
 

@@ -7,7 +7,7 @@ from moelab import simulate
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate.decoding import decode_sweep
-from moelab.simulate.search import layouts, pareto, sizes
+from moelab.simulate.search import best, layouts, pareto, plan, sizes
 from moelab.simulate.step import training_slots
 
 WIDE = ParallelConfig(tensor=16, data=2, gpus_per_node=16, exchange="coordinated")
@@ -214,3 +214,10 @@ def test_a_dense_model_has_plans_too():
     assert found.best.parallel.tensor == 1, "the host's time would not shrink with the slices"
     assert simulate.plan("6.7B", 8, "h100", program="pytorch", batches=(1, 8)).best.bound == "launch"
     assert simulate.plan("175B", 8, "h100").best.parallel.tensor == 8
+
+
+def test_the_best_layout_alone_is_that_of_the_plan():
+    for model, gpus, batch in (("1.3B+MoE-128", 16, 4), ("24B+MoE-128", 128, 64), ("6.7B", 8, 1)):
+        for objective, found in best(model, gpus, "a100", batch=batch, context=512, dtype="fp16").items():
+            assert found == plan(model, gpus, "a100", objective=objective, batches=[batch], context=512).best
+    assert best("175B", 1, "a100", batch=1, context=512, dtype="fp16") == {}

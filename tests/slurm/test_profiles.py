@@ -21,7 +21,7 @@ def test_a_bad_profile_is_one_line(tmp_path):
     (path := tmp_path / "site.yaml").touch()
     for text, part in (
         ("partiton: gpu", "unknown field partiton; did you mean partition? allowed: name, cluster, partition"),
-        ("nodes: many", "profile site.nodes must be a valid integer, got 'many'"),
+        ("nodes: many", "profile site.nodes must be a whole number, got 'many'"),
         ("nodes: 0", "profile site.nodes must be greater than or equal to 1, got '0'"),
         ("failures: -1", "profile site.failures must be greater than or equal to 0, got '-1'"),
         ("time: soon", "time: expected minutes, H:M:S or D-H:M:S, got 'soon'"),

@@ -146,6 +146,11 @@ def suitable_format(config: ModelConfig) -> str:
     return "gpt2" if is_gpt2(config) else family_of(config) or "moelab"
 
 
+def check_format(model_type: str, config: ModelConfig) -> None:
+    """Refuse, before any weights are read, an unknown format and one that cannot describe a model. ValueError."""
+    _format(model_type).write_config(config, None)
+
+
 def _format(model_type: str) -> Format:
     if model_type not in FORMATS:
         raise ValueError(f"export: format {model_type!r} is unknown; allowed: {', '.join(FORMATS)}")
@@ -280,13 +285,17 @@ def fetch(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"import: {name!r} is no directory; to fetch it, install moelab with its extra `hf`") from None
+        raise ValueError(
+            f"import: there is no folder {name!r}; to fetch a model, install moelab with its extra `hf`"
+        ) from None
     if name.count("/") != 1:
-        raise ValueError(f"import: {name!r} is neither a directory nor the name of a published model (OWNER/NAME)")
+        raise ValueError(f"import: there is no folder {name!r}; a published model is named as OWNER/NAME")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the library passes on its dependencies' exceptions
-        raise ValueError(f"import: {name!r} cannot be fetched ({one_line(error)})") from None
+        raise ValueError(
+            f"import: there is no folder {name!r}, and no model of that name can be fetched ({one_line(error)})"
+        ) from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -297,7 +306,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     path = directory / _TOKENIZER
     if not path.is_file():
-        raise ValueError(f"{directory}: no {_TOKENIZER} here; text needs a tokenizer")
+        raise ValueError(
+            f"{directory}: no {_TOKENIZER} here; text needs a tokenizer, `moelab generate --ids` takes ids"
+        )
     end = (read_object(directory / "tokenizer_config.json") or {}).get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     return Tokenizer.load(path, **({"eot": end} if isinstance(end, str) else {}))
