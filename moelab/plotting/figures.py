@@ -346,7 +346,7 @@ def in_panels(
         sharex: as of `panels`; always where there are values of the paper.
     """
     parts = dict(list(table.groupby(panel, sort=False)))
-    row = 0.4 if "paper" in table else 0.32 if table["arm"].str.len().max() > LONG else 0.22
+    row = 0.4 if "paper" in table else 0.36 if table["arm"].str.len().max() > LONG else 0.22
     heights = [row * part["arm"].nunique() + 0.8 for part in parts.values()]
     fig, axes = panels(len(parts), height=heights, sharex=sharex or "paper" in table)
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
