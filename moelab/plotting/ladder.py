@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab.lazy import np, pd
 from moelab.plotting.layout import legend_below
@@ -11,7 +11,7 @@ from moelab.plotting.palette import colors
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BELOW = {"ha": "right", "va": "top"}
+_BELOW: dict[str, Any] = {"ha": "right", "va": "top"}
 
 
 def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, ax: Axes) -> Axes:
@@ -24,7 +24,7 @@ def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, 
     """
     arms = list(dict.fromkeys(points["arm"]))
     palette = colors(arms)
-    look = {"linestyle": "none", "marker": "o", "markersize": 4}
+    look: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
     for width, rung in points.groupby("width"):
         means = rung.groupby(["arm", "compute"], sort=False)["loss"].mean().reset_index()
         for arm in arms:
