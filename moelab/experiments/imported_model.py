@@ -107,13 +107,6 @@ def tables(measured: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return tuple(pd.DataFrame(measured[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
 
 
-def drawn_layers(layers: Sequence[int], most: int = 6) -> list[int]:
-    """Return at most this many of the layers, from the first to the last, for a figure that has no room for all."""
-    if len(layers) <= most:
-        return list(layers)
-    return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]
-
-
 def headline(layers: pd.DataFrame) -> str:
     """Return how uneven the load is, in one line."""
     worst = layers.loc[layers["busiest"].idxmax()]

@@ -291,6 +291,28 @@ def headline(levers: pd.DataFrame, predicted: pd.DataFrame) -> str:
     return f"{text}; the larger rung is predicted, not run"
 
 
+def of_most_tokens(levers: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `summary` at the most tokens: a leverage of each MoE at each width."""
+    return levers[levers["tokens"] == levers["tokens"].max()]
+
+
+def leverage_headline(levers: pd.DataFrame) -> str:
+    """Return in one line what dense models cost at the largest rung, from `summary`."""
+    flops = of_most_tokens(levers[levers["at"] == "training FLOPs"])
+    if flops.empty:
+        return "too few runs have finished to fit a law"
+    last = flops.loc[flops["width"] == flops["width"].max(), "value"]
+    return f"Largest rung: dense takes {last.min():.1f} to {last.max():.1f} times an MoE's FLOPs"
+
+
+def prediction_headline(predicted: pd.DataFrame) -> str:
+    """Return in one line how many losses of the larger rung lie inside their intervals, from `prediction`."""
+    came = predicted[predicted["seeds"] > 0]
+    if came.empty:
+        return "The larger rung is predicted, not run"
+    return f"{came['inside'].sum()} of {len(came)} losses of the larger rung inside the predicted intervals"
+
+
 EXPERIMENT = Experiment(
     name="ladder",
     number=28,

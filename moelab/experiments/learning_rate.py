@@ -125,15 +125,25 @@ def unbracketed(table: pd.DataFrame) -> list[str]:
     return problems
 
 
-def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
-    """Return the best rate of each arm on a base, its lead on the next, and the cost of a rate in use that is another.
+def headline(table: pd.DataFrame, base: str) -> str:
+    """Return in one line the best rate of each arm on a base, from `losses`."""
+    if not len(table):
+        return f"{base} base: no run has finished"
+    best = {arm: mean_losses(part).idxmin() for arm, part in table.groupby("arm", sort=False)}
+    moe = {arm: rate for arm, rate in best.items() if arm != "Dense"}
+    if len(moe) > 1 and len({*moe.values()}) == 1:
+        best = {arm: rate for arm, rate in best.items() if arm == "Dense"} | {"all MoE": next(iter(moe.values()))}
+    said = ", ".join(f"{arm} {rate:g}" for arm, rate in best.items())
+    return f"Best rates on the {base} base: {said}{' (some not bracketed)' if unbracketed(table) else ''}"
+
+
+def leads(table: pd.DataFrame, used: Mapping[str, float]) -> str:
+    """Return how far each arm's best rate is below the next, and what a rate in use costs that is another.
 
     Args:
         table: from `losses`.
         used: from `used`.
     """
-    if not len(table):
-        return f"{base} base: no run has finished"
     said = []
     for arm, part in table.groupby("arm", sort=False):
         means = mean_losses(part)
@@ -144,10 +154,9 @@ def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
             second = means.drop(best)
             lead = f", {second.min() - means.min():.3f} nats below the next best, {second.idxmin():g}"
         also = "" if best == used[arm] else f" (in use: {used[arm]:g}, {cost})"
-        said.append(f"{arm} ends lowest on average at rate {best:g}{lead}{also}")
-    seeds = table["seed"].nunique()
-    edges = "".join(f"; not bracketed: {edge}" for edge in unbracketed(table))
-    return f"{base} base: {'; '.join(said)} ({seeds} seed{'' if seeds == 1 else 's'}){edges}"
+        said.append(f"{arm} ends lowest on average at rate {best:g}{lead}{also}.")
+    edges = [f"Not bracketed: {edge}." for edge in unbracketed(table)]
+    return " ".join([*said, *edges])
 
 
 EXPERIMENT = Experiment(

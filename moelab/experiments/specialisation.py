@@ -107,29 +107,39 @@ def most_by_domain(shares: pd.DataFrame) -> pd.Series:
     return pd.DataFrame(rows, columns=["layer", "most"]).groupby("layer")["most"].mean()
 
 
-def headline(layers: pd.DataFrame, shares: pd.DataFrame) -> str:
-    """Return the result in one line; the domain's entropy bounds what it can explain."""
+def favourites(shares: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each domain, the expert of any layer that it prefers most; the strongest preference first.
+
+    Args:
+        shares: that of `tables`, of one seed.
+
+    Returns:
+        Columns favours (whose favourite it is), layer, expert, domain (every one), times (its share over an even one).
+    """
+    shares = shares.reset_index(drop=True)
+    times = shares.assign(times=shares["share"] * shares.groupby("layer")["expert"].transform("nunique"))
+    most = times.loc[times.groupby("domain")["times"].idxmax()].sort_values("times", ascending=False)
+    chosen = most.rename(columns={"domain": "favours"})[["favours", "layer", "expert"]]
+    return chosen.merge(times, on=["layer", "expert"])[["favours", "layer", "expert", "domain", "times"]]
+
+
+def headline(layers: pd.DataFrame) -> str:
+    """Return the result in one line: the range over the layers of what token and domain tell of the expert."""
     if not len(layers):
         return "no run has finished"
     means = layers.groupby("layer")[["by_token", "by_domain"]].mean()
-    first, last = means.iloc[0], means.iloc[-1]
-    return (
-        f"The token tells {first['by_token']:.0%} of the expert's choice in the first MoE layer and "
-        f"{last['by_token']:.0%} in the last; the domain, which can tell {most_by_domain(shares).mean():.0%} at most, "
-        f"{first['by_domain']:.0%} and {last['by_domain']:.0%}"
-    )
+    token, domain = (f"{100 * of.min():.0f} to {of.max():.0%}" for of in (means["by_token"], means["by_domain"]))
+    return f"Token tells {token} of the expert's choice, domain {domain}"
 
 
-def domain_headline(shares: pd.DataFrame) -> str:
-    """Return, in one line, the expert that a domain prefers most; `shares` is that of `tables`, of one seed."""
-    if not len(shares):
+def domain_headline(favourites: pd.DataFrame) -> str:
+    """Return, in one line, the strongest preference of `favourites`."""
+    if not len(favourites):
         return "no run has finished"
-    times = shares["share"] * shares.groupby("layer")["expert"].transform("nunique")
-    most = shares.loc[times.idxmax()]
-    return (
-        f"The strongest preference: {most['domain']} gives expert {most['expert']} of layer {most['layer']} "
-        f"{times.max():.1f} times an even share"
-    )
+    own = favourites[favourites["favours"] == favourites["domain"]]
+    most = own.loc[own["times"].idxmax()]
+    expert = f"expert {most['expert']} of layer {most['layer']}"
+    return f"{most['domain']} gives {expert} {most['times']:.1f} times an even share"
 
 
 EXPERIMENT = Experiment(

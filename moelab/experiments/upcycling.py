@@ -117,6 +117,14 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, upcycle_at: fl
     return [*scratch.values(), *less, *branches.values()]
 
 
+def by_kind(gaps: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of `comparison.gaps` by how their arm begins, a column kind; the lowest mean of each kind first."""
+    kinds = {arm: "begins with copies" if arm in BRANCHES else "trained from scratch" for arm in ARMS}
+    means = gaps["arm"].map(gaps.groupby("arm")["gap"].mean())
+    kind = gaps["arm"].map(kinds)
+    return gaps.assign(kind=kind, mean=means).sort_values(["kind", "mean", "seed"], ascending=[False, True, True])
+
+
 def over_tokens_headline(final: pd.DataFrame) -> str:
     """Return, in one line, the final gaps to the dense run of the upcycled, the grown and the MoE from scratch."""
     shown = final[final["arm"].isin(["Dense", "Upcycled", "Top-2", "Grown", "MoE-128"])]

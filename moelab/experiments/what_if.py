@@ -70,12 +70,11 @@ def beside_measurements(name: str, found: simulate.DecodeEstimate) -> dict[str, 
 
 
 def headline(rows: pd.DataFrame) -> str:
-    """Return what the grid shows in one line: the largest model's fastest token on each cluster."""
+    """Return what the grid shows in one line: the largest model's fastest token, and the cluster that it takes."""
     largest = rows[rows["model"] == rows["model"].iloc[-1]]
-    fastest = largest.groupby("cluster", sort=False)["latency_ms"].min()
-    said = ", ".join(f"{ms:.1f} on {where}" for where, ms in fastest.items())
+    best = largest.loc[largest["latency_ms"].idxmin()]
     return (
-        f"{largest['model'].iloc[0]} on up to {rows['most_gpus'].max()} GPUs: milliseconds a token at best {said} "
+        f"{best['model']}'s fastest token: {best['latency_ms']:.1f} ms on up to {best['most_gpus']} {best['cluster']} "
         "(simulated)"
     )
 

@@ -329,7 +329,13 @@ def differences(table: pd.DataFrame, *, alpha: float = ALPHA) -> Figure:
 
 
 def in_panels(
-    table: pd.DataFrame, *, panel: str = "pair", value: str = "gap", label: str = DIFFERENCE, ratio: bool = False
+    table: pd.DataFrame,
+    *,
+    panel: str = "pair",
+    value: str = "gap",
+    label: str = DIFFERENCE,
+    ratio: bool = False,
+    sharex: bool = False,
 ) -> Figure:
     """Draw `gaps` in a panel for each `panel`, a row for each arm: differences by domain, costs to an equal loss.
 
@@ -337,10 +343,12 @@ def in_panels(
         table: columns `panel`, arm, seed and `value`, and the paper's values of a row as paper, where it has some.
         label: of the axis.
         ratio: see `gaps`.
+        sharex: as of `panels`; always where there are values of the paper.
     """
     parts = dict(list(table.groupby(panel, sort=False)))
-    height = (0.4 if "paper" in table else 0.22) * table["arm"].nunique() + 0.8
-    fig, axes = panels(len(parts), height=height, sharex="paper" in table)
+    row = 0.4 if "paper" in table else 0.36 if table["arm"].str.len().max() > LONG else 0.22
+    heights = [row * part["arm"].nunique() + 0.8 for part in parts.values()]
+    fig, axes = panels(len(parts), height=heights, sharex=sharex or "paper" in table)
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
         theirs = part.dropna(subset="paper").groupby("arm")["paper"].first() if "paper" in part else {}
         paper = {arm: (at, at, at) for arm, at in theirs.items()}

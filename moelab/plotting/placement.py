@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moelab.lazy import np, pd
-from moelab.plotting.layout import legend_below, panels
+from moelab.plotting.layout import legend_below, name_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-KEPT, DROPPED, CHOSEN = "#0072B2", "#D55E00", "#D55E00"
+KEPT, DROPPED, CHOSEN, CHOSEN_BY = "#0072B2", "#D55E00", "#D55E00", "#0072B2"
 
 # Light enough for dark text on top, in print too.
 _FILLS = ("#CFE6F5", "#FBE3B5", "#CDEBDF", "#F3D3E4", "#E3E3E3", "#F6CFBB", "#B9D7EA", "#E9DDF2")
@@ -65,27 +64,25 @@ def loads(kept: Sequence[int], asked: Sequence[int], ax: Axes, *, limit: int) ->
     return ax
 
 
-def shares(table: pd.DataFrame, layers: Sequence[int]) -> Figure:
-    """Draw the share of each domain's choices that each expert takes, over an even share, in a panel for each layer.
+def favourites(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw for each domain the expert that it prefers most, and what the other domains give that expert.
 
     Args:
-        table: columns layer, domain, expert and share.
-        layers: those that are drawn.
+        table: from `moelab.experiments.specialisation.favourites`.
     """
-    import seaborn as sns
-
-    fig, axes = panels(len(layers), height=max(1.6, 0.21 * table["domain"].nunique() + 0.6))
-    look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 4, "cbar": False, "yticklabels": True}
-    for ax, layer in zip(axes, layers, strict=True):
-        share_DE = table[table["layer"] == layer].pivot(index="domain", columns="expert", values="share")
-        experts = share_DE.shape[1]
-        sns.heatmap(experts * share_DE, ax=ax, xticklabels=max(1, experts // 8), rasterized=True, **look)
-        ax.set(title=f"layer {layer}", xlabel="", ylabel="")
-        ax.tick_params(labelrotation=0)
-    axes[-1].set_xlabel("expert")
-    bar = fig.colorbar(axes[0].collections[0], ax=axes, location="bottom", aspect=30, pad=0.02, extend="max")
-    bar.set_label("times an even share")
-    return fig
+    names = list(dict.fromkeys(table["favours"]))
+    rows = table["favours"].map(names.index)
+    own = table["domain"] == table["favours"]
+    look: dict[str, Any] = {"linestyle": "none", "clip_on": False}
+    ax.plot(table["times"][~own], rows[~own], "|", color="#888888", markersize=8, label="the other domains", **look)
+    ax.plot(table["times"][own], rows[own], "o", color=CHOSEN_BY, markersize=6, label="the domain itself", **look)
+    ax.axvline(1, color="#888888", linewidth=1)
+    numbers = table[own].set_index("favours")
+    labels = [f"{name}: expert {numbers['expert'][name]} of layer {numbers['layer'][name]}" for name in names]
+    name_rows(ax, labels, above=0.22)
+    ax.set(xlabel="times an even share of its choices (line: 1)", xlim=(0, None))
+    legend_below(ax)
+    return ax
 
 
 def squares(cells: Sequence[tuple[str, int]], ax: Axes, *, per_row: int) -> Axes:

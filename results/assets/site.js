@@ -93,6 +93,45 @@ const moelab = {
     apply();
   },
 
+  // A long table in pages: rows that the filter leaves, `size` at a time. What is asked stands in the address.
+  pages(form, table, size = 50) {
+    const asked = new URLSearchParams(location.search);
+    form.q.value = asked.get("q") ?? "";
+    if ([...form.used.options].some((option) => option.value === asked.get("used"))) form.used.value = asked.get("used");
+    let first = 0;
+    const show = () => {
+      const words = form.q.value.toLowerCase().split(/\s+/).filter(Boolean);
+      const rows = [...table.tBodies[0].rows];
+      const kept = rows.filter((row) => {
+        const text = row.textContent.toLowerCase();
+        return words.every((word) => text.includes(word)) && row.lastElementChild.textContent.includes(form.used.value);
+      });
+      if (first >= kept.length) first = 0;
+      const shown = new Set(kept.slice(first, first + size));
+      for (const row of rows) row.hidden = !shown.has(row);
+      form.querySelector("output").textContent = kept.length ? `${first + 1} to ${first + shown.size} of ${kept.length}` : "none fits";
+      form.back.disabled = first === 0;
+      form.on.disabled = first + size >= kept.length;
+      const chosen = new URLSearchParams(["q", "used"].filter((name) => form[name].value).map((name) => [name, form[name].value]));
+      history.replaceState(null, "", location.pathname + (chosen.size ? `?${chosen}` : ""));
+    };
+    const turn = (by) => {
+      first = Math.max(0, first + by);
+      show();
+      table.scrollIntoView();
+    };
+    const again = () => {
+      first = 0;
+      show();
+    };
+    form.back.addEventListener("click", () => turn(-size));
+    form.on.addEventListener("click", () => turn(size));
+    form.addEventListener("input", again);
+    form.addEventListener("submit", (event) => event.preventDefault());
+    table.addEventListener("sorted", again);
+    show();
+  },
+
   picks(form) {
     const boxes = [...form.querySelectorAll("input[type=checkbox]")];
     const button = form.querySelector("button");
@@ -146,6 +185,7 @@ const moelab = {
         const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
         rows.sort(([x], [y]) => empty(x) - empty(y) || compare(x, y));
         table.tBodies[0].append(...rows.map(([, row]) => row));
+        table.dispatchEvent(new Event("sorted"));
       });
     });
   },
@@ -170,10 +210,11 @@ document.addEventListener("DOMContentLoaded", () => {
     moelab.kept("theme", next);
     moelab.theme(next);
   });
-  const [filter, pick, choose] = ["filter", "pick", "choose"].map((id) => document.getElementById(id));
+  const [filter, pick, choose, browse] = ["filter", "pick", "choose", "browse"].map((id) => document.getElementById(id));
   if (filter) moelab.filters(filter);
   if (pick) moelab.picks(pick);
   if (choose) moelab.comparison(choose);
+  if (browse) moelab.pages(browse, document.getElementById("runs"));
   document.querySelectorAll("table.sortable").forEach(moelab.sortable);
   moelab.focusable(document);
 });

@@ -125,8 +125,6 @@ def test_serving_with_the_load_measured():
     assert (slots["latency_uneven_ms"] == slots["latency_ms"]).all(), "slots are padded whatever the load"
     with pytest.raises(ValueError, match="no cluster 'b100'"):
         imported_model.serving(config, loads, "b100", 16)
-    drawn = [imported_model.drawn_layers(layers) for layers in (range(1, 49), [1, 2])]
-    assert drawn == [[1, 10, 20, 29, 39, 48], [1, 2]]
 
 
 def test_a_program_that_slices_all_experts_feels_no_uneven_load():

@@ -26,6 +26,7 @@ from moelab.experiments import (
     throughput,
     top2_vs_residual,
 )
+from moelab.plotting import layout, placement
 from moelab.runs.collection import Runs
 from moelab.runs.dry_run import paper_rate, planned_runs, show, state_bytes
 from moelab.runs.spec import Start
@@ -334,14 +335,22 @@ def test_what_a_domain_can_tell_is_bounded_by_its_entropy():
     domain = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
     assert specialisation.most_by_domain(unequal).to_dict() == {2: pytest.approx(domain / (domain + math.log(2)))}
     assert specialisation.most_by_domain(shares({"a": [1, 0], "b": [1, 0]})).to_dict() == {2: 1}
-    layers = pd.DataFrame([{"layer": 2, "seed": 0, "by_token": 0.7, "by_domain": 0.1}])
-    assert "the domain, which can tell 50% at most, 10% and 10%" in specialisation.headline(layers, even)
+    layers = pd.DataFrame([[2, 0, 0.7, 0.1], [4, 0, 0.5, 0.12]], columns=["layer", "seed", "by_token", "by_domain"])
+    assert specialisation.headline(layers) == "Token tells 50 to 70% of the expert's choice, domain 10 to 12%"
 
 
 def test_a_preference_is_over_an_even_share_of_its_own_layer():
     rows = [(2, "a", 0, 0.6), (2, "a", 1, 0.4), *((4, "a", i, share) for i, share in enumerate((0.5, 0.3, 0.1, 0.1)))]
     shares = pd.DataFrame(rows, columns=["layer", "domain", "expert", "share"])
-    assert "a gives expert 0 of layer 4 2.0 times an even share" in specialisation.domain_headline(shares)
+    shares = pd.concat([shares, shares[shares["layer"] == 4].assign(domain="b", share=[0.1, 0.1, 0.2, 0.6])])
+    found = specialisation.favourites(shares)
+    assert specialisation.domain_headline(found) == "b gives expert 3 of layer 4 2.4 times an even share"
+    rows = list(found[["favours", "expert", "domain"]].itertuples(index=False, name=None))
+    assert rows == [("b", 3, "a"), ("b", 3, "b"), ("a", 0, "a"), ("a", 0, "b")], "the strongest first, with the others"
+    assert found["times"].tolist() == pytest.approx([0.4, 2.4, 2.0, 0.4])
+    _, (ax,) = layout.panels()
+    placement.favourites(found, ax)
+    assert [text.get_text() for text in ax.texts] == ["b: expert 3 of layer 4", "a: expert 0 of layer 4"]
 
 
 def test_steps_name_what_they_were_measured_on():

@@ -151,10 +151,17 @@ def test_headlines(table, fits):
     assert said.startswith("To the loss of the largest rung the best dense model takes ")
     assert " times PR-MoE's and " in said and " times MoE-128's FLOPs, " in said and " times MoE-128's time; " in said
     assert "; the larger rung: " in said and " of 9 losses inside the predicted intervals, largest miss " in said
+    held = ladder.prediction_headline(ladder.prediction(table, fits, "cpu", 3))
+    assert held.endswith(" of 9 losses of the larger rung inside the predicted intervals")
+    last = levers[(levers["width"] == 128) & (levers["at"] == "training FLOPs")]
+    last = last[last["tokens"] == last["tokens"].max()]["value"]
+    span = f"{last.min():.1f} to {last.max():.1f} times an MoE's FLOPs"
+    assert ladder.leverage_headline(levers) == f"Largest rung: dense takes {span}"
     below = table[table["width"] < 128]
     said = ladder.headline(levers, ladder.prediction(below, fits, "cpu", 3))
     assert said.endswith("; the larger rung is predicted, not run")
     few = below[below["width"] < 96]
     assert ladder.fits(few, "cpu") == {} and ladder.constants({}).empty
     nothing = ladder.headline(ladder.summary([]), ladder.prediction(few, {}, "cpu", 3))
-    assert nothing == "too few runs have finished to fit a law"
+    assert nothing == ladder.leverage_headline(ladder.summary([])) == "too few runs have finished to fit a law"
+    assert ladder.prediction_headline(ladder.prediction(few, {}, "cpu", 3)) == "The larger rung is predicted, not run"

@@ -57,9 +57,11 @@ def test_the_sweep_at_full_is_of_four_families_and_names_an_optimum_at_an_edge()
     table = pd.DataFrame(rows, columns=["arm", "rate", "seed", "loss"])
     edges = ["B's lowest loss is at 0.002, the lowest rate", "C's lowest loss is at 0.008, the highest rate"]
     assert learning_rate.unbracketed(table) == edges
-    line = learning_rate.headline(table, dict.fromkeys(losses, 4e-3), "350M")
-    assert line.endswith(f"; not bracketed: {edges[0]}; not bracketed: {edges[1]}")
-    other = learning_rate.headline(table, dict.fromkeys(losses, 16e-3), "350M")
+    line = learning_rate.leads(table, dict.fromkeys(losses, 4e-3))
+    assert line.endswith(f" Not bracketed: {edges[0]}. Not bracketed: {edges[1]}.")
+    said = learning_rate.headline(table, "350M")
+    assert said == "Best rates on the 350M base: A 0.004, B 0.002, C 0.008 (some not bracketed)"
+    other = learning_rate.leads(table, dict.fromkeys(losses, 16e-3))
     assert (
         "A ends lowest on average at rate 0.004, 0.100 nats below the next best, 0.002 (in use: 0.016, not among these)"
         in other
@@ -71,7 +73,9 @@ def test_rates_are_compared_on_the_seeds_that_have_all_of_them():
     rows = [["A", r, s, v] for s, vs in losses.items() for r, v in zip((2e-3, 4e-3, 8e-3), vs, strict=True) if v]
     table = pd.DataFrame(rows, columns=["arm", "rate", "seed", "loss"])
     assert not learning_rate.unbracketed(table), "8e-3 is lowest on the easier seed alone"
-    assert "A ends lowest on average at rate 0.004, 0.100 nats" in learning_rate.headline(table, {"A": 4e-3}, "350M")
+    assert "A ends lowest on average at rate 0.004, 0.100 nats" in learning_rate.leads(table, {"A": 4e-3})
+    as_moe = pd.concat([table.assign(arm=arm) for arm in ("Dense", "MoE-32", "PR-MoE")])
+    assert learning_rate.headline(as_moe, "350M") == "Best rates on the 350M base: Dense 0.004, all MoE 0.004"
     assert learning_rate.unbracketed(table[table["seed"] == 101]) == ["A's lowest loss is at 0.004, the highest rate"]
     assert learning_rate.rates(chosen=[8e-3, 4e-3, 4e-3]) == [4e-3, 8e-3]
 

@@ -1,6 +1,7 @@
 """Upcycling: where the branches begin, and what they are compared with."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from moelab.design import comparison
@@ -58,3 +59,10 @@ def test_differences_name_a_lost_seed_and_allow_for_looks():
     assert plain["found"] == planned["found"] == "above" and planned["low"] < plain["low"]
     lost = comparison.differences(table.drop(index=6), expected).iloc[0]
     assert (lost["found"], lost["seeds"]) == ("without seed 2 of b", 3), "it may have diverged"
+
+
+def test_rows_of_a_kind_are_ordered_by_their_mean():
+    rows = [("Upcycled", 0, 0.2), ("Top-2", 0, 0.0), ("Dense", 0, 0.3), ("Grown", 0, 0.1), ("Upcycled", 1, 0.4)]
+    table = upcycling.by_kind(pd.DataFrame(rows, columns=["arm", "seed", "gap"]))
+    assert list(table["arm"]) == ["Top-2", "Dense", "Grown", "Upcycled", "Upcycled"]
+    assert list(table["kind"].unique()) == ["trained from scratch", "begins with copies"]

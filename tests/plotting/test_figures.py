@@ -102,15 +102,15 @@ def test_misses_stand_beside_their_predictions_intervals(ax):
     ladder.misses(pd.DataFrame(rows, columns=["arm", "tokens", "value", "low", "high", "miss"]), ax)
     bars = [bar[:, 1].tolist() for part in ax.collections for bar in part.get_segments()]
     assert np.allclose(bars, [[-0.1, 0.2], [-0.1, 0.1], [-0.1, 0.1]])
-    stars = {line.get_label(): line for line in ax.lines if line.get_marker() == "*"}
-    assert np.allclose(stars["Dense"].get_ydata(), [0.1, np.nan], equal_nan=True) and stars["MoE"].get_ydata() == [0.2]
-    assert stars["Dense"].get_xdata()[0] < 4 < stars["MoE"].get_xdata()[0], "side by side"
+    dots = {line.get_label(): line for line in ax.lines if line.get_marker() == "o"}
+    assert np.allclose(dots["Dense"].get_ydata(), [0.1, np.nan], equal_nan=True) and dots["MoE"].get_ydata() == [0.2]
+    assert dots["Dense"].get_xdata()[0] < 4 < dots["MoE"].get_xdata()[0], "side by side"
     assert legend(ax) == ["Dense", "MoE", "predicted (95 %)"]
 
 
 def test_an_interval_of_leverage_may_lack_its_value_and_may_be_endless(ax):
     rows = [["PR-MoE", 1e12, 0.5, 0.0, 0.4], ["PR-MoE", 2e12, 1.0, 0.8, np.inf], ["MoE-128", 4e12, np.inf, 2.0, np.inf]]
-    levers = pd.DataFrame(rows, columns=["arm", "compute", "value", "low", "high"]).assign(width=32, beyond=False)
+    levers = pd.DataFrame(rows, columns=["arm", "compute", "value", "low", "high"]).assign(beyond=False)
     ladder.leverage(levers, ax)
     bars = [bar[:, 1].tolist() for part in ax.collections for bar in part.get_segments()]
     assert bars == [[0.05, 0.4], [0.8, 10.0], [2.0, 10.0]], "cut at a tenth and ten times the finite values"
