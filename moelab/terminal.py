@@ -1,6 +1,6 @@
 """Draw tables and progress in a terminal, in one style; a pipe or a file has room for every column.
 
-The variable COLUMNS sets the width of both.
+The variable COLUMNS sets the width of tables in both.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def console() -> Console:
 
 
 def say(*texts: str, file: TextIO | None = None) -> None:
-    """Print each text, wrapped at spaces where a terminal or COLUMNS sets a width, else on one line.
+    """Print each text: in a terminal wrapped at spaces, else on one line, which programs can read.
 
     Args:
         file: standard output by default.
     """
     file = file or sys.stdout
-    width = shutil.get_terminal_size().columns if "COLUMNS" in os.environ or file.isatty() else None
+    width = shutil.get_terminal_size().columns if file.isatty() else None
     for text in texts:
         indent = " " * (len(text) - len(text.lstrip()) + 2)
         if width and len(text) > width:

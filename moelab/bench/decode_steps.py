@@ -55,8 +55,8 @@ class DecodeSettings:
     @property
     def timing(self) -> Timing:
         """How a round is timed."""
-        no_clock = math.inf  # decides when ranks end
-        return Timing(self.rounds, self.device, warm_up=1, budget_s=no_clock, rough=self.rough)
+        # On ranks no clock may decide when to end.
+        return Timing(self.rounds, self.device, warm_up=1, budget_s=math.inf, rough=self.rough)
 
 
 def filled(config: ModelConfig, device: str, dtype: torch.dtype = torch.float32) -> GPT:

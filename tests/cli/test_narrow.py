@@ -20,10 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 NARROW = 80
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.fixture
 def both(monkeypatch):
     """Returns what is printed, at 80 columns and at 1,000: `both(function) -> (narrow, wide)`."""
-    consoles = [Console(width=width, file=io.StringIO(), color_system=None) for width in (NARROW, 1000)]
+    consoles = [Console(width=width, file=Terminal(), color_system=None) for width in (NARROW, 1000)]
 
     class Both:
         def print(self, *objects, **options):
