@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ with contextlib.suppress(ImportError):  # it is not installed on every machine w
     import matplotlib
 
     matplotlib.use("Agg")  # in this process alone: the kernels of notebooks choose their own
+os.environ.pop("COLUMNS", None)  # xdist sets it to 80 in its processes
 HERE = Path(__file__).parent
 # `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [
