@@ -59,7 +59,7 @@ def place(tmp_path, cache, monkeypatch):
     (home / "data").symlink_to(cache)
     monkeypatch.setenv("MOELAB_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
 
 

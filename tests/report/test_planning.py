@@ -108,10 +108,10 @@ def test_of_two_rates_that_must_agree_the_one_that_takes_more_counts():
 def test_the_command_says_it_in_words_and_bad_input_is_one_line(publish):
     publish(paths.results(), "pr-moe", "cpu", claims={"moe128-beats-moe32": (-0.02, -0.3, 0.1)})
     text = " ".join(CliRunner().invoke(app, ["power", "pr-moe"], catch_exceptions=False).output.split())
-    assert "moe128-beats-moe32 0.21 of 3 0.01, the smallest > 99 > 99 > 99" in text
+    assert "moe128-beats-moe32 0.21 3 0.01, the smallest > 99 > 99 > 99" in text
     publish(paths.results(), "scaling", "cpu", claims={"moe-crossover-350m": (200, 210, 220)})
     crossing = CliRunner().invoke(app, ["power", "scaling"], catch_exceptions=False).output
-    assert "moe-crossover-350m 10 of 3 31.9, from the middle of the range to its ends 4 6" in " ".join(crossing.split())
+    assert "moe-crossover-350m 10 3 31.9, from the middle of the range to its ends 4 6" in " ".join(crossing.split())
     assert "80 % probability if the effect is there" in text
     for arguments, part in (
         ("pr-moe --scale gpu", "no result of pr-moe at scale gpu to take a spread from; `moelab run pr-moe"),
