@@ -296,10 +296,12 @@ def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] 
 
     Args:
         looks: the plan, see `moelab.design.sequential`.
-        decides_from: the first seed that counts.
+        decides_from: the first seed that counts; where none does yet, the difference is that of earlier ones.
     """
-    final = final[final["seed"] >= decides_from]
+    every, final = final, final[final["seed"] >= decides_from]
     found = estimated(final, left, right)
+    if found is None and decides_from and estimated(every, left, right) is not None:
+        return f"{difference(every, left, right, looks)} on seeds before {decides_from}, which do not decide"
     if found is None:
         return _of_those_there(final, looks) or f"{left} and {right} have no finished pair"
     lost = missing(final, left, right)

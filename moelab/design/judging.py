@@ -257,11 +257,13 @@ def _measured(claim: Claim, row: Verdict, scale: str | None, able: bool) -> Verd
         row = replace(row, ours=estimate.mean, low=ends[0], high=ends[1])
     if not able:
         return replace(row, verdict=CANNOT_TEST, why=_too_small(claim, scale, row.share))
+    early = _early(claim, row)
     if row.missing or not n:
-        return replace(row, why=f"Without a value: {', '.join(row.missing)}." if row.missing else NO_VALUE)
+        why = f"Without a value: {', '.join(row.missing)}." if row.missing else early or NO_VALUE
+        return replace(row, why=why)
     if n < (least := max((MIN_SAMPLES, *row.looks[:1]))):
         what = f"{'session' if claim.timed else 'seed'}{'s' * (n != 1)}"
-        return replace(row, why=f"There {'is' if n == 1 else 'are'} {n} {what}; it takes {least}.")
+        return replace(row, why=f"There {'is' if n == 1 else 'are'} {n} {what}; it takes {least}. {early}".strip())
     if claim.direction == "equal" and claim.kind != "bound":
         of, p, why = _equality(claim, samples, difference, gain, level)
         size = ""
@@ -275,8 +277,7 @@ def _measured(claim: Claim, row: Verdict, scale: str | None, able: bool) -> Verd
         if of == FAILS and claim.smallest and low <= claim_values.neutral(claim) <= high:
             why = f"Within the smallest effect of interest, {claim.smallest:g} ({claim.smallest_why})."
     p = None if p is None else sequential.repeated_p(p, n, row.looks)
-    others = (_uncopied(claim, row, difference), *_other_seeds(claim, row, n))
-    whys = (why, *others, _progress(claim, row, samples, of, estimate))
+    whys = (why, _uncopied(claim, row, difference), _waiting(row, n), early, _progress(claim, row, samples, of, estimate))
     return replace(row, verdict=of, p=p, size=size, why=" ".join(text for text in whys if text))
 
 
@@ -402,16 +403,20 @@ def _uncopied(claim: Claim, row: Verdict, difference: Weights) -> str:
     return f"{where}: {found.mean:+.3f} ({low:+.3f} to {high:+.3f}){claim_values.unit(claim)}."
 
 
-def _other_seeds(claim: Claim, row: Verdict, n: int) -> list[str]:
-    """Say which seeds beyond the last planned look wait, and what those before the first that decides give."""
-    said, there = [], min(map(len, deciding(row.arms, (), row.decides_from).values()))
-    if there > n:
-        said.append(f"Judged by the first {n} of {there} seeds, the last planned look.")
+def _waiting(row: Verdict, n: int) -> str:
+    """Say how many seeds beyond the last planned look wait; empty without any."""
+    there = min(map(len, deciding(row.arms, (), row.decides_from).values()))
+    return f"Judged by the first {n} of {there} seeds, the last planned look." if there > n else ""
+
+
+def _early(claim: Claim, row: Verdict) -> str:
+    """Say what the seeds before the first that decides give; empty without any."""
     early = {arm: {s: v for s, v in of.items() if s < row.decides_from} for arm, of in row.arms.items()}
-    if all(early.values()):
-        mean = estimated(early, contrasts(claim, early)[0]).mean
-        said.append(f"Seeds before {row.decides_from} do not decide; they give {mean:+.3g}{claim_values.unit(claim)}.")
-    return said
+    difference = contrasts(claim, early)[0]
+    if not difference or not all(early[arm] for arm in difference):
+        return ""
+    mean = estimated(early, difference).mean
+    return f"Seeds before {row.decides_from} do not decide; they give {mean:+.3g}{claim_values.unit(claim)}."
 
 
 def _progress(claim: Claim, row: Verdict, samples: Samples, of: str, estimate: Estimate) -> str:

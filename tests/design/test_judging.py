@@ -208,7 +208,13 @@ class TestArms:
         found = judge(ORDER, values, decides_from=3, looks=(3,))
         assert found.verdict == claims.HOLDS and found.ours == pytest.approx(-0.11) and found.samples == 3
         assert found.why == "Seeds before 3 do not decide; they give +0.6 nats." and restate(ORDER, found) == found
-        assert "it takes 3" in judge(ORDER, values, decides_from=4).why
+        assert judge(ORDER, values, decides_from=4).why == (
+            "There are 2 seeds; it takes 3. Seeds before 4 do not decide; they give +0.425 nats."
+        )
+        none = judge(ORDER, values, decides_from=10)
+        assert none.why == "Seeds before 10 do not decide; they give +0.245 nats." and none.ours is None
+        arms = {ORDER.left: {0: 3.0}, ORDER.right: {}}
+        assert judge(ORDER, arms=arms, decides_from=10).why == "This result has no value for it."
 
     def test_paired_values_of_earlier_results_are_judged_as_they_were(self):
         now = judge(ORDER, [-0.1, -0.11, -0.12])

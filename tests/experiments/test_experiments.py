@@ -283,6 +283,8 @@ def test_summary_and_gaps():
         "a ends 1.000 nats above b (95 % interval +0.773 to +1.227"
     )
     assert comparison.difference(clear, "a", "b", decides_from=2).endswith("(1 seed, no spread)")
+    early = comparison.difference(clear, "a", "b", decides_from=10)
+    assert early == f"{comparison.difference(clear, 'a', 'b')} on seeds before 10, which do not decide"
     for missing in (("c", "b"), ("c", "d")):  # a selection of the arms: what is there is compared
         assert comparison.difference(table, *missing) == comparison.difference(table, "b", "a")
     assert comparison.difference(final({"a": [2.0]}), "b", "c") == "b and c have no finished pair"
