@@ -93,7 +93,7 @@ class Entry:
         kind: what the verdict rests on: one of `moelab.design.verdicts.KINDS`, or `OPEN`.
         verdict: of the claim alone.
         adjusted: the same after adjustment for the number of tests, which is what counts.
-        why: why `adjusted` is not `verdict`, or why there is no verdict.
+        why: why `adjusted` is not `verdict`, why there is no verdict, or what a larger scale lacks.
         p: the adjusted p-value; None where nothing was tested, or where the figure's primary claim does not hold.
         q: the q-value; None where nothing was tested.
     """
@@ -335,6 +335,9 @@ def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
     verdict, why = CANNOT_TELL, "No result says anything about it yet."
     if able is not None:
         verdict, why = able.verdict, "" if able.ours is not None else able.note
+        larger = next((e for e in evidence if scale_rank(e.scale) < scale_rank(able.scale) and e.ours is None), None)
+        if able.ours is not None and larger is not None and larger.verdict == CANNOT_TELL:
+            why = f"At {larger.scale}: {larger.note}"
     elif _DISPUTED & set(conflicts):
         verdict, why = CANNOT_TEST, "The paper gives its number twice and differently, and no result judges it."
     elif evidence or claim.testable_at in ("gpu", "paper") or claim.from_share:

@@ -61,6 +61,14 @@ def test_the_newest_result_of_the_most_telling_scale_decides(tmp_path):
     assert [e.scale for e in entry.evidence] == ["gpu", "cpu", "planet"], "a scale and a field of a later version"
 
 
+def test_what_a_larger_scale_waits_for_is_said(tmp_path):
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
+    publish(tmp_path, "pr-moe", "full", "2026-01-01", [judge(ORDER, [-0.2, -0.21, -0.22], decides_from=10)])
+    entry = entries(tmp_path)["moe128-beats-moe32"]
+    assert entry.verdict == claims.HOLDS and entry.deciding.scale == "cpu"
+    assert entry.why == "At full: Seeds before 10 do not decide; they give -0.21 nats."
+
+
 def test_a_scale_too_small_is_shown_and_not_judged(tmp_path):
     larger = paper.claim("moe128-350m-beats-1.3b")
     verdict = judge(larger, [0.1, 0.11, 0.12], scale="cpu", share=0.16)
