@@ -277,7 +277,8 @@ def _measured(claim: Claim, row: Verdict, scale: str | None, able: bool) -> Verd
         if of == FAILS and claim.smallest and low <= claim_values.neutral(claim) <= high:
             why = f"Within the smallest effect of interest, {claim.smallest:g} ({claim.smallest_why})."
     p = None if p is None else sequential.repeated_p(p, n, row.looks)
-    whys = (why, _uncopied(claim, row, difference), _waiting(row, n), early, _progress(claim, row, samples, of, estimate))
+    others = _uncopied(claim, row, difference), _waiting(row, n), early
+    whys = why, *others, _progress(claim, row, samples, of, estimate)
     return replace(row, verdict=of, p=p, size=size, why=" ".join(text for text in whys if text))
 
 
