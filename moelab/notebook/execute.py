@@ -199,10 +199,32 @@ def run(
                     stderr_file=log,
                     on_cell=on_cell,
                 )
+            except KeyboardInterrupt:
+                _settle()
+                raise
             except RuntimeError as error:  # what says that the kernel died before it was ready has no class of its own
                 if not isinstance(error, DeadKernelError) and not codes:
                     raise
                 raise KernelDied(_death(codes, postmortem.oom_kills() > oom_kills)) from None
+
+
+def _settle(timeout_s: float = 10.0) -> None:
+    """End the tasks that a KeyboardInterrupt left in this thread's event loop.
+
+    asyncio hands the interrupt of a task to each task that waits for it, and each raises it again as the loop goes on:
+    out of the kernel's shutdown, and out of the next notebook.
+    """
+    import asyncio
+
+    from jupyter_core.utils import ensure_event_loop
+
+    loop, end = ensure_event_loop(), time.monotonic() + timeout_s
+    while (tasks := asyncio.all_tasks(loop)) and (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(KeyboardInterrupt):
+            loop.run_until_complete(asyncio.wait(tasks, timeout=left))
+        for task in tasks:
+            if task.done() and not task.cancelled():
+                task.exception()  # one that nobody looks at is printed
 
 
 def _death(codes: list[int], oom_kill: bool) -> str:

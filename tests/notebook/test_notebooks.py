@@ -1,5 +1,6 @@
 """Executing notebooks through papermill: what they print shows at once, and every way to fail says where."""
 
+import contextlib
 import io
 import json
 import os
@@ -200,6 +201,28 @@ def test_a_kernel_that_works_is_interrupted_also_before_its_request_is_noted(pla
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(interrupts) == 1
+
+
+def test_an_interrupt_does_not_come_again_as_the_loop_goes_on():
+    """One that ended a task waits in each task that waits for it: the next notebook ended there, one time in fifty."""
+    import asyncio
+
+    from jupyter_core.utils import ensure_event_loop
+
+    async def interrupted():
+        raise KeyboardInterrupt
+
+    async def waiting():
+        await asyncio.wait_for(asyncio.ensure_future(interrupted()), 60)
+
+    loop = ensure_event_loop()
+    for settle in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(waiting())
+        if settle:
+            notebooks._settle()
+        with contextlib.nullcontext() if settle else pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(asyncio.sleep(0.01))
 
 
 def test_failed_runs_are_the_reason_not_the_cell(place):
