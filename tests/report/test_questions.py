@@ -72,11 +72,15 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     row = ClaimRow(
         paper.claim("moe128-350m-beats-own-base"), CANNOT_TELL, scaling, "cpu", -0.3, -0.5, -0.1, 3, decides=True
     )
-    assert questions.answers([scaling], [row])[0].line.startswith("Cannot be told yet: −0.300 ")
+    assert questions.answers([scaling], [row])[0].line.startswith("Cannot be told yet: −0.300 [−0.500, −0.100]"), (
+        "the claim's interval, not one of the questions' own"
+    )
     larger = replace(row, claim=paper.claim("moe128-1.3b-beats-own-base"), verdict=HOLDS, ours=-0.4)
     answer = questions.answers([scaling], [row, larger])[0]
     assert answer.line == "Yes, 1.3B base: −0.400 [−0.500, −0.100] (paper −0.215)"
     assert answer.claims == [larger, row] and "; 350M base (cannot tell yet): −0.300 nats" in answer.short
+    held = replace(row, verdict=HOLDS)
+    assert questions.answers([scaling], [held, larger])[0].claims == [larger, held], "a primary claim before others"
     (scaling.folder / "equal-cost.jsonl").write_text('{"at": "time", "seed": 0}\n')
     assert questions.answers([scaling], []) == [], "a column is missing"
     for text in ("\n", "torn"):

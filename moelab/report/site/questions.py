@@ -9,6 +9,7 @@ from moelab.config import ModelConfig
 from moelab.design import budgets, comparison
 from moelab.design.verdicts import FAILS, HELD
 from moelab.lazy import np, pd
+from moelab.paper import PRIMARY
 from moelab.plotting.typography import typeset
 from moelab.report.site import sentences
 from moelab.report.site.charts import gap_of_fig_1, whole_training
@@ -160,15 +161,22 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     if not result or not len(rows):
         return None
     parts = {COSTS.get(at, at): list(part["gap"]) for at, part in rows.groupby("at", sort=False)}
-    said = [f"{_mean_text(values, unit=' nats')} at equal {at}" for at, values in parts.items()]
+    ids = ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base")
+    gaps = {at: _mean_text(values, unit=" nats") for at, values in parts.items()}
+    own = decided.get(ids[0])
+    if own and own.result is result and "tokens" in gaps and own.low is not None:  # one number for one thing
+        gaps["tokens"] = typeset(f"{own.ours:+.3f} nats [{own.low:+.3f}, {own.high:+.3f}]")
+    said = [f"{gap} at equal {at}" for at, gap in gaps.items()]
     dearer = _to_equal_loss(result, MOE, BASE)[0]
     more = f"; to an equal loss its base takes {', '.join(dearer)}" if dearer else ""
     share = share_reached(result)
     theirs, beside = _paper_gap(BASE, share), _beside(result, BASE)
     line = _line(said[0].removesuffix(" at equal tokens"), "" if theirs is None else f"{_at(share)}{theirs:+.2f}")
-    ids = ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base")
-    # The first that holds after adjustment for the number of tests is quoted.
-    claims = sorted((decided[id] for id in ids if id in decided), key=lambda row: row.verdict not in HELD)
+    # The first that holds after adjustment for the number of tests is quoted, the primary one before others.
+    claims = sorted(
+        (decided[id] for id in ids if id in decided),
+        key=lambda row: (row.verdict not in HELD, row.claim.role != PRIMARY),
+    )
     short = f"{_yes(claims[0])}: {', '.join(said)}" if claims else ", ".join(said)
     if claims and claims[0].claim.right != BASE:
         row, number = claims[0], claims[0].paper.partition(" ")[0]
