@@ -31,7 +31,7 @@ what-survives    1795eadae4 a1e68c5046 df7ff09ff4 -          1d8cc056d0 -
 upcycling        520f5a6049 747761d1dc 0839163dd4 -          45d8415712 -
 ladder           7002b491e7 -          510eb9a59f -          8e103a638a -
 tries            8c167c0ff9 66fcb4ff7f d78665dd3e 6d1153ca8c -          -
-prediction       23793f9bfd e5713995a8 -          0f295fabd5 -          -
+prediction       23793f9bfd e5713995a8 -          6792d2dc91 -          -
 """
 (_, *SCALES), *ROWS = (line.split() for line in TABLE.split("\n") if line)
 IDS = {name: {s: id for s, id in zip(SCALES, ids, strict=True) if id != "-"} for name, *ids in ROWS}
