@@ -125,7 +125,7 @@ class Fit:
 
     Attributes:
         law: fitted to all runs.
-        draws: refits to runs that were drawn anew within each setting, Ê(1) drawn too where the data cannot tell it.
+        draws: refits to losses that were drawn anew (`fit`), Ê(1) drawn too where the data cannot tell it.
         scatter: standard deviation over settings of the measured effect over the law's, as a share of the latter.
         freedom: degrees of freedom of the scatter.
     """
@@ -177,12 +177,14 @@ def fit_dense(parameters: Sequence[float], losses: Sequence[float]) -> DenseCurv
     return DenseCurve(*map(float, found.x))
 
 
-def fit(runs: pd.DataFrame, form: Form, draws: int = 0) -> Fit:
-    """Fit a law by least squares of ln loss, with refits (a bootstrap of runs within settings) for intervals.
+def fit(runs: pd.DataFrame, form: Form, draws: int = 0, *, pooled: bool = False) -> Fit:
+    """Fit a law by least squares of ln loss, with refits for intervals.
 
     Args:
         runs: columns parameters, experts (1 is dense), loss (nats).
         draws: refits; 0 takes `DRAWS`.
+        pooled: refit to means drawn with the spread of all settings together (`redrawn`), else to a bootstrap of the
+            runs within each setting, which understates the spread of few seeds; the first prediction was made so.
 
     Raises:
         ValueError: one line: too few settings for the form's numbers.
@@ -198,11 +200,31 @@ def fit(runs: pd.DataFrame, form: Form, draws: int = 0) -> Fit:
     draw = np.random.default_rng(0)
     again = []
     for _ in range(draws or DRAWS):
-        means = [draw.choice(c, len(c)).mean() for c in cells]
+        means = redrawn(cells, draw) if pooled else [draw.choice(c, len(c)).mean() for c in cells]
         start = None if free else math.exp(draw.uniform(*np.log(STARTS)))
         again.append(_fit(keys, means, [len(c) for c in cells], form, start, law))
     scatter, freedom = _scatter(law, keys, np.array([c.mean() for c in cells]), numbers)
     return Fit(law, tuple(again), scatter, freedom)
+
+
+def redrawn(cells: Sequence[np.ndarray], draw: np.random.Generator) -> list[float]:
+    """Return mean losses of settings as other seeds could have given them, in nats.
+
+    Runs of all settings share one variance, estimated within settings; it is drawn too (from its chi-square), so that
+    a mean moves by Student's t. Settings of one run add nothing to the estimate and move by it.
+
+    Args:
+        cells: losses of the runs of each setting.
+        draw: source of random numbers.
+
+    Raises:
+        ValueError: one line: no setting has two runs.
+    """
+    freedom = sum(len(c) - 1 for c in cells)
+    if freedom < 1:
+        raise ValueError("a spread over seeds needs a setting with two runs")
+    variance = math.fsum(float(((c - c.mean()) ** 2).sum()) for c in cells) / draw.chisquare(freedom)
+    return [float(c.mean() + draw.normal(0, math.sqrt(variance / len(c)))) for c in cells]
 
 
 _SATURATING = ("bilinear", "effective")

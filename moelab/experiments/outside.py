@@ -84,21 +84,25 @@ def dense_curve() -> DenseCurve:
     return fit_dense(list(by_size.index), list(by_size))
 
 
-def _frame(*routers: str) -> pd.DataFrame:
-    """Return Clark's settings with one expert a token in every second layer, of some routers."""
+ROUTERS = ("S-Base", "RL-R", "Hash")
+
+
+def _frame(*routers: str, arms: bool = False) -> pd.DataFrame:
+    """Return Clark's settings of some routers: one expert a token in every second layer, with `arms` others too."""
     frame = paper.routed_models().frame()
     plain = (frame["k"] == 1) & (frame["frequency"] == 0.5) & (frame["flop_increase"] == 1)
-    return frame[plain & frame["router"].isin(routers)]
+    return frame[(plain | arms) & frame["router"].isin(routers)]
 
 
-def cells(seal: str) -> pd.DataFrame:
+def cells(seal: str, *, arms: bool = False) -> pd.DataFrame:
     """Return the sizes and numbers of experts of Clark's settings of a kind of seal, all routers together.
 
-    Columns: size, parameters, experts, settings (how many routers have it), by size.
+    Columns: size, parameters, experts, settings (how many routers have it), by size; with `arms` also those of other
+    shares of routed layers and of more experts a token, in columns frequency and k.
     """
-    frame = _frame("S-Base", "RL-R", "Hash")
-    counted = frame[frame["seal"] == seal].groupby(["parameters", "size", "experts"]).size()
-    return counted.rename("settings").reset_index()
+    frame = _frame(*ROUTERS, arms=arms)
+    keys = ["parameters", "size", "experts", *(["frequency", "k"] if arms else [])]
+    return frame[frame["seal"] == seal].groupby(keys).size().rename("settings").reset_index()
 
 
 def factor(parameters: object, gain: object, curve: DenseCurve) -> np.ndarray:
@@ -183,27 +187,28 @@ def first_twins(twins: str | None = None) -> pd.DataFrame:
     return runs if twins is None else runs[runs["twins"] == twins]
 
 
-def measured(*seals: str) -> pd.DataFrame:
+def measured(*seals: str, arms: bool = False) -> pd.DataFrame:
     """Return the gains of Clark's settings over their dense model, of some kinds of seal, where they are opened.
 
-    Columns: router, size, parameters, experts, gain (nats), times (factor of parameters), seal.
+    Columns: router, size, parameters, experts, gain (nats), times (factor of parameters), seal; with `arms` as `cells`.
     """
-    curve, frame = dense_curve(), _frame("S-Base", "RL-R", "Hash")
+    curve, frame = dense_curve(), _frame(*ROUTERS, arms=arms)
     dense = _frame("Dense").groupby("size")["loss"].mean()
     frame = frame[frame["seal"].isin(seals) & frame["loss"].notna()]
     frame = frame.assign(gain=frame["size"].map(dense) - frame["loss"])
     frame["times"] = factor(frame["parameters"], frame["gain"], curve)
-    columns = ["router", "size", "parameters", "experts", "gain", "times", "seal"]
+    columns = ["router", "size", "parameters", "experts", "gain", "times", "seal"] + ["frequency", "k"] * arms
     return frame.sort_values(["router", "parameters", "experts"])[columns].reset_index(drop=True)
 
 
-def from_smallest(opened: pd.DataFrame) -> pd.DataFrame:
+def from_smallest(opened: pd.DataFrame, at: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return what Clark's law predicts that is fitted to 15M alone, of each router: columns as `simpler`, and router.
 
     It is their law without size: ln of the ratio of losses is b ln(Ê / Ê(1)), fitted by least squares.
 
     Args:
         opened: from `measured`.
+        at: settings to predict, from `cells`; by default those of `opened`, each by the fit to its router.
     """
     from scipy.optimize import least_squares
 
@@ -224,9 +229,10 @@ def from_smallest(opened: pd.DataFrame) -> pd.DataFrame:
         bounds = ([-3.0, 0.0, 0.0], [0.0, math.log(8), 10.0])
         starts = [[-0.05, 0.5, math.log(most)] for most in (50.0, 400.0, 4000.0)]
         best = min((least_squares(residuals, x, bounds=bounds) for x in starts), key=lambda found: found.cost).x
-        gain = curve.loss(part["parameters"]) * (1 - np.exp(effect(best, part["experts"])))
-        times = factor(part["parameters"], gain, curve)
-        parts.append(part[["router", *_KEYS]].assign(twins="", law=SMALLEST, gain=gain, times=times))
+        asked = part if at is None else at.assign(router=part["router"].iloc[0])
+        gain = curve.loss(asked["parameters"]) * (1 - np.exp(effect(best, asked["experts"])))
+        times = factor(asked["parameters"], gain, curve)
+        parts.append(asked[["router", *_KEYS]].assign(twins="", law=SMALLEST, gain=gain, times=times))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -1,8 +1,8 @@
 """Train twins at the design of Clark et al. (arXiv 2202.01169), and predict their models of 15M to 1.3B from them.
 
 Shows: final losses over the number of experts at three widths, top-1 in every second layer, drop-free, each on the same
-tokens; the laws of `moelab.design.expert_laws`; and what they say about Clark's settings, next to the first prediction,
-which was made from twins that were published before these (`moelab.experiments.outside`).
+tokens; and what a law fitted to them says about Clark's settings (`moelab.experiments.second_prediction`), next to the
+first prediction, which was made from twins that were published before these (`moelab.experiments.outside`).
 
 Fixed before the first run: at 32 and 64 wide two seeds, 1 to 256 experts in every second layer, and `ARMS` with 32
 experts; at 128 wide `LARGEST` alone, on one seed. One peak rate a width, 8e-3 times 32 over the width, which was not

@@ -48,6 +48,23 @@ def test_intervals_widen_with_the_noise_and_where_nothing_tells_how_the_gain_beg
     assert low < float(law.gain(1e8, 4, law.dense)) < high
 
 
+def test_few_seeds_share_one_spread_that_a_bootstrap_within_settings_understates():
+    draw, cells = np.random.default_rng(1), [np.array([x - 0.01, x + 0.01]) for x in (3.0, 2.9, 2.8, 2.7)]
+    means = np.array([expert_laws.redrawn(cells, draw) for _ in range(4000)])
+    sd, freedom = math.sqrt(0.0002 / 2), len(cells)  # of a mean of two; every cell has the same variance
+    assert means.mean(axis=0) == pytest.approx([c.mean() for c in cells], abs=1e-3)
+    assert means.std(axis=0) == pytest.approx([sd * math.sqrt(freedom / (freedom - 2))] * 4, rel=0.1), "Student's t"
+    once = np.array([expert_laws.redrawn([*cells, np.array([3.5])], draw)[-1] for _ in range(4000)])
+    assert once.std() == pytest.approx(sd * 2, rel=0.1), "a setting of one run moves by the others' spread"
+    with pytest.raises(ValueError, match="a setting with two runs"):
+        expert_laws.redrawn([np.array([3.0])], draw)
+    law, at = LAWS[2], ([1e8], [64.0])
+    noisy = runs(law, 0.01)
+    pooled, within = (fit(noisy, "effective", draws=60, pooled=p).draws for p in (True, False))
+    spread = [np.std([float(d.effect(*at)[0]) for d in draws]) for draws in (pooled, within)]
+    assert spread[0] > spread[1]
+
+
 def test_an_effective_count_is_read_along_the_other_curve_and_a_ratio_multiplies_its_loss():
     curve = DenseCurve(floor=1.0, a=-0.15, d=1.1)
     times = math.exp(float(LAWS[2].effect(1e8, 16)))
