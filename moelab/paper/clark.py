@@ -1,11 +1,12 @@
 """The routed models of Clark et al., "Unified Scaling Laws for Routed Language Models" (arXiv 2202.01169), as data.
 
 The table `clark.csv` has the last row of each of the 223 settings of `data/curves.csv.gz`, from the public repository
-google-deepmind/scaling_laws_for_routing (Apache-2.0), at the commit that each row names. It is made by
+google-deepmind/scaling_laws_for_routing (Apache-2.0), at the commit that each row names; `clark_curves.csv` has the
+losses before. Both are made by
 
     clark.write(Path("curves.csv.gz"), ["seen", "first"])
 
-Losses are what a prediction is tested on, so most of them are *sealed*: the table leaves them empty, and only the kinds
+Losses are what a prediction is tested on, so most of them are *sealed*: the tables leave them out, and only the kinds
 of `seal` that are named are filled in. What was seen or opened once stays so.
 """
 
@@ -83,6 +84,20 @@ def routed_models(seal: str | None = None) -> Table[RoutedModel]:
     return load("clark.csv", RoutedModel).where(seal=seal)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoutedLoss(Provenance):
+    """One point of a curve: `loss` as in `RoutedModel`, nats a token, at a `step` of about 250,000 of a `setting`."""
+
+    setting: int
+    step: int
+    loss: float
+
+
+def routed_losses() -> Table[RoutedLoss]:
+    """Return the losses during training, every 10,000 steps, of the settings that are not sealed."""
+    return load("clark_curves.csv", RoutedLoss)
+
+
 def seal(router: str, experts: int, size: str, k: int, frequency: float, flop_increase: float) -> Seal:
     """Return whether a setting has been seen, is opened after the first prediction, or stays sealed.
 
@@ -111,14 +126,34 @@ def rows(curves: Path, reveal: Iterable[str]) -> list[dict[str, object]]:
     Raises:
         ValueError: one line: it is another file.
     """
-    packed, shown = curves.read_bytes(), set(reveal)
-    if (found := hashlib.sha256(packed).hexdigest()) != SHA256:
-        raise ValueError(f"{curves}: sha256 is {found}, expected {SHA256} (data/curves.csv.gz at {COMMIT[:7]})")
-    last: dict[str, Mapping[str, str]] = {}
-    for row in csv.DictReader(gzip.decompress(packed).decode().splitlines()):
+    shown, last = set(reveal), {}
+    for row in _source(curves):
         if row["hyper_id"] not in last or int(row["step"]) >= int(last[row["hyper_id"]]["step"]):
             last[row["hyper_id"]] = row
     return [_row(row, shown) for row in sorted(last.values(), key=lambda row: int(row["hyper_id"]))]
+
+
+def curve_rows(curves: Path, reveal: Iterable[str]) -> list[dict[str, object]]:
+    """Return the rows of `routed_losses` from the source, those of the untrained models left out; see `rows`."""
+    shown = {row["setting"] for row in rows(curves, reveal) if row["loss"] != ""}
+    points = [(int(row["hyper_id"]), int(row["step"]), row["loss_validation"]) for row in _source(curves)]
+    kept = sorted((s, step, round(float(loss), 5)) for s, step, loss in points if s in shown and step > 0 and loss)
+    return [{"setting": s, "step": step, "loss": loss, **_FROM} for s, step, loss in kept]
+
+
+def _source(curves: Path) -> csv.DictReader[str]:
+    packed = curves.read_bytes()
+    if (found := hashlib.sha256(packed).hexdigest()) != SHA256:
+        raise ValueError(f"{curves}: sha256 is {found}, expected {SHA256} (data/curves.csv.gz at {COMMIT[:7]})")
+    return csv.DictReader(gzip.decompress(packed).decode().splitlines())
+
+
+_FROM = {
+    "source": f"arXiv 2202.01169; google-deepmind/scaling_laws_for_routing data/curves.csv.gz at {COMMIT[:7]}",
+    "how": "table cell",
+    "conflict": "",
+    "note": "",
+}
 
 
 def _row(row: Mapping[str, str], shown: set[str]) -> dict[str, object]:
@@ -143,17 +178,17 @@ def _row(row: Mapping[str, str], shown: set[str]) -> dict[str, object]:
         "step": int(row["step"]),
         "seal": kind,
         **losses,
-        "source": f"arXiv 2202.01169; google-deepmind/scaling_laws_for_routing data/curves.csv.gz at {COMMIT[:7]}",
-        "how": "table cell",
-        "conflict": "",
-        "note": "",
+        **_FROM,
     }
 
 
 def write(curves: Path, reveal: Iterable[str]) -> None:
-    """Write `clark.csv` anew, see `rows`."""
-    names = [field.name for field in fields(RoutedModel)]
-    with Path(__file__).with_name("clark.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names[4:] + names[:4], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows(curves, reveal))
+    """Write `clark.csv` and `clark_curves.csv` anew, see `rows`."""
+    kinds, own = list(reveal), [field.name for field in fields(Provenance)]
+    tables = {"clark.csv": (RoutedModel, rows), "clark_curves.csv": (RoutedLoss, curve_rows)}
+    for name, (kind, made) in tables.items():
+        names = [field.name for field in fields(kind) if field.name not in own]
+        with Path(__file__).with_name(name).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names + own, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(made(curves, kinds))

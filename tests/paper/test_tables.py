@@ -21,6 +21,7 @@ TABLES = {
     "claims.csv": (paper.claims, ("id",)),
     "conflicts.csv": (paper.conflicts, ("id",)),
     "clark.csv": (paper.routed_models, ("setting",)),
+    "clark_curves.csv": (paper.routed_losses, ("setting", "step")),
     "reported.csv": (paper.reported, ("project", "model", "metric")),
 }
 """File -> its rows, and the fields by which they are told apart."""
