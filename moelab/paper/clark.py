@@ -126,7 +126,8 @@ def rows(curves: Path, reveal: Iterable[str]) -> list[dict[str, object]]:
     Raises:
         ValueError: one line: it is another file.
     """
-    shown, last = set(reveal), {}
+    shown = set(reveal)
+    last: dict[str, Mapping[str, str]] = {}
     for row in _source(curves):
         if row["hyper_id"] not in last or int(row["step"]) >= int(last[row["hyper_id"]]["step"]):
             last[row["hyper_id"]] = row
