@@ -149,7 +149,8 @@ def test_headlines(table, fits):
     levers = ladder.summary(ladder.leverages(table, fits, speeds_at()))
     said = ladder.headline(levers)
     assert said.startswith("To reach MoE-128's loss at the largest rung, dense models need ")
-    largest = levers[(levers["arm"] == "MoE-128") & (levers["compute"] == levers["compute"].max())].set_index("at")
+    mine = levers[levers["arm"] == "MoE-128"]
+    largest = mine[mine["compute"] == mine["compute"].max()].set_index("at")
     flops, time = (f"{largest.loc[at, 'value']:.1f} (" for at in ("training FLOPs", "time"))
     assert f" {flops}" in said and f") times its FLOPs and {time}" in said and said.endswith(") times its time")
     held = ladder.prediction_headline(ladder.prediction(table, fits, "cpu", 3))
