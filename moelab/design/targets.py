@@ -80,7 +80,7 @@ def by_domain(runs: Runs, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
 def domain_headline(table: pd.DataFrame) -> str:
     """Return in how many domains of `by_domain` the left arm of each pair ends below the right one, in one line."""
     means = table.groupby(["pair", "arm"], sort=False)["gap"].mean()
-    said = []
+    said: list[str] = []
     for pair in table["pair"].unique():
         of = f"{(means[pair] < 0).sum()} of {len(means[pair])} domains favour" if not said else (means[pair] < 0).sum()
         said.append(f"{of} {pair.replace(' − ', ' over ')}")
