@@ -266,7 +266,7 @@ def headline(measured: Sequence[Mapping[str, Any]]) -> str:
         r["ratio"] for r in measured if _kind(r["candidate"]) == "hierarchical" and r["bytes_per_rank"] == smallest
     ]
     span = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
-    return f"At {smallest / 1024:g} KiB hierarchical takes {span} times as long as flat"
+    return f"At {smallest / 1024:g} KiB hierarchical takes {span} times flat's time"
 
 
 def figure(measured: Sequence[Mapping[str, Any]]) -> Figure:

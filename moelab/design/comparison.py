@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.design import sequential, settings
+from moelab.design import sequential, settings, titles
 from moelab.design.judging import MIN_SAMPLES, judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
@@ -289,7 +289,7 @@ def interval_text(values: Sequence[float] | Estimate, looks: Sequence[int] = ())
 
 
 def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] = (), decides_from: int = 0) -> str:
-    """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", that it cannot be told, or which arm is missing.
+    """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", that it is inconclusive, or which arm is missing.
 
     Seeds of which one arm has no result are named. Where one of the two has none at all, it is said of the last and the
     first arm that have some.
@@ -309,7 +309,7 @@ def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] 
     how = f"({interval_text(found, looks)}{without})"
     low, high = found.interval(sequential.level(found.samples, tuple(looks)))
     if low <= 0 <= high and left != right:
-        return f"{left} minus {right}: {found.mean:+.3f} nats; which of them ends lower cannot be told {how}"
+        return f"{left} minus {right}: {found.mean:+.3f} nats, inconclusive {how}"
     where = f"{abs(found.mean):.3f} nats {'below' if found.mean < 0 else 'above'}" if found.mean else "level with"
     return f"{left} ends {where} {right} {how}"
 
@@ -372,29 +372,33 @@ def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> 
     return moved[["arm", "against", "seed", "tokens", "loss"]]
 
 
-def gaps_headline(final: pd.DataFrame, reference: str) -> str:
-    """Return "Against REFERENCE: ARM −0.012, … nats"; seeds that an arm or the reference lacks are named."""
+def gaps_headline(final: pd.DataFrame, reference: str, *, along: bool = False) -> str:
+    """Return "Against REFERENCE: ARM −0.012, … nats"; seeds that an arm or the reference lacks are named.
+
+    Of many arms only the highest and the lowest. With `along` it says that the figure shows them along the training.
+    """
     table = gaps(final, reference)
     means = table[table["arm"] != reference].groupby("arm", sort=False)["gap"].mean()
     if not len(means):
         return f"{reference} and another arm have no finished pair"
     lost = missing(final, reference, *means.index)
     without = f"; without {', '.join(lost)}" if lost else ""
-    return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats{without}"
+    begins = f"Along the training, against {reference}:" if along else f"Against {reference}:"
+    return titles.listed(begins, means.to_dict(), "+.3f", "nats") + without
 
 
 def then_and_at_the_end(moved: pd.DataFrame, share: float) -> str:
-    """Return "+0.012 nats at 70% of training, +0.034 at the last evaluation", from one arm's rows of `over_training`.
+    """Return "+0.012 nats (70% trained), +0.034 (last)", from one arm's rows of `over_training`.
 
     The first is at the last evaluation up to that share of the training, and says which share that is.
     """
     at = moved.groupby("tokens")["loss"].mean()
     then = max(0, int((at.index <= share * at.index[-1]).sum()) - 1)
     reached = at.index[then] / at.index[-1]
-    return f"{at.iloc[then]:+.3f} nats at {reached:.0%} of training, {at.iloc[-1]:+.3f} at the last evaluation"
+    return f"{at.iloc[then]:+.3f} nats ({reached:.0%} trained), {at.iloc[-1]:+.3f} (last)"
 
 
 def ends_headline(final: pd.DataFrame) -> str:
-    """Return "Final loss: ARM 3.95, … nats per token", the mean over seeds on the whole validation text."""
+    """Return "Final loss: ARM 3.95, … nats", means over seeds on the whole validation text; of many arms the ends."""
     means = final.groupby("arm", sort=False)["validation_loss"].mean()
-    return f"Final loss: {', '.join(f'{arm} {loss:.2f}' for arm, loss in means.items())} nats per token"
+    return titles.listed("Final loss:", means.to_dict(), ".2f", "nats")

@@ -109,7 +109,7 @@ def headline(counted: pd.DataFrame) -> str:
     ranks = counted["ranks"].max()
     at = counted[counted["ranks"] == ranks].set_index("way")["messages"]
     return (
-        f"On {ranks} ranks a rank sends {at['hierarchical']} messages hierarchically, {at['coordinated']} coordinated, "
+        f"A rank of {ranks} sends {at['hierarchical']} messages hierarchically, {at['coordinated']} coordinated, "
         f"{at['flat']} flat; all counts {'equal' if same else 'DIFFER FROM'} the formulas and the simulator's"
     )
 
@@ -119,8 +119,8 @@ def simulated_headline(predicted: pd.DataFrame) -> str:
     size, ranks = predicted["bytes"].min(), predicted["ranks"].max()
     at = predicted[(predicted["bytes"] == size) & (predicted["ranks"] == ranks)].set_index("way")["ratio"]
     return (
-        f"Simulated on {ranks} GPUs, {size // 1024} KiB a GPU: hierarchical takes {at['hierarchical']:.2f}, "
-        f"coordinated {at['coordinated']:.2f} times as long as flat"
+        f"On {ranks} GPUs hierarchical takes {at['hierarchical']:.2f}, "
+        f"coordinated {at['coordinated']:.2f} times flat's time (simulated)"
     )
 
 

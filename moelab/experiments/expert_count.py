@@ -27,9 +27,9 @@ def headline(final: pd.DataFrame) -> str:
     if not len(final):
         return "no run has finished"
     means = comparison.common_means(comparison.by_arm(final)).sort_values()
-    best, others = means.index[0], dict.fromkeys([*means.index[1:2], "1 (dense)"])
-    said = [comparison.difference(final, best, o) for o in others if o != best or len(means) == 1]
-    return f"Lowest mean loss at {best} experts: {'; '.join(said)}"
+    best = means.index[0]
+    other = means.index[1] if best == "1 (dense)" and len(means) > 1 else "1 (dense)"
+    return f"Lowest mean loss at {best} experts: {comparison.difference(final, best, other)}"
 
 
 EXPERIMENT = Experiment(

@@ -175,7 +175,7 @@ def headline(ratios: pd.DataFrame) -> str:
     """Return the result in one line, from `speedups`."""
     medians = whole(ratios).groupby(["tokens", "experts"])["ratio"].median()
     return (
-        f"Masks and einsum take {medians.min():.2g} to {medians.max():.2g} times as long as the fused gate and copies "
+        f"Masks and einsum take {medians.min():.2g} to {medians.max():.2g} times as long as ours "
         f"at inference (least at {medians.idxmin()[0]}, most at {medians.idxmax()[0]} tokens)"
     )
 
@@ -185,7 +185,7 @@ def breakdown_headline(table: pd.DataFrame) -> str:
     tokens, experts = (table.index.unique(level).max() for level in ("tokens", "experts"))
     parts = table.loc[(tokens, experts, "einsum (baseline)"), ["gate", "dispatch", "combine"]]
     share = parts.max() / parts.sum()
-    return f"At {tokens} tokens and {experts} experts the baseline's {parts.idxmax()} takes most: {share:.0%} of it"
+    return f"At {tokens} tokens and {experts} experts {parts.idxmax()} takes {share:.0%} of the baseline"
 
 
 def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float) -> list[Verdict]:

@@ -112,8 +112,7 @@ def headline(layers: pd.DataFrame) -> str:
     worst = layers.loc[layers["busiest"].idxmax()]
     return (
         f"the busiest of {int(worst['experts'])} experts takes {layers['busiest'].median():.1f} times an even share in "
-        f"the median layer and {worst['busiest']:.1f} times in layer {int(worst['layer'])}; within one domain "
-        f"{1 + layers['domain_violation'].mean():.1f} times on average"
+        f"the median layer and {worst['busiest']:.1f} times in layer {int(worst['layer'])}"
     )
 
 
@@ -186,11 +185,11 @@ def serving(
 def serving_headline(rows: pd.DataFrame, name: str, cluster: str) -> str:
     """Return what serving costs in one line, from `serving`."""
     fast, cheap = rows.iloc[0], rows.loc[rows["tokens_per_s_per_gpu"].idxmax()]
-    price = f", {cheap['cost_per_million']:.3g} {cheap['currency']} per million" if cheap["cost_per_million"] else ""
+    price = f"; {cheap['cost_per_million']:.3g} {cheap['currency']} per million" if cheap["cost_per_million"] else ""
     more = (rows["latency_uneven_ms"] / rows["latency_ms"]).max() - 1
     return (
-        f"{name} on {cluster}: {fast['latency_ms']:.1f} ms a token at best, {cheap['tokens_per_s_per_gpu']:,.0f} "
-        f"tokens/s/GPU at most{price}; the measured load adds at most {more:.1%} to a step (simulated)"
+        f"{cluster}: {fast['latency_ms']:.1f} ms a token at best, {cheap['tokens_per_s_per_gpu']:,.0f} "
+        f"tokens/s/GPU at most{price}; the measured load adds at most {more:.1%} to a step of {name} (simulated)"
     )
 
 

@@ -270,25 +270,18 @@ def prediction(
     return pd.DataFrame(rows, columns=columns)
 
 
-def headline(levers: pd.DataFrame, predicted: pd.DataFrame) -> str:
-    """Return, in one line, the leverage of each MoE at its largest rung, and the prediction or its miss.
-
-    `levers` comes from `summary`, `predicted` from `prediction`.
-    """
-    if levers.empty:
+def headline(levers: pd.DataFrame) -> str:
+    """Return, in one line, the leverage of MoE-128 at its largest rung, in FLOPs and in time; from `summary`."""
+    mine = levers[levers["arm"] == "MoE-128"]
+    if mine.empty:
         return "too few runs have finished to fit a law"
-    said = []
-    for at, part in levers.groupby("at", sort=False):
-        last = part[part["compute"] == part.groupby("arm")["compute"].transform("max")]
-        of = [f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f}) times {row.arm}'s" for row in last.itertuples()]
-        said.append(f"{' and '.join(of)} {str(at).split()[-1]}")
-    text = f"To the loss of the largest rung the best dense model takes {', '.join(said)}"
-    came = predicted[predicted["seeds"] > 0]
-    if len(came):
-        worst = came.loc[came["miss"].abs().idxmax(), "miss"]
-        held = f"{came['inside'].sum()} of {len(came)} losses inside the predicted intervals"
-        return f"{text}; the larger rung: {held}, largest miss {worst:+.3f}"
-    return f"{text}; the larger rung is predicted, not run"
+    last = mine[mine["compute"] == mine["compute"].max()].set_index("at")
+    said = [
+        f"{last.loc[at, 'value']:.1f} ({last.loc[at, 'low']:.1f} to {last.loc[at, 'high']:.1f}) times its {what}"
+        for at, what in (("training FLOPs", "FLOPs"), ("time", "time"))
+        if at in last.index
+    ]
+    return f"To reach MoE-128's loss at the largest rung, dense models need {' and '.join(said)}"
 
 
 def of_most_tokens(levers: pd.DataFrame) -> pd.DataFrame:

@@ -45,16 +45,12 @@ def costs() -> pd.DataFrame:
     )
 
 
-def steps_headline(steps: pd.DataFrame, where: str) -> str:
-    """Return, from `decoding.steps`, the MoE models' optimised steps over the dense one's baseline step as text.
-
-    Args:
-        where: what they were measured on.
-    """
+def steps_headline(steps: pd.DataFrame) -> str:
+    """Return, from `decoding.steps`, the MoE models' optimised steps over the dense one's baseline step as text."""
     ms = steps.set_index(["name", "candidate"])["median_ms"]
     dense, *others = sorted(dict.fromkeys(steps["name"]), key=lambda name: "MoE" in name)  # files have any order
     compared = ", ".join(f"{name} {ms[name, 'optimised'] / ms[dense, 'baseline']:.2f}" for name in others)
-    return f"Measured on {where}, over a step of {dense} in baseline mode: {compared} (optimised)"
+    return f"Step over {dense}'s: {compared}"
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:

@@ -159,17 +159,6 @@ def _memory() -> Verdict:
     return judge_simulated(paper.claim("pr-moe-training-memory"), ratios[best], note=note)
 
 
-def gain_headline(final: pd.DataFrame, scale: str = "", base: str = "350M") -> str:
-    """Return, in one line, what PR-MoE and MoE-128 gain over the dense base, and what 128 experts gain over 32.
-
-    The second is the gain that PR-MoE is to keep: over the dense base MoE-32 has most of MoE-128's gain, too.
-    """
-    text = comparison.gaps_headline(final[final["arm"].isin(BUDGETED)], "Dense")
-    if not {"MoE-128", "MoE-32"} <= set(final["arm"]):
-        return text
-    return f"{text}; {comparison.difference(final, 'MoE-128', 'MoE-32', **EXPERIMENT.plan(scale, base))}"
-
-
 def headline(final: pd.DataFrame, scale: str = "", base: str = "350M") -> str:
     """Return the result in one line, for titles."""
     text = comparison.difference(final, "PR-MoE-32/64", "MoE-128", **EXPERIMENT.plan(scale, base))

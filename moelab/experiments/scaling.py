@@ -178,7 +178,7 @@ def equal_sizes(final: pd.DataFrame, scale: str) -> dict[str, Any]:
 
 
 def gap_headline(gaps: pd.DataFrame) -> str:
-    """Return, in one line, the gap of the MoE to its base at its first and last budget and where it is smallest.
+    """Return, in one line, the gap of the MoE to its base at its first and last budget.
 
     `gaps` comes from `budgets.gaps`.
     """
@@ -186,9 +186,8 @@ def gap_headline(gaps: pd.DataFrame) -> str:
     means = ours.groupby("tokens")["gap"].mean()
     if len(means) < 2:
         return "350M+MoE-128 and 350M have no two budgets in common"
-    chosen = dict.fromkeys((means.index[0], means.idxmax(), means.index[-1]))
-    said = ", ".join(f"{means[tokens]:+.3f} after {tokens / 1e6:.1f} M" for tokens in sorted(chosen))
-    return f"350M+MoE-128 minus 350M (nats by training tokens): {said}"
+    first, last = (f"{tokens / 1e6:.1f} M" for tokens in (means.index[0], means.index[-1]))
+    return f"350M+MoE-128's gap: {means.iloc[0]:+.3f} nats after {first} tokens, {means.iloc[-1]:+.3f} after {last}"
 
 
 def efficiency_headline(times: pd.DataFrame) -> str:
@@ -198,8 +197,7 @@ def efficiency_headline(times: pd.DataFrame) -> str:
     last = times[times["tokens"] == times["tokens"].max()]
     theirs = paper_efficiency()[last["arm"].iloc[0]]
     return (
-        f"{last['arm'].iloc[0]} reaches its base's loss at {last['tokens'].iloc[0] / 1e6:.1f} M tokens with "
-        f"{last['times'].mean():.1f} times fewer ({_seeds(last)}; paper, at its end: {theirs:.1f})"
+        f"{last['arm'].iloc[0]} needs {last['times'].mean():.1f} times fewer tokens than its base (paper: {theirs:.1f})"
     )
 
 
@@ -242,6 +240,15 @@ def equal_loss_headline(times: pd.DataFrame) -> str:
         ]
         lines.append(f"{dense} over {moe}, cost to equal loss: {', '.join(said)} ({_seeds(part)})")
     return "\n".join(lines)
+
+
+def flops_headline(times: pd.DataFrame) -> str:
+    """Return, in one line, how many times the MoE's FLOPs the last pair's dense model needs; `times` as above."""
+    part = times[(times["at"] == "training FLOPs") & (times["pair"] == times["pair"].iloc[-1])]
+    moe, dense = str(part["pair"].iloc[0]).split(" − ")
+    paper = part["paper"].iloc[0]
+    theirs = "" if pd.isna(paper) else f" (paper {paper:.1f})"
+    return f"To reach {moe}'s loss, {dense} needs {ratio_interval(part['times'])[0]:.1f} times the FLOPs{theirs}"
 
 
 def _seeds(rows: pd.DataFrame) -> str:

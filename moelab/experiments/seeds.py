@@ -128,6 +128,14 @@ def deviations(final: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def spread_title(table: pd.DataFrame) -> str:
+    """Return, in one line, what sharing seeds does for the first pair of `deviations`."""
+    if not len(table):
+        return headline(table)
+    first = table.iloc[0]
+    return f"Standard deviation, same / other seeds: {first['what']} {first['paired']:.3f} / {first['unpaired']:.3f}"
+
+
 def headline(table: pd.DataFrame) -> str:
     """Return, in one line, how sharing seeds changes the spread of the first pair and of that which it helps most.
 
@@ -211,7 +219,7 @@ def study_headline(table: pd.DataFrame) -> str:
     judged = table["passes"].dropna()
     if not len(judged):
         return "No arm has finished three seeds"
-    return f"{judged.sum():.0f} of {len(judged)} arms copy early and spread by at most {MAX_SPREAD} nats"
+    return f"{judged.sum():.0f} of {len(judged)} arms copy early and spread at most {MAX_SPREAD} nats"
 
 
 def heads(runs: Runs) -> pd.DataFrame:

@@ -129,7 +129,7 @@ def headline(layers: pd.DataFrame) -> str:
         return "no run has finished"
     means = layers.groupby("layer")[["by_token", "by_domain"]].mean()
     token, domain = (f"{100 * of.min():.0f} to {of.max():.0%}" for of in (means["by_token"], means["by_domain"]))
-    return f"Token tells {token} of the expert's choice, domain {domain}"
+    return f"Token tells {token} of the choice, domain {domain}"
 
 
 def domain_headline(favourites: pd.DataFrame) -> str:

@@ -106,12 +106,11 @@ def sessions_table(timed: Mapping[int, Sequence[Sequence[float]]]) -> pd.DataFra
 
 
 def speed_headline(measured: pd.DataFrame) -> str:
-    """Return the mean ratio of speeds for each number of ranks, in one line; from `sessions_table`."""
+    """Return the least and greatest mean ratio of speeds over numbers of ranks, in one line; from `sessions_table`."""
     if not len(measured):
         return "no speed was measured"
     means = measured.groupby("arm", sort=False)["median"].mean()
-    said = ", ".join(f"{mean:.2f} on {arm}" for arm, mean in means.items())
-    return f"Residual trains at {said} times the speed of Top-2 ({measured['seed'].nunique()} sessions)"
+    return f"Residual trains at {means.min():.2f} to {means.max():.2f} times the speed of Top-2"
 
 
 def verdicts(

@@ -294,7 +294,7 @@ def bits_headline(scores: pd.DataFrame, looks: Sequence[int] = ()) -> str:
     else:
         return "MoE-128 and Dense have no task in common whose requests fit the context"
     left_out = [task.removeprefix("packaged_") for task, share in tasks_that_fit(scores).items() if share > MAX_CUT]
-    without = f"; without {', '.join(left_out)}, which do not fit the context" if left_out else ""
+    without = f"; without {', '.join(left_out)}" if left_out else ""
     return (
         f"{moe}'s bits per byte of the right answers, minus {dense}'s: {sum(gaps) / len(gaps):+.3f} "
         f"({comparison.interval_text(gaps, looks)}{without})"
@@ -305,13 +305,10 @@ def headline(table: pd.DataFrame) -> str:
     """Return in one line who is above guessing, from `over_chance`."""
     if not len(table):
         return "no run has finished"
-    above = [f"{r.arm} on {r.task}" for r in table.itertuples() if r.sigmas > 3]
-    models = (
-        f"{table['arm'].nunique()} twins on {table['task'].nunique()} tasks, up to {table['n'].max():.0f} items each"
-    )
+    above = int((table["sigmas"] > 3).sum())
     if not above:
-        return f"None is 3 standard errors above a guess without knowledge, as expected at this size ({models})"
-    return f"Above a guess without knowledge by 3 standard errors: {', '.join(above)} ({models})"
+        return "None is 3 standard errors above a guess without knowledge"
+    return f"{above} of {len(table)} scores are 3 standard errors above a guess"
 
 
 def pairs_table(rows: Sequence[dict]) -> pd.DataFrame:
@@ -333,10 +330,10 @@ def pairs_headline(table: pd.DataFrame) -> str:
     if len(arms) < 2 or any(("copying", arm) not in shares for arm in arms):
         return "No two arms have scores in both kinds of recall"
     said = [
-        f"{where} {' and '.join(f'{arm} {shares[kind, arm]:.0%}' for arm in arms)}"
-        for kind, where in (("memory", "from memory"), ("copying", "from the context"))
+        f"{where} {', '.join(f'{arm} {shares[kind, arm]:.0%}' for arm in arms)}"
+        for kind, where in (("memory", "from memory:"), ("copying", "from context:"))
     ]
-    return f"Facts recalled, of two alternatives: {', '.join(said)}"
+    return f"Facts recalled {'; '.join(said)}"
 
 
 def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:

@@ -163,9 +163,5 @@ def _series(
 
 def _finish(fig: Figure, title: str, measured: Rows) -> Figure:
     figures.legend_below(fig.axes[-1], of=fig.axes)
-    clock = ", processor time" if measured[0].get("clock") == "cpu" else ""
-    devices = {row["device"] for row in measured}
-    device = (
-        devices.pop() if len(devices) == 1 else measured[0]["device"].rpartition(", ")[0]
-    )  # panels name the threads
-    return figures.title(fig, f"{title}. {device}{clock}")
+    clock = " (processor time)" if measured[0].get("clock") == "cpu" else ""
+    return figures.title(fig, f"{title}{clock}")

@@ -20,32 +20,31 @@ if TYPE_CHECKING:
 
 SYSTEM_COLORS = {"pytorch": "#9A9A9A", "deepspeed": "#0072B2", "moelab": "#009E73"}
 SYSTEM_NAMES = {"pytorch": "PyTorch baseline", "deepspeed": "DeepSpeed-MoE", "moelab": "moelab"}
-SIMULATED_PARTS = {
-    "attention": ("#56B4E9", "attention"),
-    "dense": ("#0072B2", "dense feed-forward"),
-    "gate": ("#F0E442", "gate"),
-    "dispatch": ("#E69F00", "to experts and back (local)"),
-    "all_to_all": ("#D55E00", "all-to-all"),
-    "experts": ("#009E73", "experts"),
-    "all_reduce": ("#CC79A7", "all-reduce of slices"),
-    "head": ("#7A5195", "output head"),
-    "launch": ("#C8C8C8", "waiting for the host"),
-}
-"""Part of a simulated decoding step (`moelab.simulate.decoding.PARTS`) -> its colour and name."""
-MEASURED_PARTS = {
+STEP_COLORS = {
     "attention": "#56B4E9",
-    "gate": "#F0E442",
-    "dispatch": "#E69F00",
-    "all-to-all": "#D55E00",
     "experts": "#009E73",
-    "combine": "#CC79A7",
-    "feed-forward": "#0072B2",
-    "head": "#7A5195",
-    "sums": "#AAAAAA",
-    "rest": "#DDDDDD",
+    "all-to-all": "#D55E00",
+    "rest of the model": "#0072B2",
+    "waiting for the host": "#C8C8C8",
 }
-"""Part of a measured decoding step (`moelab.bench.clock.PARTS`) -> its colour."""
-MODE_COLORS = {"baseline": SYSTEM_COLORS["pytorch"], "optimised": SYSTEM_COLORS["moelab"]}
+"""Group of the parts of a decoding step -> its colour. The small parts are one group; the data keep them apart."""
+SIMULATED_PARTS = {
+    "attention": ("attention",),
+    "experts": ("experts",),
+    "all-to-all": ("all_to_all",),
+    "rest of the model": ("dense", "gate", "dispatch", "all_reduce", "head"),
+    "waiting for the host": ("launch",),
+}
+"""Group -> parts of a simulated decoding step (`moelab.simulate.decoding.PARTS`)."""
+MEASURED_PARTS = {
+    "attention": ("attention",),
+    "experts": ("experts",),
+    "all-to-all": ("all-to-all",),
+    "rest of the model": ("gate", "dispatch", "combine", "feed-forward", "head", "sums", "rest"),
+}
+"""Group -> parts of a measured decoding step (`moelab.bench.clock.PARTS`)."""
+MODE_FACES = {"baseline": "white", "optimised": "#444444"}
+"""Mode -> colour inside of its mark: colours are for the parts of a step."""
 VARIANT_COLORS = {"MoE": "#6E6E6E", "PR-MoE": "#56B4E9", "PR-MoE+MoS": "#0072B2"}
 
 
@@ -111,10 +110,10 @@ def breakdown(frame: pd.DataFrame, ax: Axes, *, labels: Sequence[str]) -> Axes:
     """
     left = np.zeros(len(frame))
     rows = np.arange(len(frame))
-    for part, (color, name) in SIMULATED_PARTS.items():
-        ms = frame[f"{part}_ms"].to_numpy()
+    for group, parts in SIMULATED_PARTS.items():
+        ms = frame[[f"{part}_ms" for part in parts]].sum(axis=1).to_numpy()
         if ms.max() > 0:
-            ax.barh(rows, ms, left=left, color=color, label=name, height=0.5)
+            ax.barh(rows, ms, left=left, color=STEP_COLORS[group], label=group, height=0.5)
             left += ms
     for row, total in enumerate(left):
         ax.annotate(f"{total:.1f}", (total, row), va="center", xytext=(4, 0), textcoords="offset points")
@@ -209,7 +208,7 @@ def decoding_steps(steps: pd.DataFrame, latency: Axes, parts: Axes) -> None:
     """
     best = steps[steps["candidate"] == "optimised"]
     names = [str(label).replace("\n", ", ") for label in best["label"]]
-    for mode, color in MODE_COLORS.items():
+    for mode, face in MODE_FACES.items():
         of_mode = steps[steps["candidate"] == mode]
         above = (of_mode["p95_ms"] - of_mode["median_ms"]).clip(lower=0)
         latency.errorbar(
@@ -218,7 +217,8 @@ def decoding_steps(steps: pd.DataFrame, latency: Axes, parts: Axes) -> None:
             xerr=[[0.0] * len(of_mode), above],
             fmt="o",
             capsize=3,
-            color=color,
+            color="#444444",
+            markerfacecolor=face,
             label=mode,
         )
     latency.plot(best["floor_ms"], range(len(best)), "|", markersize=14, color="#444444", label="floor")
@@ -228,10 +228,10 @@ def decoding_steps(steps: pd.DataFrame, latency: Axes, parts: Axes) -> None:
     latency.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
     figures.legend_below(latency, columns=3)
     ends = np.zeros(len(best))
-    for part, color in MEASURED_PARTS.items():
-        ms = np.array([row.get(part) or 0.0 for row in best["parts_ms"]])
+    for group, of in MEASURED_PARTS.items():
+        ms = np.array([sum(row.get(part) or 0.0 for part in of) for row in best["parts_ms"]])
         if ms.max() > 0:
-            parts.barh(range(len(best)), ms, left=ends, color=color, label=part, height=0.5)
+            parts.barh(range(len(best)), ms, left=ends, color=STEP_COLORS[group], label=group, height=0.5)
             ends += ms
     figures.name_rows(parts, names)
     parts.set(xlabel="ms of a step, optimised, with every part timed")

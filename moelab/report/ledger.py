@@ -131,14 +131,18 @@ class Entry:
         if not self.tested or self.deciding is None or self.deciding.p is None:
             return ""
         adjusted = (
-            "" if self.p is None or self.p == self.deciding.p else f", {_small(self.p)} adjusted".replace("= ", "")
+            ""
+            if self.p is None or self.p == self.deciding.p
+            else f", {_small(self.p)} adjusted".replace("=\N{NO-BREAK SPACE}", "")
         )
-        return f"p {_small(self.deciding.p)}{adjusted}" + ("" if self.q is None else f", q {_small(self.q)}")
+        return f"p\N{NO-BREAK SPACE}{_small(self.deciding.p)}{adjusted}" + (
+            "" if self.q is None else f", q\N{NO-BREAK SPACE}{_small(self.q)}"
+        )
 
 
 def _small(p: float) -> str:
-    """Return ``= 0.017``, or ``< 0.0001``: an exponent would break over lines."""
-    return f"= {p:.2g}" if p >= 1e-4 else "< 0.0001"
+    """Return ``= 0.017``, or ``< 0.0001``, which break over no line: with no-break spaces, without an exponent."""
+    return f"=\N{NO-BREAK SPACE}{p:.2g}" if p >= 1e-4 else "<\N{NO-BREAK SPACE}0.0001"
 
 
 def ledger(*results: Path) -> list[Entry]:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from moelab import paper
-from moelab.design import budgets, comparison, settings
+from moelab.design import budgets, comparison, settings, titles
 from moelab.experiments import experiment, scaling
 from moelab.files import write_json
 from moelab.runs.collection import Runs
@@ -122,16 +122,17 @@ def test_effective_size_is_between_the_dense_models():
     assert before is None, "its first reading is at 33 tokens a parameter"
 
 
-def test_headlines_name_the_weakest_budget_and_the_seeds():
+def test_headlines_name_the_first_and_the_last_budget():
     arms = {("350M", 0): (6, 5, 4), ("350M+MoE-128", 0): (5.8, 4.95, 3.6)}
     losses = table(arms, tokens=(10**6, 2 * 10**6, 4 * 10**6))
     line = scaling.gap_headline(budgets.gaps(losses, "350M"))
-    assert "-0.200 after 1.0 M, -0.050 after 2.0 M, -0.400 after 4.0 M" in line
+    assert line == "350M+MoE-128's gap: -0.200 nats after 1.0 M tokens, -0.400 after 4.0 M"
     costs = budgets.at_equal_cost(losses, {"time": {"350M": 1.0, "350M+MoE-128": 1.0}}, "350M")
     assert scaling.cost_headline(costs).endswith("-0.400 at equal time (nats; 1 seed)")
     one = budgets.efficiency(losses.groupby("arm").tail(1), "350M+MoE-128", "350M")
     assert not len(one) and "nothing to interpolate" in scaling.efficiency_headline(one)
-    assert "(1 seed; paper" in scaling.efficiency_headline(budgets.efficiency(losses, "350M+MoE-128", "350M"))
+    said = scaling.efficiency_headline(budgets.efficiency(losses, "350M+MoE-128", "350M"))
+    assert "times fewer tokens than its base (paper: " in said and len(said.split()) <= titles.WORDS
 
 
 def test_the_papers_gap_at_equal_tokens_a_parameter():

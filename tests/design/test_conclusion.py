@@ -57,7 +57,7 @@ def test_pairs_and_headlines_of_curves():
     moved = comparison.over_training(curves, ["b"], "a")
     assert moved["against"].unique().tolist() == ["a"]
     ends = curves[curves["tokens"] == 2].rename(columns={"loss": "validation_loss"})
-    assert comparison.ends_headline(ends) == "Final loss: a 2.80, b 1.80 nats per token"
+    assert comparison.ends_headline(ends) == "Final loss: a 2.80, b 1.80 nats"
     with pytest.raises(ValueError, match=r"^arm 'a' has several runs of seed 0"):
         comparison.over_training(pd.concat([curves, curves]), ["b"], "a")
 

@@ -70,11 +70,8 @@ def test_crossings_by_share_of_the_training():
     found = shares.crossings(table).set_index("seed")["share"]
     assert found[0] == pytest.approx(2 / 3 + 1 / 3 * 0.5 / 1.5) and pd.isna(found[1])
     assert shares.crossings(table[::-1]).equals(shares.crossings(table)), "by seed, in whatever order the runs are"
-    assert (
-        shares.headline(table)
-        == "A − B above zero at the last evaluation on 1 of 2 seeds, on the other below zero from 78% of the training on"
-    )
-    assert shares.headline(table[table["seed"] == 1]) == "A − B above zero at the last evaluation on 1 of 1 seeds"
+    assert shares.headline(table) == "No MoE stays below the dense model on every seed"
+    assert shares.headline(table[table["seed"] == 0]) == "A stays below B from 78% of the training on"
     assert shares.crossing(pd.DataFrame({"share": [0.5, 1.0], "gap": [-1.0, -2.0]})) == 0.5, "from its first point on"
     assert not len(shares.gaps(curves({("A", 0): (9, 5)}), [("A", "B")]))
 
@@ -147,10 +144,8 @@ def test_differences_by_domain_are_paired_by_seed_and_a_text_of_one_domain_has_n
     assert list(table["pair"].unique()) == ["A − B", "B − A"] and list(table["arm"][:4]) == ["sea"] * 2 + ["field"] * 2
     assert list(table["gap"][:4]) == pytest.approx([-1.0, -0.5, 0.5, 0.5])
     first = table[table["pair"] == "A − B"]
-    assert (
-        targets.domain_headline(first)
-        == "A is below B in 1 of 2 domains, in 0 with an interval below zero, -0.75 (sea) to +0.50 (field)"
-    )
+    assert targets.domain_headline(first) == "1 of 2 domains favour A over B"
+    assert targets.domain_headline(table) == "1 of 2 domains favour A over B, 1 B over A"
     drawn = figures.in_panels(table)
     rows = [[label.get_text() for label in ax.get_yticklabels()] for ax in drawn.axes]
     assert rows == [["sea", "field"], ["field", "sea"]] and [

@@ -275,9 +275,7 @@ def test_summary_and_gaps():
     table = final({"a": [2.0, 3.0], "b": [1.0, 2.5]})
     assert comparison.paired(table, "a", "b") == [1.0, 0.5] and comparison.paired(table, "a", "c") == []
     assert comparison.gaps(table, "b").query("arm == 'a'")["gap"].tolist() == [1.0, 0.5]
-    assert comparison.difference(table, "a", "b").startswith(
-        "a minus b: +0.750 nats; which of them ends lower cannot be told (95 % interval"
-    )
+    assert comparison.difference(table, "a", "b").startswith("a minus b: +0.750 nats, inconclusive (95 % interval")
     clear = final({"a": [2.0, 2.1, 2.2], "b": [1.0, 1.1, 1.2]})
     assert comparison.difference(clear, "a", "b").startswith(
         "a ends 1.000 nats above b (95 % interval +0.773 to +1.227"
@@ -338,7 +336,7 @@ def test_what_a_domain_can_tell_is_bounded_by_its_entropy():
     assert specialisation.most_by_domain(unequal).to_dict() == {2: pytest.approx(domain / (domain + math.log(2)))}
     assert specialisation.most_by_domain(shares({"a": [1, 0], "b": [1, 0]})).to_dict() == {2: 1}
     layers = pd.DataFrame([[2, 0, 0.7, 0.1], [4, 0, 0.5, 0.12]], columns=["layer", "seed", "by_token", "by_domain"])
-    assert specialisation.headline(layers) == "Token tells 50 to 70% of the expert's choice, domain 10 to 12%"
+    assert specialisation.headline(layers) == "Token tells 50 to 70% of the choice, domain 10 to 12%"
 
 
 def test_a_preference_is_over_an_even_share_of_its_own_layer():
@@ -355,10 +353,10 @@ def test_a_preference_is_over_an_even_share_of_its_own_layer():
     assert [text.get_text() for text in ax.texts] == ["b: expert 3 of layer 4", "a: expert 0 of layer 4"]
 
 
-def test_steps_name_what_they_were_measured_on():
+def test_steps_are_compared_with_the_dense_one():
     rows = [("6.7B dense", 4.0), ("52B MoE", 3.0)]
     steps = pd.DataFrame(
         [(name, mode, ms) for name, ms in rows for mode in decoding.MODES], columns=["name", "candidate", "median_ms"]
     )
-    said = moe_vs_dense_inference.steps_headline(steps, "the cluster")
-    assert said == "Measured on the cluster, over a step of 6.7B dense in baseline mode: 52B MoE 0.75 (optimised)"
+    said = moe_vs_dense_inference.steps_headline(steps)
+    assert said == "Step over 6.7B dense's: 52B MoE 0.75"

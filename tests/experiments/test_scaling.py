@@ -146,8 +146,11 @@ def test_a_dense_models_cost_to_equal_loss_beside_the_papers():
     assert theirs["350M+MoE-128 − 350M"]["training tokens"] == pytest.approx(against_base, rel=0.01)
     assert pd.isna(theirs["350M+MoE-128 − 350M"]["time"]), "Table 3 lacks the pair"
     rows = [["1.3B+MoE-128 − 6.7B", seed, "time", 2 + seed, 6.15] for seed in (0, 1)]
-    said = scaling.equal_loss_headline(pd.DataFrame(rows, columns=["pair", "seed", "at", "times", "paper"]))
+    times = pd.DataFrame(rows, columns=["pair", "seed", "at", "times", "paper"])
+    said = scaling.equal_loss_headline(times)
     assert said == "6.7B over 1.3B+MoE-128, cost to equal loss: 2.4 in time (paper 6.2) (2 seeds)"
+    said = scaling.flops_headline(times.assign(at="training FLOPs"))
+    assert said == "To reach 1.3B+MoE-128's loss, 6.7B needs 2.4 times the FLOPs (paper 6.2)"
 
 
 def test_claims_on_a_model_whose_rate_is_not_swept_say_so():

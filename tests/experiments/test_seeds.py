@@ -40,7 +40,7 @@ def test_an_arm_passes_with_early_copying_on_every_seed_and_a_narrow_spread():
     assert found["passes"].to_dict() == {"good": True, "wide": False, "late": False, "never": False, "two": None}
     assert found["spread"]["good"] == pytest.approx(0.01)
     said = seeds.study_headline(found.reset_index())
-    assert said == "1 of 4 arms copy early and spread by at most 0.015 nats"
+    assert said == "1 of 4 arms copy early and spread at most 0.015 nats"
     assert seeds.study_headline(found.reset_index().tail(1)) == "No arm has finished three seeds"
 
 

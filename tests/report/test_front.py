@@ -32,7 +32,9 @@ def test_verdicts_are_counted_as_they_stand_after_holms_adjustment(tmp_path):
     (shown,) = (r for r in rows if r.claim.id == "pyramid-shrinks-gap")
     assert (shown.verdict, shown.alone, shown.key) == (v.CANNOT_TELL, v.HOLDS, "trained: cannot tell yet")
     assert "It is tested only where the primary claim of Fig 4 holds" in shown.note
-    assert shown.tests == f"p = {weak.p:.2g}, q = {3 * weak.p:.2g}"
+    assert shown.tests == f"p = {weak.p:.2g}, q = {3 * weak.p:.2g}".replace(
+        " = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
+    )
     assert [(item.verdict, item.claims) for item in tally(entries)["trained"]] == [(v.CANNOT_TELL, 3)]
     assert ledger.counts(entries)["measured"] == {v.CANNOT_TELL: 3}
 
