@@ -272,7 +272,7 @@ def gaps(
         paper: arm -> (value, low, high) as the paper reports it.
         of: the word for a value in the legend: seeds, or rounds of a measurement.
         alpha: see `student`.
-        color: of all rows, where they are no arms but parts of one difference.
+        color: of all rows, where they are no arms but differences, or parts of one.
         ratio: values are ratios: their geometric mean on a logarithmic axis, on which a line marks 1 instead of 0.
     """
     palette = dict.fromkeys(arms, color) if color else colors(arms)
@@ -321,7 +321,7 @@ def differences(table: pd.DataFrame, *, alpha: float = ALPHA) -> Figure:
     there = {column: name for column, name in names.items() if column in table and table[column].notna().any()}
     fig, axes = panels(len(there), height=0.45 * len(arms) + 0.8, sharex=True)
     for ax, (column, name) in zip(axes, there.items(), strict=True):
-        gaps(table.dropna(subset=[column]), ax, arms=arms, value=column, paper={}, alpha=alpha)
+        gaps(table.dropna(subset=[column]), ax, arms=arms, value=column, paper={}, alpha=alpha, color=_COLORS[5])
         ax.set_title(name)
     axes[-1].set_xlabel(DIFFERENCE)
     legend_below(axes[-1])
