@@ -1,3 +1,5 @@
+"""Titles of figures."""
+
 from __future__ import annotations
 
 import json
@@ -7,11 +9,29 @@ import pytest
 from moelab import paths
 from moelab.design import titles
 
-HELD = {"ladder", "learning-rate", "tries", "upcycling", "what-if"}
-"""Experiments whose pages kept to the rule before it was one."""
-
-SINCE = "2026-12-03T14:40"
-"""Pages that were finished from here on keep to it, too."""
+WAITING = {
+    ("all-to-all", "cpu"),
+    ("expert-count", "cpu"),
+    ("expert-count", "full"),
+    ("gating-kernels", "cpu"),
+    ("imported-model", "cpu"),
+    ("inference-large", "cpu"),
+    ("inference-scaling", "cpu"),
+    ("ladder", "cpu"),
+    ("learning-rate", "full"),
+    ("model-variants-latency", "cpu"),
+    ("moe-vs-dense-inference", "cpu"),
+    ("scaling", "cpu"),
+    ("scaling", "full"),
+    ("seeds", "full"),
+    ("start", "cpu"),
+    ("throughput", "cpu"),
+    ("top2-vs-residual", "cpu"),
+    ("top2-vs-residual", "full"),
+    ("zero-shot", "cpu"),
+    ("zero-shot", "full"),
+}
+"""Experiments and scales that were published with longer titles, and were not published again yet."""
 
 
 def test_a_title_leaves_out_interval_and_seeds():
@@ -31,10 +51,9 @@ def test_many_arms_become_the_highest_and_the_lowest(count, said):
 
 def test_titles_of_published_figures_have_at_most_twelve_words():
     summaries = [json.loads(file.read_text(encoding="utf-8")) for file in paths.results().glob("*/*/*/summary.json")]
-    latest = {}
-    for one in sorted(summaries, key=lambda one: one["finished"]):
-        latest[one["experiment"], one["scale"]] = one
-    held = [one for one in latest.values() if one["experiment"] in HELD or one["finished"] >= SINCE]
-    shown = [figure["title"] for one in held for figure in one["figures"]]
-    assert len(shown) > len(HELD)
-    assert [title for title in shown if len(title.split()) > titles.WORDS] == []
+    longer = {
+        (one["experiment"], one["scale"])
+        for one in summaries
+        if any(len(figure["title"].split()) > titles.WORDS for figure in one["figures"])
+    }
+    assert longer == WAITING
