@@ -29,7 +29,7 @@ def headline(final: pd.DataFrame) -> str:
     means = comparison.common_means(comparison.by_arm(final)).sort_values()
     best = means.index[0]
     other = means.index[1] if best == "1 (dense)" and len(means) > 1 else "1 (dense)"
-    return f"Lowest mean loss at {best} experts: {comparison.difference(final, best, other)}"
+    return f"Lowest at {best} experts: {comparison.difference(final, best, other)}"
 
 
 EXPERIMENT = Experiment(
