@@ -11,8 +11,6 @@ from moelab.design import titles
 
 WAITING = {
     ("all-to-all", "cpu"),
-    ("expert-count", "cpu"),
-    ("expert-count", "full"),
     ("gating-kernels", "cpu"),
     ("imported-model", "cpu"),
     ("inference-large", "cpu"),
