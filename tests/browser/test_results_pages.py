@@ -17,6 +17,11 @@ PAGES = (
     *(f"{NEWEST}/index.html", f"{NEWEST}/notebook.html", f"{CURVES}/index.html", f"compare.html?a={NEWEST}&b={GPU}"),
 )
 VIEWS = [(1400, "light"), (820, "light"), (390, "dark")]
+# Promises, where `wait_for_function` would do: it compiles its condition again at each look, which the pages do not allow.
+REDRAWN = """before => new Promise(resolve => {
+  const look = () => document.querySelector(".chart canvas").toDataURL() !== before ? resolve() : requestAnimationFrame(look);
+  look();
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def test_a_page_is_whole_and_accessible(results, visit, address, scheme, width):
     page = visit(f"{root.as_uri()}/{address.removeprefix('published ')}", width=width, scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     page.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
-    page.wait_for_function("[...document.images].every(i => i.complete)")
+    page.evaluate("Promise.all([...document.images].map(i => i.decode().catch(() => {})))")
     visible = "[...document.images].filter(i => i.offsetParent)"
     assert page.evaluate(f"{visible}.every(i => i.naturalWidth > 0)")
     pictures = address.endswith(("/index.html", "/notebook.html", "figures.html"))  # compare.html has them in frames
@@ -256,7 +261,7 @@ def test_curves_can_be_read_switched_and_subtracted(results, visit):
     assert chart.get_by_label("Show").input_value() == "350M" and chart.get_by_label("Over").input_value() == "share"
     drawn = page.evaluate("document.querySelector('.chart canvas').toDataURL()")
     page.get_by_role("button", name="Colours").dblclick()  # light, as it is, then dark
-    page.wait_for_function("light => document.querySelector('.chart canvas').toDataURL() !== light", arg=drawn)
+    page.evaluate(REDRAWN, drawn)
     chart.get_by_label("Over").select_option("tokens")
     chart.get_by_label("Show").select_option("")
     chart.get_by_label("Seeds").select_option("2")
