@@ -136,7 +136,12 @@ class Fit:
     freedom: int
 
     def predict(
-        self, parameters: Sequence[float], experts: Sequence[float], curve: Curve, stream: int = 0
+        self,
+        parameters: Sequence[float],
+        experts: Sequence[float],
+        curve: Curve,
+        stream: int = 0,
+        times: np.ndarray | None = None,
     ) -> np.ndarray:
         """Return the gains of models over the dense ones of `curve`, nats, with 95 % intervals of a single setting.
 
@@ -144,16 +149,18 @@ class Fit:
 
         Args:
             stream: of random numbers.
+            times: what the effect is multiplied by, a row for the law and one for each of `draws`, a column a model.
 
         Returns:
             A row a model: value, low, high.
         """
         draw = np.random.default_rng([2, stream])
         size, count = np.asarray(parameters, dtype=float), np.asarray(experts, dtype=float)
-        times = 1 + self.scatter * draw.standard_t(self.freedom, size=(len(self.draws), len(size)))
-        gains = [law.gain(size, count, curve, t) for law, t in zip(self.draws, times, strict=True)]
+        share = np.ones((1 + len(self.draws), len(size))) if times is None else times
+        spread = 1 + self.scatter * draw.standard_t(self.freedom, size=(len(self.draws), len(size)))
+        gains = [law.gain(size, count, curve, t) for law, t in zip(self.draws, spread * share[1:], strict=True)]
         low, high = np.quantile(gains, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
-        return np.column_stack([self.law.gain(size, count, curve), low, high])
+        return np.column_stack([self.law.gain(size, count, curve, share[0]), low, high])
 
 
 def fit_dense(parameters: Sequence[float], losses: Sequence[float]) -> DenseCurve:

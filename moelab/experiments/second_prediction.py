@@ -96,17 +96,14 @@ def predict(points: pd.DataFrame, draws: int = 0) -> pd.DataFrame:
     at, curve, plain = outside.cells("sealed", arms=True), outside.dense_curve(), points[points["arm"] == ""]
     found = fit(plain, "effective", draws, pooled=True)
     share = shares(at["frequency"], at["k"], multipliers(points, found.law.dense, draws=len(found.draws)))
-    size, experts, source = at["parameters"].to_numpy(), at["experts"].to_numpy(), np.random.default_rng([2, 1])
-    spread = 1 + found.scatter * source.standard_t(found.freedom, size=(len(found.draws), len(at)))
-    drawn = [law.gain(size, experts, curve, t * s) for law, t, s in zip(found.draws, spread, share[1:], strict=True)]
-    low, high = np.quantile(drawn, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
-    apart = math.exp(calibrated(found))
+    size, experts, apart = at["parameters"].to_numpy(), at["experts"].to_numpy(), math.exp(calibrated(found))
+    value, low, high = found.predict(size, experts, curve, stream=1, times=share).T
 
     def gain(times: np.ndarray | float) -> np.ndarray:
         return found.law.gain(size, experts, curve, times)
 
     wide = {"wide_low": gain(share[0] / apart), "wide_high": gain(share[0] * apart)}
-    ours = at.assign(law=LAW, gain=gain(share[0]), low=low, high=high, **wide)
+    ours = at.assign(law=LAW, gain=value, low=low, high=high, **wide)
     arms = (at["frequency"] != 0.5) | (at["k"] != 1)
     without = at.assign(law=WITHOUT_ARMS, gain=gain(1.0))[arms]
     rest = at[~arms].reset_index(drop=True)
@@ -115,8 +112,8 @@ def predict(points: pd.DataFrame, draws: int = 0) -> pd.DataFrame:
     others = others.merge(rest, on=["size", "experts"])
     table = pd.concat([ours, without, others], ignore_index=True)
     table["times"] = outside.factor(table["parameters"], table["gain"], curve)
-    columns = [*KEYS, "settings", "law", "gain", "low", "high", "wide_low", "wide_high", "times"]
-    return table[columns].round(4)
+    values = ["gain", "low", "high", "wide_low", "wide_high", "times"]
+    return table[[*KEYS, "settings", "law", *values]].round(dict.fromkeys(values, 4))
 
 
 def score(predicted: pd.DataFrame, opened: pd.DataFrame) -> pd.DataFrame:
@@ -129,7 +126,13 @@ def score(predicted: pd.DataFrame, opened: pd.DataFrame) -> pd.DataFrame:
     Args:
         predicted: from `predict`.
         opened: from `moelab.experiments.outside.measured` with `arms`.
+
+    Raises:
+        ValueError: one line: a setting that was opened has no prediction.
     """
+    ours = predicted.loc[predicted["law"] == LAW, KEYS]
+    if len(opened.merge(ours, on=KEYS)) != len(opened):
+        raise ValueError("second_prediction.score: a setting that was opened has no prediction")
     given = predicted.rename(columns={"gain": "expected", "times": "expected_times"}).drop(columns="settings")
     rows = []
     for law, part in opened.merge(given, on=KEYS).groupby("law", sort=False):

@@ -46,6 +46,8 @@ def test_the_sealed_settings_are_predicted_with_two_intervals_and_simpler_ones_b
     table = predicted()
     ours = table[table["law"] == second.LAW]
     assert ours["settings"].sum() == 125 and not ours.duplicated(second.KEYS).any()
+    sealed = outside.cells("sealed", arms=True)
+    assert len(sealed.merge(ours, on=second.KEYS)) == len(sealed), "keys are those of Clark's table, not rounded"
     assert (ours["low"] < ours["gain"]).all() and (ours["gain"] < ours["high"]).all()
     wider = (ours["wide_high"] - ours["wide_low"]) / (ours["high"] - ours["low"])
     assert (wider > 1).all(), "these twins lie on the law, Clark's models do not"
@@ -74,6 +76,8 @@ def test_scores_count_what_is_inside_and_how_far_the_rest_is():
     assert right.loc[second.LAW, "error_times"] == pytest.approx(1) and right.loc[second.WITHOUT_ARMS, "error"] > 0
     far = second.score(table, same.assign(gain=ours["high"] + 1e-3)).set_index("law").loc[second.LAW]
     assert far["inside"] == 0 and far["inside_wide"] > 0.5 and far["bias"] > 0
+    with pytest.raises(ValueError, match="has no prediction"):
+        second.score(table, same.assign(k=3))
 
 
 def test_a_first_comparison_with_arms_has_their_columns():
