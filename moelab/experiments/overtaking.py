@@ -29,6 +29,14 @@ def ahead_from(fewer: pd.Series, more: pd.Series) -> float:
     return float(behind[-1] / gap.index[-1]) if len(behind) else 0.0
 
 
+def open_curves() -> pd.DataFrame:
+    """Return the points of Clark's open curves: columns setting, step, loss (nats)."""
+    curves = paper.routed_curves().frame().explode(["steps", "losses"])
+    return curves.rename(columns={"steps": "step", "losses": "loss"})[["setting", "step", "loss"]].astype(
+        {"loss": float}
+    )
+
+
 def theirs() -> pd.DataFrame:
     """Return the shares of Clark's pairs whose both settings are open: columns router, size, experts, share.
 
@@ -37,7 +45,7 @@ def theirs() -> pd.DataFrame:
     """
     models = paper.routed_models().frame()
     models = models[(models["k"] == 1) & (models["frequency"] == 0.5) & (models["flop_increase"] == 1)]
-    points = paper.routed_losses().frame()[["setting", "step", "loss"]].merge(models.drop(columns=["loss", "step"]))
+    points = open_curves().merge(models.drop(columns=["loss", "step"]))
     curves = points.groupby(["router", "size", "parameters", "experts", "step"])["loss"].mean()
     rows = []
     for router, size, parameters, experts in sorted(set(curves.index.droplevel("step"))):

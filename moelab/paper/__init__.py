@@ -26,7 +26,7 @@ from moelab.paper.claims import (
     claims,
     experiments,
 )
-from moelab.paper.clark import RoutedLoss, RoutedModel, routed_losses, routed_models
+from moelab.paper.clark import RoutedCurve, RoutedModel, routed_curves, routed_models
 from moelab.paper.configs import GPUS, published_configs, settings_for
 from moelab.paper.conflicts import Conflict, conflict, conflicts
 from moelab.paper.inference import InferenceResult, inference_results
@@ -59,7 +59,7 @@ __all__ = [
     "PaperModel",
     "Provenance",
     "Reported",
-    "RoutedLoss",
+    "RoutedCurve",
     "RoutedModel",
     "Table",
     "TrainingSettings",
@@ -78,7 +78,7 @@ __all__ = [
     "models",
     "published_configs",
     "reported",
-    "routed_losses",
+    "routed_curves",
     "routed_models",
     "settings_for",
     "size_table",

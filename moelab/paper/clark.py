@@ -85,17 +85,17 @@ def routed_models(seal: str | None = None) -> Table[RoutedModel]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedLoss(Provenance):
-    """One point of a curve: `loss` as in `RoutedModel`, nats a token, at a `step` of about 250,000 of a `setting`."""
+class RoutedCurve(Provenance):
+    """The curve of one setting: `losses` as in `RoutedModel` at `steps`, every 10,000 of about 250,000."""
 
     setting: int
-    step: int
-    loss: float
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
 
 
-def routed_losses() -> Table[RoutedLoss]:
-    """Return the losses during training, every 10,000 steps, of the settings that are not sealed."""
-    return load("clark_curves.csv", RoutedLoss)
+def routed_curves() -> Table[RoutedCurve]:
+    """Return the losses during training of the settings that are not sealed."""
+    return load("clark_curves.csv", RoutedCurve)
 
 
 def seal(router: str, experts: int, size: str, k: int, frequency: float, flop_increase: float) -> Seal:
@@ -135,11 +135,21 @@ def rows(curves: Path, reveal: Iterable[str]) -> list[dict[str, object]]:
 
 
 def curve_rows(curves: Path, reveal: Iterable[str]) -> list[dict[str, object]]:
-    """Return the rows of `routed_losses` from the source, those of the untrained models left out; see `rows`."""
-    shown = {row["setting"] for row in rows(curves, reveal) if row["loss"] != ""}
-    points = [(int(row["hyper_id"]), int(row["step"]), row["loss_validation"]) for row in _source(curves)]
-    kept = sorted((s, step, round(float(loss), 5)) for s, step, loss in points if s in shown and step > 0 and loss)
-    return [{"setting": s, "step": step, "loss": loss, **_FROM} for s, step, loss in kept]
+    """Return the rows of `routed_curves` from the source, losses of the untrained models left out; see `rows`."""
+    points: dict[int, dict[int, float]] = {int(str(r["setting"])): {} for r in rows(curves, reveal) if r["loss"] != ""}
+    for row in _source(curves):
+        setting, step = int(row["hyper_id"]), int(row["step"])
+        if setting in points and step > 0 and row["loss_validation"]:
+            points[setting][step] = round(float(row["loss_validation"]), 5)
+    return [
+        {
+            "setting": setting,
+            "steps": " ".join(map(str, sorted(of))),
+            "losses": " ".join(str(of[s]) for s in sorted(of)),
+            **_FROM,
+        }
+        for setting, of in points.items()
+    ]
 
 
 def _source(curves: Path) -> csv.DictReader[str]:
@@ -186,7 +196,7 @@ def _row(row: Mapping[str, str], shown: set[str]) -> dict[str, object]:
 def write(curves: Path, reveal: Iterable[str]) -> None:
     """Write `clark.csv` and `clark_curves.csv` anew, see `rows`."""
     kinds, own = list(reveal), [field.name for field in fields(Provenance)]
-    tables = {"clark.csv": (RoutedModel, rows), "clark_curves.csv": (RoutedLoss, curve_rows)}
+    tables = {"clark.csv": (RoutedModel, rows), "clark_curves.csv": (RoutedCurve, curve_rows)}
     for name, (kind, made) in tables.items():
         names = [field.name for field in fields(kind) if field.name not in own]
         with Path(__file__).with_name(name).open("w", encoding="utf-8", newline="") as file:

@@ -23,7 +23,7 @@ def test_a_lead_that_is_lost_counts_from_its_last_return():
 
 
 def test_open_curves_of_clark_are_complete_and_sealed_ones_are_not_there():
-    models, points = paper.routed_models().frame(), paper.routed_losses().frame()
+    models, points = paper.routed_models().frame(), overtaking.open_curves()
     opened = models[models["seal"] != "sealed"].set_index("setting")
     assert set(points["setting"]) == set(opened.index) and points["step"].min() == 10_000
     last = points.sort_values("step").groupby("setting")["loss"].last()

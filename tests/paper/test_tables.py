@@ -21,7 +21,7 @@ TABLES = {
     "claims.csv": (paper.claims, ("id",)),
     "conflicts.csv": (paper.conflicts, ("id",)),
     "clark.csv": (paper.routed_models, ("setting",)),
-    "clark_curves.csv": (paper.routed_losses, ("setting", "step")),
+    "clark_curves.csv": (paper.routed_curves, ("setting",)),
     "reported.csv": (paper.reported, ("project", "model", "metric")),
 }
 """File -> its rows, and the fields by which they are told apart."""
