@@ -10,26 +10,20 @@ from moelab import paths
 from moelab.design import titles
 
 WAITING = {
-    ("all-to-all", "cpu"),
-    ("gating-kernels", "cpu"),
     ("imported-model", "cpu"),
-    ("inference-large", "cpu"),
-    ("inference-scaling", "cpu"),
     ("ladder", "cpu"),
     ("learning-rate", "full"),
-    ("model-variants-latency", "cpu"),
-    ("moe-vs-dense-inference", "cpu"),
     ("scaling", "cpu"),
     ("scaling", "full"),
     ("seeds", "full"),
     ("start", "cpu"),
-    ("throughput", "cpu"),
     ("top2-vs-residual", "cpu"),
     ("top2-vs-residual", "full"),
     ("zero-shot", "cpu"),
     ("zero-shot", "full"),
 }
-"""Experiments and scales that were published with longer titles, and were not published again yet."""
+"""Experiments and scales that were published with longer titles, and were not published again yet: those of zero-shot and
+of seeds need weights that are gone, the ladder without its larger rung stays as it was predicted."""
 
 
 def test_a_title_leaves_out_interval_and_seeds():
