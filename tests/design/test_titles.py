@@ -10,7 +10,6 @@ from moelab import paths
 from moelab.design import titles
 
 WAITING = {
-    ("imported-model", "cpu"),
     ("ladder", "cpu"),
     ("learning-rate", "full"),
     ("scaling", "cpu"),
