@@ -16,12 +16,12 @@ _OF_ARM = {
     for color, names in zip(
         COLORS,
         (
-            ("Dense", "350M", "1.3B", "6.7B", "flat", "two bare all-to-alls"),
-            ("MoE-32", "350M+MoE-32"),
+            ("Dense", "350M", "1.3B", "6.7B", "1 (dense)", "flat", "two bare all-to-alls"),
+            ("MoE-32", "350M+MoE-32", "32"),
             ("Pyramid-MoE-32/64", "Upcycled, top-1, scaled", "coordinated + hierarchical"),
             ("Residual-MoE-32", "Residual", "Grown"),
             ("PR-MoE-32/64", "PR-MoE", "1.3B+PR-MoE-64/128", "Teacher", "Upcycled", "coordinated"),
-            ("MoE-128", "350M+MoE-128", "1.3B+MoE-128", "Shared", "hierarchical"),
+            ("MoE-128", "350M+MoE-128", "1.3B+MoE-128", "128", "Shared", "hierarchical"),
             ("Top2-MoE-32", "Top-2"),
         ),
         strict=False,
