@@ -335,8 +335,8 @@ def _rule(
         reach = f"the paper's {claim.value:g} is that of the end of its training, of which these runs reach {share:.0%}"
         return HOLDS, f"The size is open: {reach}."
     if high < least or low > most:
-        alike = f"; {paper[0]:g} to {paper[1]:g} would count as alike" if paper[0] < paper[1] else ""
-        return SMALLER if high < least else LARGER, f"The paper's number is {claim.value:g}{alike}."
+        alike = f"; {paper[0]:.3g} to {paper[1]:.3g} would count as alike" if paper[0] < paper[1] else ""
+        return SMALLER if high < least else LARGER, f"The paper's number is {claim.value:.3g}{alike}."
     if exact or high - low < NARROW * abs(claim.value - zero):
         return HOLDS, "The size is the paper's."
     return HOLDS, f"The size is open: the interval is too wide to compare with the paper's {claim.value:g}."

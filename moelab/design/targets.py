@@ -78,12 +78,12 @@ def by_domain(runs: Runs, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
 
 
 def domain_headline(table: pd.DataFrame) -> str:
-    """Return in how many domains of `by_domain` the left arm of each pair ends below the right one, in one line."""
+    """Return "A beats B in 14/15 domains, ...": in how many domains of `by_domain` each pair's left arm ends lower."""
     means = table.groupby(["pair", "arm"], sort=False)["gap"].mean()
     said: list[str] = []
     for pair in table["pair"].unique():
-        of = f"{(means[pair] < 0).sum()} of {len(means[pair])} domains favour" if not said else (means[pair] < 0).sum()
-        said.append(f"{of} {pair.replace(' − ', ' over ')}")
+        share = f"{(means[pair] < 0).sum()}/{len(means[pair])}{'' if said else ' domains'}"
+        said.append(f"{pair.replace(' − ', ' beats ')} in {share}")
     return ", ".join(said)
 
 

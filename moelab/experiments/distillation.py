@@ -212,7 +212,8 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
 def over_training_headline(moved: pd.DataFrame, stop: float) -> str:
     """Return, from `comparison.over_training`, what distillation changes at its stop and at the end, in one line."""
     taught = "L21 + KD" if "L21 + KD" in set(moved["arm"]) else moved["arm"].iloc[0]
-    return f"{taught} minus L21 alone, {comparison.then_and_at_the_end(moved[moved['arm'] == taught], stop)}"
+    found = comparison.then_and_at_the_end(moved[moved["arm"] == taught], stop)
+    return f"{taught.removeprefix('L21 + ')} minus alone: {found}"
 
 
 def decay_begins(specs: Sequence[RunSpec]) -> float:

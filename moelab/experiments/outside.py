@@ -308,7 +308,7 @@ def drawn(fitted: Fit) -> dict[int, tuple[float, float, float]]:
 
 def headline(compared: pd.DataFrame) -> str:
     """Return in one line how the main prediction did, and where it missed most; `compared` comes from `compare`."""
-    inside = _inside(compared)
+    inside = [f"{int(part.sum())} of {len(part)}" for part in _inside(compared)]
     return (
         f"Twins of 0.1 to 2 million parameters predict Clark's models with 2 to 16 experts ({inside[0]} inside the "
         f"95 % intervals) but not with 256 and 512 ({inside[1]})"
@@ -317,15 +317,14 @@ def headline(compared: pd.DataFrame) -> str:
 
 def title(compared: pd.DataFrame) -> str:
     """Return `headline` short enough for a figure."""
-    few, many = _inside(compared)
-    return f"Intervals hold {few} with few experts, {many} beyond"
+    few, many = (part.mean() for part in _inside(compared))
+    return f"{few:.0%} of predictions hold for up to 16 experts, {many:.0%} for more"
 
 
-def _inside(compared: pd.DataFrame) -> list[str]:
-    """Return "30 of 36" for up to 16 experts and for more: settings inside the main prediction's intervals."""
+def _inside(compared: pd.DataFrame) -> list[pd.Series]:
+    """Return, of settings of up to 16 experts and of more, which are inside the main prediction's intervals."""
     main = compared[(compared["twins"] == MAIN[0]) & (compared["law"] == MAIN[1])]
-    few, many = (main[main["experts"] <= 16], main[main["experts"] > 16])
-    return [f"{int(part['inside'].sum())} of {len(part)}" for part in (few, many)]
+    return [main.loc[few, "inside"].astype(float) for few in (main["experts"] <= 16, main["experts"] > 16)]
 
 
 MOST_PARAMETERS, MOST_EXPERTS = 3.7e8, 16

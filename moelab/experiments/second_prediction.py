@@ -8,7 +8,8 @@ multiplies the law's effect (`multipliers`). Every prediction has two intervals 
 - wide_low, wide_high: as wide as the twins' errors on the settings that are open already (`calibrated`). About half of
   the first prediction's settings lay inside intervals of the other kind, which hold no error of the law's form.
 
-Routers are not told apart. Dense models with wider feed-forward layers are not predicted: no twin is like them.
+The prediction does not distinguish routers. Dense models with wider feed-forward layers are not predicted, because no
+twin has such layers.
 """
 
 from __future__ import annotations

@@ -144,8 +144,8 @@ def test_differences_by_domain_are_paired_by_seed_and_a_text_of_one_domain_has_n
     assert list(table["pair"].unique()) == ["A − B", "B − A"] and list(table["arm"][:4]) == ["sea"] * 2 + ["field"] * 2
     assert list(table["gap"][:4]) == pytest.approx([-1.0, -0.5, 0.5, 0.5])
     first = table[table["pair"] == "A − B"]
-    assert targets.domain_headline(first) == "1 of 2 domains favour A over B"
-    assert targets.domain_headline(table) == "1 of 2 domains favour A over B, 1 B over A"
+    assert targets.domain_headline(first) == "A beats B in 1/2 domains"
+    assert targets.domain_headline(table) == "A beats B in 1/2 domains, B beats A in 1/2"
     drawn = figures.in_panels(table)
     rows = [[label.get_text() for label in ax.get_yticklabels()] for ax in drawn.axes]
     assert rows == [["sea", "field"], ["field", "sea"]] and [

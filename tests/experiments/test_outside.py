@@ -84,6 +84,7 @@ def test_scores_count_what_lies_inside_and_how_far_off_the_others_are():
 def test_what_the_page_says_of_the_main_prediction():
     compared = outside.compare(outside.first(), outside.measured("first"))
     assert "(30 of 36 inside the 95 % intervals) but not with 256 and 512 (3 of 23)" in outside.headline(compared)
+    assert outside.title(compared) == "83% of predictions hold for up to 16 experts, 13% for more"
     main = compared[(compared["twins"] == "full") & (compared["law"] == "effective")]
     smaller = main[(main["experts"] <= 16) & (main["size"] != "1.3B")]
     assert (smaller["inside"].sum(), len(smaller)) == (27, 30)

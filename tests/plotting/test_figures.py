@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moelab.experiments import pr_moe, scaling, top2_vs_residual, upcycling, zero_shot
+from moelab.experiments import pr_moe, scaling, top2_vs_residual, upcycling, what_survives, zero_shot
 from moelab.plotting import figures, ladder, layer
 from moelab.plotting.axis import EDGE, LOWEST, Axis
 
@@ -25,9 +25,8 @@ def test_an_arm_has_one_colour_in_every_figure():
     every["350M+MoE-128"] = every["MoE-128"]
     for arms in (
         pr_moe.ARMS,
-        zero_shot.drawn("full"),
+        zero_shot.ARMS,
         top2_vs_residual.ARMS,
-        scaling.ARMS,
         ["MoE-128", "Dense"],
         shown,
         ways,
@@ -35,6 +34,34 @@ def test_an_arm_has_one_colour_in_every_figure():
         found = figures.colors(list(arms))
         assert list(found) == list(arms) and len(set(found.values())) == len(arms)
         assert {arm: every.setdefault(arm, color) for arm, color in found.items()} == found
+
+
+def test_a_family_shares_its_colour_and_its_arms_differ_by_marks():
+    for arms, families in ((scaling.ARMS, 2), (zero_shot.drawn("full"), 3), (what_survives.ARMS, 6)):
+        found = figures.colors(list(arms))
+        looks = {(color, figures.ranks(found)[arm]) for arm, color in found.items()}
+        assert len(set(found.values())) == families and len(looks) == len(arms)
+    assert figures.colors(["Shared", "Shared, fine", "350M"])["Shared, fine"] == figures.colors(["MoE-128"])["MoE-128"]
+
+
+def test_scores_by_task_show_family_base_and_what_is_real(ax):
+    arms = [*zero_shot.drawn("full"), "SmolLM2"]
+    score = {"accuracy": 0.3, "standard_error": 0.01, "reference": 0.25, "margin": 0.5}
+    table = pd.DataFrame([{"arm": arm, "task": task, **score} for arm in arms for task in ("piqa", "nq")])
+    figures.task_scores(table, ax, tasks=["piqa", "nq"], twins=zero_shot.arms("full"))
+    drawn = {bars.get_label(): bars.lines[0] for bars in ax.containers}
+    looks = {(line.get_color(), line.get_marker()) for line in drawn.values()}
+    assert len(looks) == len(arms) and len({color for color, _ in looks}) == 4
+    assert [drawn[f"{arm} twin"].get_marker() for arm in ("Dense", "1.3B", "6.7B", "1.3B+MoE-128")] == [
+        "o",
+        "s",
+        "^",
+        "s",
+    ]
+    assert drawn["SmolLM2 (real)"].get_color() == figures.REAL["color"]
+    assert "guessing" in [line.get_label() for line in ax.lines]
+    figures.task_scores(table, other := figures.panels()[1][0], tasks=["nq"], twins=arms, value="margin")
+    assert len(other.containers[0].lines[0].get_xdata()) == 1 and not other.containers[0].has_yerr
 
 
 def test_every_value_of_the_paper_is_a_hollow_diamond(ax):

@@ -80,6 +80,10 @@ def test_curves_are_packed_by_arm_and_seed():
     assert list(found.arms) == ["Dense", "MoE-128"] and found.grids == [[1, 2, 3]], "without the untrained model"
     assert found.series[0] == ("MoE-128", 0, 0, [2.75, 2.5, 2.25]) and len(found.series) == 4
     assert found.arms["Dense"][0] == figures.colors(["Dense"])["Dense"] != found.arms["Dense"][1]
+    bases = interactive.pack(
+        [row | {"arm": row["arm"].replace("MoE-128", "1.3B")} for row in rows()], ["Dense", "1.3B"]
+    )
+    assert [dashes for *_, dashes in bases.arms.values()] == [(), (4, 1.5)], "arms of one colour"
     assert (found.values, found.against, found.along) == ("loss", "", True)
     differences = interactive.pack([row | {"loss": row["loss"] - 3, "against": "MoE-32"} for row in rows()])
     assert (differences.values, differences.against) == ("gap", "MoE-32")
