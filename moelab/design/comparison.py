@@ -388,14 +388,14 @@ def gaps_headline(final: pd.DataFrame, reference: str, *, along: bool = False) -
 
 
 def then_and_at_the_end(moved: pd.DataFrame, share: float) -> str:
-    """Return "+0.012 nats after 70% of training, +0.034 after all", from one arm's rows of `over_training`.
+    """Return "+0.012 nats after 70%, +0.034 after 100% of training", from one arm's rows of `over_training`.
 
     The first is at the last evaluation up to that share of the training, and says which share that is.
     """
     at = moved.groupby("tokens")["loss"].mean()
     then = max(0, int((at.index <= share * at.index[-1]).sum()) - 1)
     reached = at.index[then] / at.index[-1]
-    return f"{at.iloc[then]:+.3f} nats after {reached:.0%} of training, {at.iloc[-1]:+.3f} after all"
+    return f"{at.iloc[then]:+.3f} nats after {reached:.0%}, {at.iloc[-1]:+.3f} after 100% of training"
 
 
 def ends_headline(final: pd.DataFrame) -> str:

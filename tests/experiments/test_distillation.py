@@ -91,7 +91,7 @@ def test_distillation_late_is_before_the_decay():
 def test_the_difference_at_the_stop_says_where_it_was_evaluated():
     lines = curves({"L21 alone": (9, 8, 7, 6, 5, 4), "L21 + KD": (9, 7, 6.5, 5.75, 5, 4.25)}, range(0, 600, 100))
     line = distillation.over_training_headline(comparison.over_training(lines, ["L21 + KD"], "L21 alone"), 0.7)
-    assert line == "KD minus alone: -0.250 nats after 60% of training, +0.250 after all"
+    assert line == "KD minus alone: -0.250 nats after 60%, +0.250 after 100% of training"
 
 
 def test_a_student_is_held_against_its_teacher_only_where_the_teacher_is_the_better_model():
