@@ -67,6 +67,8 @@
     const part = make("select", {}, option("0", "all tokens"), option("0.25", "from a quarter on"), option("0.5", "the last half"), option("0.75", "the last quarter"));
     const along = make("select", {}, option("tokens", "training tokens"), option("share", "share of the paper’s training"));
     if (beside && gap) along.value = "share";
+    const dashes = (arm) => data.arms[arm][2].map((length) => 2 * length); // in pixels; none is a solid line
+    const stripes = (dash, end = 0) => dash.map((length, i) => `${i % 2 ? "#0000" : "#000"} ${end}px ${(end += length)}px`).join();
     const switches = {}, values = {};
     const legend = make("fieldset", { class: "arms" }, make("legend", {}, "Arms"));
     for (const arm of arms) {
@@ -76,6 +78,7 @@
       const swatch = make("span", { class: "swatch" });
       swatch.style.setProperty("--light", data.arms[arm][0]);
       swatch.style.setProperty("--dark", data.arms[arm][1]);
+      if (dashes(arm).length) swatch.style.mask = `repeating-linear-gradient(90deg, ${stripes(dashes(arm))})`;
       legend.append(make("label", {}, switches[arm], swatch, ` ${arm} `, values[arm]));
     }
     const at = make("span", { class: "soft at", "aria-live": "polite" });
@@ -142,10 +145,10 @@
       const x = [...new Set(drawn.flatMap(({ points, theirs }) => [...points.keys(), ...theirs.keys()]))].sort((a, b) => a - b);
       const columns = [x], series = [{}], bands = [];
       for (const { arm, points, theirs, seeds: n } of drawn) {
-        const color = data.arms[arm][night ? 1 : 0];
+        const color = data.arms[arm][night ? 1 : 0], dash = dashes(arm);
         const line = (value, extra = {}) => {
           columns.push(x.map((v) => (points.has(v) ? value(points.get(v)) : null)));
-          series.push({ stroke: color, width: 2, spanGaps: true, points: { show: !data.along, size: 6 }, ...extra });
+          series.push({ stroke: color, dash, width: 2, spanGaps: true, points: { show: !data.along, size: 6 }, ...extra });
           return columns.length - 1;
         };
         if (which.value === "each") for (let i = 0; i < n; i++) line(({ each }) => each[i] ?? null, { width: 1.2 });
