@@ -16,7 +16,7 @@ wide as `layout.WIDTH`, with their panels below one another. `Publication.figure
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -43,11 +43,11 @@ def theme() -> None:
     ink = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
     deep = ["4C72B0", "DD8452", "55A868", "C44E52", "8172B3", "937860", "DA8BC3", "8C8C8C", "CCB974", "64B5CD"]
     ticks = {"major.size": 6, "minor.size": 4, "major.width": 1.25, "minor.width": 1}
-    mpl.rcParams.update(
+    settings: Any = (
         dict.fromkeys(ink, ".15")
         | {f"{axis}tick.{name}": size for axis in "xy" for name, size in ticks.items()}
         | {
-            "axes.prop_cycle": mpl.cycler(color=deep),
+            "axes.prop_cycle": f"cycler(color={deep})",
             "axes.axisbelow": True,
             "axes.linewidth": 1.25,
             "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"],
@@ -79,6 +79,7 @@ def theme() -> None:
             "savefig.facecolor": "white",
         }
     )
+    mpl.rcParams.update(settings)
 
 
 def student(values: pd.Series, alpha: float = ALPHA) -> tuple[float, float]:
