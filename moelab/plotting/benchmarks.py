@@ -89,9 +89,9 @@ def times(
 
 def possible() -> bool:
     """Return whether there is what figures are drawn with; say so where it is missing, as on a borrowed machine."""
-    missing = find_spec("matplotlib") is None
+    missing = find_spec("seaborn") is None
     if missing:
-        print("no figure: matplotlib is not installed")
+        print("no figure: seaborn is not installed")
     return not missing
 
 

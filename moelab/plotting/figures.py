@@ -1,4 +1,4 @@
-"""Draw all figures in one style: a quiet theme, colours safe for colour blindness, one mark for the paper's values.
+"""Draw all figures in one style: a seaborn theme, colours safe for colour blindness, one mark for the paper's values.
 
     figures.theme()
     fig, (ax,) = figures.panels()
@@ -23,8 +23,7 @@ import pandas as pd
 from moelab.plotting.layout import HEIGHT, TEXT, WIDTH, legend_below, name_rows, panels
 from moelab.plotting.layout import save as save  # for those who import this module, as `panels`
 from moelab.plotting.layout import title as title
-from moelab.plotting.palette import COLORS as _COLORS
-from moelab.plotting.palette import DASHES, colors
+from moelab.plotting.palette import DASHES, OURS, colors, ranks
 from moelab.statistics import ALPHA, interval, ratio_interval
 
 if TYPE_CHECKING:
@@ -33,29 +32,20 @@ if TYPE_CHECKING:
 
 PAPER = {"color": "#444444", "marker": "D"}
 """How a value of the paper is drawn: a dark hollow diamond, everywhere."""
+REAL: dict[str, Any] = {"color": "#000000", "marker": "*", "markersize": 8}
+"""How a value of a real model, which is no twin, is drawn."""
+_MARKERS = "os^vP"
+"""Of arms of one colour."""
 
 
 def theme() -> None:
     """Set the style of all figures drawn afterwards."""
-    import matplotlib as mpl
+    import seaborn as sns  # not on every machine that runs benchmarks
 
-    # Ink, sizes and colours are those of seaborn's theme "ticks", whose import takes as long as torch's.
-    ink = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
-    deep = ["4C72B0", "DD8452", "55A868", "C44E52", "8172B3", "937860", "DA8BC3", "8C8C8C", "CCB974", "64B5CD"]
-    ticks = {"major.size": 6, "minor.size": 4, "major.width": 1.25, "minor.width": 1}
-    settings: Any = (
-        dict.fromkeys(ink, ".15")
-        | {f"{axis}tick.{name}": size for axis in "xy" for name, size in ticks.items()}
-        | {
-            "axes.prop_cycle": f"cycler(color={deep})",
-            "axes.axisbelow": True,
-            "axes.linewidth": 1.25,
-            "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"],
-            "grid.color": ".8",
-            "grid.linewidth": 1,
-            "lines.solid_capstyle": "round",
-            "patch.edgecolor": "w",
-            "patch.force_edgecolor": True,
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
             "figure.figsize": (WIDTH, HEIGHT),
             "figure.dpi": 110,
             "axes.spines.top": False,
@@ -77,13 +67,12 @@ def theme() -> None:
             "svg.fonttype": "none",
             "svg.hashsalt": "moelab",  # the same figure is the same file
             "savefig.facecolor": "white",
-        }
+        },
     )
-    mpl.rcParams.update(settings)
 
 
 def student(values: pd.Series, alpha: float = ALPHA) -> tuple[float, float]:
-    """Return the 95 % Student interval of the mean, of a single value, that value twice.
+    """Return the 95 % Student interval of the mean, for seaborn's `errorbar`; of a single value, that value twice.
 
     Args:
         alpha: the chance that it misses the mean; of a planned look at a comparison it is `sequential.level`.
@@ -182,7 +171,7 @@ def our_points(
     high: Sequence[float] | None = None,
     *,
     label: str = "ours",
-    color: str = _COLORS[5],
+    color: str = OURS,
     line: bool = True,
     marker: str = "o",
 ) -> Axes:
@@ -335,7 +324,7 @@ def differences(table: pd.DataFrame, *, alpha: float = ALPHA) -> Figure:
     there = {column: name for column, name in names.items() if column in table and table[column].notna().any()}
     fig, axes = panels(len(there), height=0.45 * len(arms) + 0.8, sharex=True)
     for ax, (column, name) in zip(axes, there.items(), strict=True):
-        gaps(table.dropna(subset=[column]), ax, arms=arms, value=column, paper={}, alpha=alpha, color=_COLORS[5])
+        gaps(table.dropna(subset=[column]), ax, arms=arms, value=column, paper={}, alpha=alpha, color=OURS)
         ax.set_title(name)
     axes[-1].set_xlabel(DIFFERENCE)
     legend_below(axes[-1])
@@ -367,7 +356,7 @@ def in_panels(
         theirs = part.dropna(subset="paper").groupby("arm")["paper"].first() if "paper" in part else {}
         paper = {arm: (at, at, at) for arm, at in theirs.items()}
         arms = list(part["arm"].unique())
-        gaps(part, ax, arms=arms, value=value, paper=paper, color=_COLORS[5], ratio=ratio)
+        gaps(part, ax, arms=arms, value=value, paper=paper, color=OURS, ratio=ratio)
         ax.set_title(name)
     axes[-1].set_xlabel(label)
     legend_below(axes[-1])
@@ -377,49 +366,40 @@ def in_panels(
 def means(results: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
     """Draw a line of means over seeds with 95 % bars, and each seed as a small dot. Columns x, y and seed."""
     rows = [(at, part[y].mean(), *student(part[y])) for at, part in results.groupby(x)]
-    ax.scatter(results[x], results[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
+    ax.scatter(results[x], results[y], s=14, color=OURS, alpha=0.5, linewidths=0)
     if rows:
         at, center, low, high = (list(column) for column in zip(*rows, strict=True))
-        ax.errorbar(at, center, yerr=_around(center, low, high), fmt="o-", color=_COLORS[5], capsize=4)
-    return ax
-
-
-def seed_lines(results: pd.DataFrame, ax: Axes, *, arms: Sequence[str]) -> Axes:
-    """Draw a line per seed across the arms; pairing by seed removes what the lines have in common.
-
-    Args:
-        results: columns arm, seed and validation_loss.
-    """
-    table = results.pivot(index="seed", columns="arm", values="validation_loss")
-    there = [arm for arm in arms if arm in table]
-    for _, row in table[there].iterrows():
-        ax.plot(range(len(there)), row, marker="o", color=_COLORS[5], alpha=0.6)
-    ax.set_xticks(range(len(there)), there)
-    ax.set_xlim(-0.3, len(there) - 0.7)
+        ax.errorbar(at, center, yerr=_around(center, low, high), fmt="o-", color=OURS, capsize=4)
     return ax
 
 
 def task_scores(
-    table: pd.DataFrame, ax: Axes, *, tasks: Sequence[str], colors: Mapping[str, str], twins: Sequence[str]
+    table: pd.DataFrame, ax: Axes, *, tasks: Sequence[str], twins: Sequence[str], value: str = "accuracy"
 ) -> Axes:
-    """Draw the accuracy of each arm on each task with the 95 % interval of its items, and that of guessing as dashes.
+    """Draw the scores of each arm on each task side by side: its family's colour, and a marker for each of the family.
 
     Args:
-        table: columns arm, task, accuracy, standard_error and reference (what guessing reaches).
-        colors: arm -> colour.
+        table: columns arm, task and `value`, a row for each dot; of accuracies also standard_error, drawn as 95 %
+            interval of the items, and reference (what guessing reaches), drawn as dashes.
         twins: arms that are twins; the others are real models.
     """
     arms = list(dict.fromkeys(table["arm"]))
+    palette = colors([arm for arm in arms if arm in twins])
+    twin: dict[str, dict[str, Any]] = {
+        arm: {"color": palette[arm], "marker": _MARKERS[rank]} for arm, rank in ranks(palette).items()
+    }
+    unit, accuracy = (100, True) if value == "accuracy" else (1, False)
     for i, arm in enumerate(arms):
-        part = table[table["arm"] == arm].set_index("task").reindex(tasks)
-        places = [at + (i - (len(arms) - 1) / 2) * min(0.22, 0.85 / len(arms)) for at in range(len(tasks))]
-        marker, label = ("o", f"{arm} twin") if arm in twins else ("s", f"{arm} (real)")
-        error = 100 * 1.96 * part["standard_error"]
-        ax.errorbar(places, 100 * part["accuracy"], yerr=error, fmt=marker, capsize=3, color=colors[arm], label=label)
-    for at, reference in enumerate(table.drop_duplicates("task").set_index("task").loc[list(tasks), "reference"]):
-        ax.plot(
-            [at - 0.4, at + 0.4], [100 * reference] * 2, "--", color="0.1", lw=1, label="guessing" if at == 0 else None
-        )
-    ax.set(ylabel="accuracy (%)", ylim=(-4, 100))
+        part = table[(table["arm"] == arm) & table["task"].isin(tasks)]
+        places = [tasks.index(task) + (i - (len(arms) - 1) / 2) * min(0.22, 0.85 / len(arms)) for task in part["task"]]
+        error = 1.96 * unit * part["standard_error"] if accuracy else None
+        look = twin.get(arm, REAL) | {"label": f"{arm} {'twin' if arm in twin else '(real)'}"}
+        ax.errorbar(places, unit * part[value], yerr=error, linestyle="", capsize=2, elinewidth=1, **look)
+    if accuracy:
+        for at, reference in enumerate(table.drop_duplicates("task").set_index("task").loc[list(tasks), "reference"]):
+            ends, label = ([at - 0.45, at + 0.45], "guessing" if at == 0 else None)
+            ax.plot(ends, [100 * reference] * 2, "--", color="#888888", linewidth=1.2, label=label)
+        ax.set(ylabel="accuracy (%)", ylim=(-4, 100))
+    ax.set_xlim(-0.6, len(tasks) - 0.4)
     ax.set_xticks(range(len(tasks)), [task.removeprefix("packaged_") for task in tasks])
     return ax

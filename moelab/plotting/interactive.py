@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moelab.plotting import svg
-from moelab.plotting.palette import colors
+from moelab.plotting.palette import DASHES, colors, ranks
 
 MAX_ROWS = 60_000
 """Points of a chart; a figure with more keeps its picture only."""
@@ -21,7 +21,7 @@ class Curves:
         values: ``loss``, or ``gap`` where the figure shows differences.
         against: the arm whose loss is subtracted, as far as the data says it.
         along: these are evaluations along training; else they are final losses of runs of these lengths.
-        arms: arm -> its colours on light and dark pages.
+        arms: arm -> its colours on light and dark pages, and the dashes by which arms of one colour differ.
         grids: the training tokens of the points; several curves share a grid.
         series: arm, seed, index of the grid, values.
     """
@@ -29,7 +29,7 @@ class Curves:
     values: str
     against: str
     along: bool
-    arms: dict[str, tuple[str, str]]
+    arms: dict[str, tuple[str, str, tuple[float, ...]]]
     grids: list[list[float]]
     series: list[tuple[str, int, int, list[float]]]
 
@@ -69,6 +69,8 @@ def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | 
     differences = column == "gap" or any(value < 0 for points in points_of.values() for _, value in points)
     there = list(dict.fromkeys(arm for arm, _ in points_of))
     palette = colors(list(dict.fromkeys([*order, *there])))  # of all arms: each keeps its colour in every figure
-    arms = {arm: (color, svg.dark_color(color)) for arm, color in palette.items() if arm in there}
+    drawn = {arm: color for arm, color in palette.items() if arm in there}
+    dashes = {arm: DASHES[rank % len(DASHES)] for arm, rank in ranks(drawn).items()}
+    arms = {arm: (color, svg.dark_color(color), dashes[arm]) for arm, color in drawn.items()}
     kind, along = "gap" if differences else "loss", "per_parameter" not in rows[0]
     return Curves(kind, str(rows[0].get("against", "")), along, arms, grids, series)

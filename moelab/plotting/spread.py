@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from moelab.plotting.figures import name_rows
-from moelab.plotting.palette import COLORS, colors
+from moelab.plotting.palette import COLORS, OURS, colors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = {"spread": "all tokens", "repeated": "copyable tokens", "changed": "changed tokens", "new": "new tokens"}
 """Column of `moelab.experiments.seeds.spreads` -> its name in figures."""
-_MARKS = ((COLORS[5], "o", 60), (COLORS[4], "^", 30), (COLORS[3], "s", 24), (COLORS[2], "v", 30))
+_MARKS = ((OURS, "o", 60), (COLORS[4], "^", 30), (COLORS[3], "s", 24), (COLORS[2], "v", 30))
+
+
+def seed_lines(results: pd.DataFrame, ax: Axes, *, arms: Sequence[str]) -> Axes:
+    """Draw a line per seed across the arms; pairing by seed removes what the lines have in common.
+
+    Args:
+        results: columns arm, seed and validation_loss.
+    """
+    table = results.pivot(index="seed", columns="arm", values="validation_loss")
+    there = [arm for arm in arms if arm in table]
+    for _, row in table[there].iterrows():
+        ax.plot(range(len(there)), row, marker="o", color=OURS, alpha=0.6)
+    ax.set_xticks(range(len(there)), there)
+    ax.set_xlim(-0.3, len(there) - 0.7)
+    return ax
 
 
 def onsets(table: pd.DataFrame, ax: Axes, *, limit: float) -> Axes:
@@ -26,7 +42,7 @@ def onsets(table: pd.DataFrame, ax: Axes, *, limit: float) -> Axes:
     """
     arms = list(dict.fromkeys(table["arm"]))
     x = (100 * table["onset"]).fillna(100)
-    ax.scatter(x, [arms.index(arm) for arm in table["arm"]], s=22, alpha=0.75, color=COLORS[5])
+    ax.scatter(x, [arms.index(arm) for arm in table["arm"]], s=22, alpha=0.75, color=OURS)
     ax.axvline(100 * limit, color="#888888", linewidth=1, linestyle=":")
     ax.set(xlabel=f"copying begins (% of a whole training; dotted: {100 * limit:.0f} %)", xlim=(0, None))
     name_rows(ax, arms)
