@@ -141,7 +141,7 @@ def fit(points: pd.DataFrame, draws: int = 0) -> Fit:
     Raises:
         ValueError: one line: there are not more points than parameters, or fewer than three sizes or budgets.
     """
-    from scipy.stats import norm, t
+    from scipy.special import ndtri, stdtrit
 
     table = points.pivot(index=["flops", "seed"], columns="tokens", values="loss")
     table = table[np.isfinite(table).all(axis=1)]
@@ -155,7 +155,7 @@ def fit(points: pd.DataFrame, draws: int = 0) -> Fit:
     fitted = law.loss(flops[:, None], tokens[None, :])
     misfit, trunks = (table.to_numpy() - fitted).mean(0), len(table)
     left = max(trunks - 3, 1)
-    wider = math.sqrt(trunks / left) * float(t.isf(0.025, left) / norm.isf(0.025))
+    wider = math.sqrt(trunks / left) * float(stdtrit(left, 0.025) / ndtri(0.025))
     residuals = (table.to_numpy() - fitted - misfit) * wider
     draw = np.random.default_rng(0)
     drawn = [residuals[draw.integers(trunks, size=trunks)] for _ in range(draws or DRAWS)]

@@ -251,12 +251,12 @@ def _statistics(
 
 def _decides(statistics: tuple[np.ndarray, np.ndarray], looks: tuple[int, ...], alpha: float) -> tuple[float, float]:
     """Return in which share of the experiments a plan decides, and after how many seeds it ends on average."""
-    from scipy.stats import t as student
+    from scipy.special import stdtrit
 
     t, freedom = statistics
     decided, ended = np.zeros(len(t), bool), np.full(len(t), looks[-1])
     for n in looks:
-        edge = student.isf(sequential.level(n, looks, alpha) / 2, freedom[:, n - 2])
+        edge = -stdtrit(freedom[:, n - 2], sequential.level(n, looks, alpha) / 2)
         now = (t[:, n - 2] > edge).all(-1) & ~decided
         ended[now] = n
         decided |= now

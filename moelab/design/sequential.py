@@ -38,10 +38,10 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
         cumulative: chance, under no effect, that a boundary has been crossed at this look or before.
     """
     from scipy.optimize import brentq
-    from scipy.stats import norm
+    from scipy.special import ndtr
 
     def beyond(z: float, goal: float, x: np.ndarray, mass: np.ndarray, step: float, root: float) -> float:
-        return float(mass @ (norm.sf((z * root - x) / step) + norm.sf((z * root + x) / step))) - goal
+        return float(mass @ (ndtr((x - z * root) / step) + ndtr((-z * root - x) / step))) - goal
 
     found: list[float] = []
     # The sum of the samples is a random walk: after the fraction f its variance is f. x and mass: its distribution
@@ -53,16 +53,17 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
         found.append(z)
         grid, width = np.linspace(-z * root, z * root, 2 * _HALF + 1, retstep=True)
         simpson = width / 3 * np.array([1, *[4, 2] * (_HALF - 1), 4, 1])
-        mass = simpson * (norm.pdf(grid[:, None], x, step) @ mass)
+        density = np.exp(-(((grid[:, None] - x) / step) ** 2) / 2) / math.sqrt(2 * math.pi) / step
+        mass = simpson * (density @ mass)
         x, before, gone = grid, fraction, total
     return found
 
 
 @functools.lru_cache(maxsize=1024)
 def _levels(fractions: tuple[float, ...], alpha: float) -> tuple[float, ...]:
-    from scipy.stats import norm
+    from scipy.special import ndtr
 
-    return tuple(float(2 * norm.sf(z)) for z in boundaries(fractions, [alpha * f for f in fractions]))
+    return tuple(float(2 * ndtr(-z)) for z in boundaries(fractions, [alpha * f for f in fractions]))
 
 
 def level(seeds: int, looks: tuple[int, ...] = (), alpha: float = ALPHA) -> float:
@@ -111,16 +112,16 @@ def chance(estimate: Estimate, effect: float, looks: tuple[int, ...], *, within:
         effect: with the sign that is claimed.
         within: the smallest effect of interest, where the second decision is one, too.
     """
-    from scipy.stats import norm, t
+    from scipy.special import ndtr, stdtrit
 
     last, n, spread = looks[-1], estimate.samples, estimate.spread
     if n >= last or not spread:
         return 1.0
-    edge = float(t.isf(level(last, looks) / 2, estimate.freedom * (last - 1) / max(n - 1, 1)))
+    edge = -float(stdtrit(estimate.freedom * (last - 1) / max(n - 1, 1), level(last, looks) / 2))
     done, left = n / last, math.sqrt(1 - n / last)
     so_far = estimate.mean / spread * n / math.sqrt(last)  # of the z statistic of the last look
     there = abs(effect) / spread * math.sqrt(last)
-    exceeds = norm.sf((edge - math.copysign(1, effect) * so_far - there * (1 - done)) / left)
+    exceeds = ndtr((there * (1 - done) + math.copysign(1, effect) * so_far - edge) / left)
     room = max(within / spread * math.sqrt(last) - edge, 0.0)
-    lies_within = norm.cdf((room - so_far) / left) - norm.cdf((-room - so_far) / left)
+    lies_within = ndtr((room - so_far) / left) - ndtr((-room - so_far) / left)
     return float(max(exceeds, lies_within if within else 0.0))

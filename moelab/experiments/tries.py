@@ -266,11 +266,11 @@ def _known(value: float) -> float | None:
 
 def _noise(spread: float, seeds: int) -> float | None:
     """Return half of the 95 % interval of the difference of two groups of seeds of one spread; None for one seed."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     if seeds < 2 or math.isnan(spread):
         return None
-    return float(t.isf(ALPHA / 2, 2 * seeds - 2)) * spread * math.sqrt(2 / seeds)
+    return -float(stdtrit(2 * seeds - 2, ALPHA / 2)) * spread * math.sqrt(2 / seeds)
 
 
 def _curve(runs: Runs) -> pd.DataFrame:

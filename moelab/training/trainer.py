@@ -137,7 +137,10 @@ class Trainer:
         counts: list[list[tuple[Tensor, Tensor]]] = []
         for part in range(parts):
             number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
-            torch.manual_seed(draw_seed(config.seed, step, number))
+            seed = draw_seed(config.seed, step, number)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a traceback for each GPU type unused
+            if config.device == "cuda":
+                torch.cuda.manual_seed_all(seed)
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
             soft = self.distiller.targets(tokens_BT[rows], step) if self.distiller else None
             with autocast(config):
