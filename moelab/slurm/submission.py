@@ -1,6 +1,6 @@
 """Record what was submitted: a folder per submission, whose `submission.json` names its jobs and their runs.
 
-    .moelab/submissions/<date>-<name>-<hash>/submission.json    runs and notebooks with their job ids
+    .moelab/submissions/<time>-<name>-<µs>/submission.json      runs and notebooks with their job ids
                                              12_submission.sh   the batch script of job (array) 12
                                              12_0_0_log.out     output of the driver of array task 12_0
                                              notebook-0.json    outcome of a notebook

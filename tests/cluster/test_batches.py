@@ -182,7 +182,8 @@ def test_jupyterlab_in_an_allocation(workplace):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(address.split("/lab?")[0] + "/api/status")
         (folder,) = (workplace.home / "lab").iterdir()
-        assert (folder / "token").stat().st_mode & 0o077 == 0
+        (record,) = folder.glob("node*/jpserver-*.json")
+        assert (record.stat().st_mode | folder.stat().st_mode) & 0o077 == 0
         written = [path.read_bytes() for path in folder.glob("*_sub*")]
         assert len(written) == 2 and not any(address.split("=")[1].encode() in text for text in written)
     finally:
