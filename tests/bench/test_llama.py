@@ -55,7 +55,7 @@ def test_it_writes_our_tokens(config, dtype):
     with llama.beside(model, PROMPTS, 8) as found:  # checks the logits
         theirs = found[llama.NAME].generate(PROMPTS, 8, exact=True)
         alone = found[llama.NAME].generate(PROMPTS[:1], 8, exact=True)
-        assert len(found[llama.NAME].turns(PROMPTS, 4)) == 4 and min(theirs.seconds) > 0
+        assert len(found[llama.NAME].turns(PROMPTS, 4)) == 4 and min(theirs.turns) > 0
     if dtype == "fp32":
         ours = Generator(set_mode(model), batch=3).generate(PROMPTS, Sampling(max_new_tokens=8, temperature=0))
         assert [list(c.tokens) for c in ours] == theirs.tokens.tolist()
