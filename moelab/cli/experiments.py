@@ -14,7 +14,6 @@ import typer
 
 from moelab import paths, terminal
 from moelab.cli._options import (
-    EXPERIMENTS,
     SEVERAL_EXPERIMENTS,
     AsJson,
     Parameters,
@@ -212,11 +211,3 @@ def power(
         f"paper's, or the smallest of interest where the paper gives no number; of two arms {SMALLEST:g} nats per "
         "token (--effect). The spread of a few seeds is itself uncertain, and with it these numbers."
     )
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to `moelab`."""
-    app.command(name="list", rich_help_panel=EXPERIMENTS)(list_)
-    app.command(rich_help_panel=EXPERIMENTS)(run)
-    app.command(rich_help_panel=EXPERIMENTS)(claims)
-    app.command(rich_help_panel=EXPERIMENTS)(power)

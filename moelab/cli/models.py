@@ -14,7 +14,6 @@ import typer
 
 from moelab import paths, terminal
 from moelab.cli._options import (
-    RUNS,
     Out,
     RunOrModel,
     check_choice,
@@ -292,11 +291,3 @@ def export(
 def _check_new(command: str, directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{command}: {directory} exists; choose a new directory")
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to `moelab`."""
-    app.command(rich_help_panel=RUNS)(generate)
-    app.command(name="eval", rich_help_panel=RUNS)(eval_)
-    app.command(name="import", rich_help_panel=RUNS)(import_)
-    app.command(rich_help_panel=RUNS)(export)

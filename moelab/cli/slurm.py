@@ -16,7 +16,6 @@ import typer
 
 from moelab import paths, terminal
 from moelab.cli._options import (
-    CLUSTER,
     SEVERAL_EXPERIMENTS,
     AsJson,
     Parameters,
@@ -44,12 +43,6 @@ Again = Annotated[bool, typer.Option("--again", help="execute notebooks that hav
 Names = Annotated[
     list[str] | None, typer.Argument(help="experiments, runs or submissions, by the start of their names")
 ]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `moelab`."""
-    for function in (prepare, submit, sweep, status, logs, cancel):
-        app.command(rich_help_panel=CLUSTER)(function)
 
 
 def prepare(

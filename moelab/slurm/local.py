@@ -55,7 +55,7 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
             for index, run in enumerate(part.runs if part.values is None else [None]):
                 if run:
                     own, given_up = Run.files(store.root / run), False
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, ValueError):
                         given_up = any(last.job == part.job and not last.again for last in history(own)[-1:])
                     over, works = own.finished or given_up, own.locked
                 else:
