@@ -19,7 +19,6 @@ from moelab.cli._options import (
     check_choice,
     check_device,
     check_dtypes,
-    run_names,
     write_provenance,
 )
 from moelab.config.parallel import EXCHANGES
@@ -35,13 +34,7 @@ MODES = ("optimised", "baseline")
 
 
 def generate(
-    run: Annotated[
-        str,
-        typer.Argument(
-            help="id of a run, or the beginning of it, or a directory of a run or an exported model",
-            autocompletion=run_names,
-        ),
-    ],
+    run: RunOrModel,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text to continue; repeat for several")] = None,
     ids: Annotated[
         list[str] | None,

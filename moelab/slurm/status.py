@@ -91,7 +91,7 @@ def cancel(rows: Sequence[Row], store: RunStore | None = None) -> None:
     for row in rows:
         submission, _, part = row.id.partition("/")
         if part:
-            set_outcome(root() / submission, part, Outcome(error=CANCELLED, job=row.job))
+            set_outcome(root() / submission, part, Outcome(error=CANCELLED))
         elif row.state == "waiting":
             run = Run.files(store.root / row.id)
             if (status := run.recorded).state != "finished" and not run.locked:

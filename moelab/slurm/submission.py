@@ -128,14 +128,11 @@ class Outcome:
         result: the folder of what it published; empty where it failed.
         missing: ids of the runs without a result.
         error: one line, where it failed.
-        job, node: the job's id and node; None without Slurm.
     """
 
     result: str = ""
     missing: tuple[str, ...] = ()
     error: str = ""
-    job: str | None = None
-    node: str | None = None
 
 
 @dataclass(frozen=True)
