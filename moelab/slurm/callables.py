@@ -105,7 +105,7 @@ class ExecuteNotebook:
     def __call__(self, folder: str, part: str) -> None:
         """Execute the notebook `part` of the submission in `folder`; requeue the job if the notebook was killed."""
         stop = begin()
-        code = notebook(self.command, folder, part).wait_or_stop(stop, signal.SIGTERM)  # srun then ends the step
+        code = notebook(self.command, Path(folder), part).wait_or_stop(stop, signal.SIGTERM)  # srun then ends the step
         if code == FINISHED:
             return
         again = (code < 0 or code >= 128) and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < self.kills
@@ -128,6 +128,6 @@ def train(run: Run, stop: Callable[[], bool], **launch: Any) -> tuple[attempt.Ki
         return None if run.finished else attempt.judge(failure, run)
 
 
-def notebook(command: Sequence[str], folder: str, part: str, log: Path | None = None) -> Child:
-    """Start the process that executes a notebook of a submission."""
-    return Child([*command, "-m", "moelab.slurm.notebook_job", folder, part], log)
+def notebook(command: Sequence[str], folder: Path, part: str) -> Child:
+    """Start the process that executes a notebook of a submission; it writes into the log ``<part>.out``."""
+    return Child([*command, "-m", "moelab.slurm.notebook_job", str(folder), part], folder / f"{part}.out")

@@ -118,8 +118,7 @@ def main(folder: Path, store: RunStore, workers: int, limits: Limits) -> int:
             trained[run.spec.id] = pool.submit(_train, run, stop, limits, trained)
     failed += [id for id, given_up in trained.items() if given_up.result()]
     for part in takewhile(lambda _: not stop(), (part.name for part in submission.parts if part.values is not None)):
-        process = notebook((sys.executable,), str(folder), part, folder / f"{part}.out")
-        if process.wait_or_stop(stop, signal.SIGINT):
+        if notebook([sys.executable], folder, part).wait_or_stop(stop, signal.SIGINT):
             failed.append(part)
     if failed:
         print(f"failed: {', '.join(failed)}; see moelab status", file=sys.stderr)

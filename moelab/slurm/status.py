@@ -28,7 +28,6 @@ from moelab.slurm.submission import (
     records,
     root,
     set_outcome,
-    submissions,
 )
 
 
@@ -276,13 +275,7 @@ def log_of(name: str) -> Path:
     store = RunStore()
     submission, _, part = name.partition("/")
     if part:
-        logs = [
-            f"{p.job}_0_log.out" if record.cluster == "slurm" else f"{part}.out"
-            for record in submissions()
-            for p in record.parts
-            if (record.id, p.name) == (submission, part)
-        ]
-        matches = [path for log in logs if (path := root() / submission / log).exists()]
+        matches = list((root() / submission).glob(f"{part}.out"))
     else:
         logs = store.ids(file="log.txt")
         matches = [store.root / run / "log.txt" for run in logs if run.startswith(name) or run.endswith(f"-{name}")]

@@ -3,7 +3,7 @@
     .moelab/submissions/<time>-<name>-<µs>/submission.json      runs and notebooks with their job ids
                                              12_submission.sh   the batch script of job (array) 12
                                              12_0_0_log.out     output of the driver of array task 12_0
-                                             notebook-0.json    outcome of a notebook
+                                             notebook-0.json    outcome of a notebook; its log is notebook-0.out
 
 The other files are submitit's. A job loads the callable that it runs from ``*_submitted.pkl``; moelab never reads
 ``*_result.pkl``.

@@ -143,9 +143,9 @@ def test_a_run_waits_for_those_that_it_requires_and_for_no_other(lab, tiny_spec,
 def test_a_local_job_that_is_cancelled_begins_no_further_notebook(lab, monkeypatch):
     begun = []
 
-    def notebook(command, folder, part, log):
+    def notebook(command, folder, part):
         begun.append(part)
-        return Child([sys.executable, "-S", "-c", "raise SystemExit(1)"], log)
+        return Child([sys.executable, "-S", "-c", "raise SystemExit(1)"])
 
     monkeypatch.setattr(local, "notebook", notebook)
     monkeypatch.setattr(local, "told_by", lambda *_: lambda: bool(begun))

@@ -453,5 +453,5 @@ def test_logs_are_found_by_the_beginning_of_an_id(submitted):
         status.log_of("tiny")
     with pytest.raises(ValueError, match="no log of 'nothing'"):
         status.log_of("nothing")
-    (record.folder / "8_0_log.out").write_text("cell 1")
+    (record.folder / "notebook-0.out").write_text("cell 1")
     assert status.log_of(f"{record.id}/notebook-0").read_text() == "cell 1"
