@@ -73,6 +73,15 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def read_lines(path: Path) -> list[Any]:
+    """Return the JSON values in the lines of a file, none where there is no such file; without lines cut short."""
+    values = []
+    for line in (read_bytes(path) or b"").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            values.append(json.loads(line))
+    return values
+
+
 def read_bytes(path: Path) -> bytes | None:
     """Return the bytes of a file, or None when there is no such file.
 

@@ -33,7 +33,6 @@ from moelab.bench import harness, inputs, llama, peers
 from moelab.bench.decode_steps import (
     DecodeSettings,
     Rates,
-    Turns,
     breakdown,
     cache_bytes,
     decode_rows,
@@ -43,7 +42,7 @@ from moelab.bench.decode_steps import (
     round_prompts,
     weight_bytes,
 )
-from moelab.bench.decoders import decoders
+from moelab.bench.decoders import Turns, decoders
 from moelab.bench.harness import Row, Timing, reader
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
@@ -107,8 +106,7 @@ def _measure(
         if settings.device == "cuda":
             for name in models:
                 numbers[name] |= simulated(config, name, batch, settings, harness.device_name("cuda"))
-        for name in others.keys() & turns[batch].keys():
-            numbers[name] = others[name].numbers(prompts, settings.output)
+        numbers |= {name: others[name].about for name in others.keys() & turns[batch].keys()}
         distinct = numbers["optimised"]["distinct_experts"] or 0
         floor_s = least_seconds(config, distinct, batch, settings, rates[batch])
         case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1}

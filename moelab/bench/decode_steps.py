@@ -16,6 +16,7 @@ import torch
 
 from moelab.bench import harness, inputs
 from moelab.bench.clock import PARTS, Clock
+from moelab.bench.decoders import Turns
 from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig
 from moelab.inference.generate import Generator
@@ -24,9 +25,6 @@ from moelab.inference.sampling import Sampling
 from moelab.inference.text import DTYPES
 from moelab.kernels.decode import PARTS as CALL_PARTS
 from moelab.models import GPT, empty
-
-Turns = list[float]
-"""Seconds of each turn of a generation: the prompts with the first tokens, then each step."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,10 @@ def steps(generator: Generator, prompts: list[list[int]], tokens: int) -> Iterat
 
 def our_turns(generator: Generator, prompts: list[list[int]], tokens: int) -> Turns:
     """Generate with one of our generators and time it."""
-    times, last = [], perf_counter()
+    turns = Turns()
     for _ in steps(generator, prompts, tokens):
-        now = perf_counter()
-        times.append(now - last)
-        last = now
-    return times
+        turns.end()
+    return turns
 
 
 def weight_bytes(config: ModelConfig, distinct: float, itemsize: int = 4) -> float:
@@ -184,7 +180,7 @@ def _breakdown_of_call(
 
 def decode_rows(
     case: dict[str, Any],
-    turns: Mapping[str, Sequence[Turns]],
+    turns: Mapping[str, Sequence[Sequence[float]]],
     numbers: Mapping[str, dict[str, Any]],
     floor_s: float | Mapping[str, float],
     settings: DecodeSettings,

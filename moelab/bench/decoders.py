@@ -1,10 +1,25 @@
-"""Name the models that `moelab bench decode` measures by default; needs no torch, so that names are checked first."""
+"""What `moelab bench decode` shares with processes that import no torch: its default models, and its clock."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from time import perf_counter
 
 from moelab.config import DecoderConfig, ModelConfig, RoutingConfig
+
+
+class Turns(list[float]):
+    """Seconds of each turn of a generation: the prompts with the first tokens, then each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = perf_counter()
+
+    def end(self) -> None:
+        """End a turn; the next one begins."""
+        now = perf_counter()
+        self.append(now - self._last)
+        self._last = now
 
 
 def decoders(hidden: int = 512, layers: int = 4, vocab: int = 4096) -> dict[str, ModelConfig]:

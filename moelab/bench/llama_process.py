@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
-import time
 from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
+
+from moelab.bench.decoders import Turns
 
 _ERROR = 4
 """ggml's level of a log message; llama-cpp-python does not name the levels."""
@@ -24,13 +25,13 @@ class Generated(NamedTuple):
 
     Attributes:
         tokens: the new ids, int64 [sequences, tokens].
-        seconds: of each turn: the prompts with the first tokens, then each step.
-        logits: fp32 [sequences, tokens, V], where they were asked for.
+        turns: seconds of each turn.
+        logits: fp32 [sequences, tokens, V] of an exact generation, else empty.
     """
 
     tokens: np.ndarray
-    seconds: list[float]
-    logits: np.ndarray | None
+    turns: Turns
+    logits: np.ndarray
 
 
 def build() -> str:
@@ -39,34 +40,29 @@ def build() -> str:
     return f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}; {system}"
 
 
-def generate(
-    path: str, prompts: list[list[int]], tokens: int, threads: int, exact: bool = False, keep_logits: bool = False
-) -> Generated:
+def generate(path: str, prompts: list[list[int]], tokens: int, threads: int, exact: bool = False) -> Generated:
     """Generate greedily `tokens` new tokens for every prompt, all of one length; the clock starts before the prompts.
 
     Args:
         path: of the GGUF file; it is opened once and stays open.
-        exact: keys, values and attention in fp32; otherwise llama.cpp's defaults, which are faster: fp16.
+        exact: keys, values and attention in fp32, to compare the logits; otherwise llama.cpp's defaults, which are
+            faster: fp16.
 
     Raises:
         ValueError: one line: llama.cpp cannot open the file, or fails at a step.
     """
     length = len(prompts[0])
     context = _context(path, len(prompts), length + tokens, threads, exact)
-    measured, kept, seconds = [], [], []
-    last = time.perf_counter()
+    chosen, kept, turns = [], [], Turns()
     logits_BV = context.start(prompts)
     for position in range(length, length + tokens):
-        chosen_B = logits_BV.argmax(-1)
-        now = time.perf_counter()
-        seconds.append(now - last)
-        last = now
-        measured.append(chosen_B)
-        if keep_logits:
+        chosen.append(logits_BV.argmax(-1))
+        turns.end()
+        if exact:
             kept.append(logits_BV.copy())
         if position < length + tokens - 1:
-            logits_BV = context.step(chosen_B, position)
-    return Generated(np.stack(measured, 1), seconds, np.stack(kept, 1) if keep_logits else None)
+            logits_BV = context.step(chosen[-1], position)
+    return Generated(np.stack(chosen, 1), turns, np.stack(kept, 1) if exact else np.empty(0))
 
 
 @functools.cache
@@ -77,11 +73,6 @@ def _model(path: str) -> Any:
     if model is None:
         raise ValueError(_failed("it cannot open the file"))
     return model
-
-
-@functools.cache
-def _context(path: str, sequences: int, length: int, threads: int, exact: bool) -> _Context:
-    return _Context(_model(path), sequences, length, threads, exact)
 
 
 _errors: list[str] = []
@@ -100,8 +91,8 @@ def _failed(what: str) -> str:
 class _Context:
     """The keys and values of sequences that all have the same length."""
 
-    def __init__(self, model: Any, sequences: int, length: int, threads: int, exact: bool) -> None:
-        settings = llama_cpp.llama_context_default_params()
+    def __init__(self, path: str, sequences: int, length: int, threads: int, exact: bool) -> None:
+        model, settings = _model(path), llama_cpp.llama_context_default_params()
         settings.n_ctx = sequences * length
         settings.n_batch = max(settings.n_batch, sequences * length)
         settings.n_seq_max = sequences
@@ -141,6 +132,9 @@ class _Context:
         if address not in self._views:
             self._views[address] = np.ctypeslib.as_array(logits, self._shape)
         return self._views[address]
+
+
+_context = functools.cache(_Context)
 
 
 def _batch(sequences: int, length: int) -> Any:

@@ -10,10 +10,9 @@ import atexit
 import functools
 import importlib.util
 import inspect
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelab.config import DecoderConfig, ModelConfig
+from moelab.bench.decoders import Turns
+from moelab.config import DecoderConfig, ExpertConfig, RoutingConfig
 from moelab.engine.checkpoint import hf
 from moelab.models import GPT
 
@@ -122,64 +122,33 @@ class Peer:
     """A transformers model that generates as its users do: `generate` with its defaults, greedy."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model.eval()
+        self.model, self.about = model.eval(), dict[str, str]()
 
-    def generate(self, prompts: list[list[int]], tokens: int, streamer: Any = None) -> list[list[int]]:
-        """Return the new tokens of each prompt; prompts have equal lengths."""
-        device = next(self.model.parameters()).device
-        ids = torch.tensor(prompts, device=device)
-        # Streamers are for one sequence there; the check looks at beams alone, and ours only looks at the clock.
+    def generate(
+        self, prompts: list[list[int]], tokens: int, turn_ends: Callable[[], None] = lambda: None
+    ) -> list[list[int]]:
+        """Return the new tokens of each prompt; prompts have equal lengths.
+
+        Args:
+            turn_ends: called when each prompt has got one more token.
+        """
+
+        def goes_on(ids_BT: Tensor, _: Any) -> Tensor:
+            turn_ends()
+            return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+
+        ids = torch.tensor(prompts, device=next(self.model.parameters()).device)
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         with torch.inference_mode():
-            out = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=0,
-                streamer=streamer,
-            )
+            mask = torch.ones_like(ids)
+            out = self.model.generate(ids, attention_mask=mask, stopping_criteria=[goes_on], **options)
         return out[:, ids.shape[1] :].tolist()
 
-    def distinct_experts(self, prompts: list[list[int]], tokens: int) -> float | None:
-        """Return how many experts had tokens, the mean over layers and decoding steps; None without experts."""
-        met: list[int] = []
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args: met.append(args[1].unique().numel()))
-            for name, module in self.model.named_modules()
-            if name.endswith(".experts")
-        ]
-        self.generate(prompts, tokens)
-        for hook in hooks:
-            hook.remove()
-        return statistics.mean(met[len(hooks) :]) if hooks else None  # the first call of each layer is the prompts'
-
-    def numbers(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """Return what is measured beside the time."""
-        return {"distinct_experts": self.distinct_experts(prompts, tokens)}
-
-    def turns(self, prompts: list[list[int]], tokens: int) -> list[float]:
-        """Return the seconds of each turn: the prompts with the first tokens, then each step."""
-        watch = _Watch()
-        self.generate(prompts, tokens, watch)
-        return watch.turns
-
-
-class _Watch:
-    """A streamer that takes the time between tokens; its first call brings the prompt's own."""
-
-    def __init__(self) -> None:
-        self.turns: list[float] = []
-        self._last: float | None = None
-
-    def put(self, _: torch.Tensor) -> None:
-        now = time.perf_counter()
-        if self._last is not None:
-            self.turns.append(now - self._last)
-        self._last = now
-
-    def end(self) -> None:
-        pass
+    def turns(self, prompts: list[list[int]], tokens: int) -> Turns:
+        """Generate and time it."""
+        turns = Turns()
+        self.generate(prompts, tokens, turns.end)
+        return turns
 
 
 def generators(model: GPT, length: int) -> dict[str, Peer]:
@@ -200,40 +169,21 @@ def generators(model: GPT, length: int) -> dict[str, Peer]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = model.token_embedding.weight.device
-    if hf.suitable_format(model.config) != "moelab":  # the same weights
+    config, weight = model.config, model.token_embedding.weight
+    if hf.suitable_format(config) != "moelab":
         with tempfile.TemporaryDirectory() as folder:
             path = hf.export(model, Path(folder) / "model")
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=model.token_embedding.weight.dtype)
-        return {"transformers generate": Peer(theirs.to(device))}
-    if model.config.decoder != DecoderConfig() or not model.config.is_moe:
-        return {}
-    if model.config.residual or len(set(model.config.experts) - {0}) > 1:
-        return {}
-    theirs = _qwen3_moe(model.config, length)
-    return {"transformers Qwen3-MoE": Peer(theirs.to(device, model.token_embedding.weight.dtype))}
-
-
-def _qwen3_moe(config: ModelConfig, length: int) -> nn.Module:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    theirs = Qwen3MoeConfig(
-        vocab_size=config.vocab,
-        hidden_size=config.hidden,
-        intermediate_size=gated_width(config.ffn),
-        moe_intermediate_size=gated_width(config.ffn),
-        num_hidden_layers=config.layers,
-        mlp_only_layers=[i for i, experts in enumerate(config.experts) if not experts],
-        decoder_sparse_step=1,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        head_dim=config.head_size,
-        num_experts=max(config.experts),
-        num_experts_per_tok=config.top_k,
-        max_position_embeddings=length,
-        tie_word_embeddings=True,
-        initializer_range=config.init_std,
-        bos_token_id=None,
-        eos_token_id=None,
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=weight.dtype)
+        return {"transformers generate": Peer(theirs.to(weight.device))}
+    like_qwen3 = replace(
+        config,
+        context=length,
+        decoder=DecoderConfig.modern(qk_norm="head", ffn=gated_width(config.ffn), tied=True),
+        expert=ExpertConfig(ffn=gated_width(config.ffn)),
+        routing=RoutingConfig(drop_tokens=False),
     )
-    return Qwen3MoeForCausalLM(theirs)
+    if config.decoder != DecoderConfig() or hf.suitable_format(like_qwen3) != "qwen3_moe":
+        return {}
+    record = hf.FORMATS["qwen3_moe"].write_config(like_qwen3, None)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**record))
+    return {"transformers Qwen3-MoE": Peer(theirs.to(weight.device, weight.dtype))}

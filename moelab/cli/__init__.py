@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -31,7 +31,7 @@ from moelab.cli import (
     tries,
     view,
 )
-from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
+from moelab.cli._options import BENCHMARKS, CLUSTER, EXPERIMENTS, RUNS, SIMULATOR
 from moelab.files import REFUSED
 from moelab.terminal import one_line, plain, say
 
@@ -41,19 +41,24 @@ app = typer.Typer(
     help="Reproduce, question and extend the DeepSpeed-MoE paper (arXiv 2201.05596).",
 )
 # The help shows groups and commands in this order, which is the order of use.
-experiments.register(app)
-tries.register(app)
-view.register(app)
-models.register(app)
-routing.register(app)
+_COMMANDS: tuple[tuple[str, tuple[Callable[..., None], ...]], ...] = (
+    (EXPERIMENTS, (experiments.list_, experiments.run, experiments.claims, experiments.power, tries.try_)),
+    (EXPERIMENTS, (view.browse, view.lab, view.tensorboard, view.doctor)),
+    (RUNS, (models.generate, models.eval_, models.import_, models.export, routing.trace, routing.conform)),
+    (CLUSTER, (slurm.prepare, slurm.submit, slurm.sweep, slurm.status, slurm.logs, slurm.cancel)),
+    (SIMULATOR, (simulate.plan, predict.predict)),
+    (BENCHMARKS, (cluster.check_cluster,)),
+)
+for _panel, _functions in _COMMANDS:
+    for _function in _functions:
+        # What `moelab lab` does not know it passes on.
+        _more = {"allow_extra_args": True, "ignore_unknown_options": True} if _function is view.lab else None
+        _name = _function.__name__.rstrip("_").replace("_", "-")
+        app.command(_name, context_settings=_more, rich_help_panel=_panel)(_function)
 app.add_typer(runs.app, name="runs", rich_help_panel=RUNS)
-slurm.register(app)
-app.command(rich_help_panel=SIMULATOR)(simulate.plan)
 app.add_typer(simulate.app, name="simulate", rich_help_panel=SIMULATOR)
-predict.register(app)
 app.add_typer(bench.bench, name="bench", rich_help_panel=BENCHMARKS)
 app.add_typer(kernels.kernels, name="kernels", rich_help_panel=BENCHMARKS)
-app.command(name="check-cluster", rich_help_panel=BENCHMARKS)(cluster.check_cluster)
 
 
 def _unwrap(group: typer.Typer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -106,6 +106,19 @@ def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str
     if scale is not None and given.setdefault("scale", scale) != scale:
         raise ValueError(f"-p scale={given['scale']} and --scale {scale} are two scales; give one of them")
     return given
+
+
+def would_be_refused(check: Callable[[], None]) -> str:
+    """Return for a dry run why a check refuses; empty if it does not. Data that exist nowhere are refused at once."""
+    from moelab.data.documents import UnknownCorpus
+
+    try:
+        check()
+    except UnknownCorpus:
+        raise
+    except ValueError as error:
+        return f"as things are, it would be refused: {error}"
+    return ""
 
 
 def print_json(value: Any) -> None:

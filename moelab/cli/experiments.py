@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from moelab import paths, terminal
 from moelab.cli._options import (
-    EXPERIMENTS,
     SEVERAL_EXPERIMENTS,
     AsJson,
     Parameters,
@@ -22,9 +20,9 @@ from moelab.cli._options import (
     experiment_names,
     parse_parameters,
     print_json,
+    would_be_refused,
 )
 from moelab.lazy import pd
-from moelab.runs.spec import RunSpec
 
 
 def list_(
@@ -89,7 +87,7 @@ def run(
     from moelab.experiments import experiment
     from moelab.notebook import batch
     from moelab.runs import preflight
-    from moelab.runs.dry_run import on_this_machine, planned_runs
+    from moelab.runs.dry_run import on_this_machine, planned_runs, show
 
     if all_ == bool(names):
         raise ValueError("run: give experiments' names or --all; see `moelab list`")
@@ -99,7 +97,10 @@ def run(
     if all_ and (without := batch.left_out(given["scale"])):
         terminal.say(f"left out, because each needs its own -p measured_file=FILE: {', '.join(without)}")
     if dry_run:
-        _plan(trained)
+        trouble = would_be_refused(lambda: preflight.check_texts(trained))
+        show(planned_runs(trained))
+        if trouble:
+            terminal.console().print(trouble, markup=False, highlight=False)
         return
     # What was measured with the weights of finished runs is read back; that needs no GPU.
     on_gpu = any(r.scale in r.experiment.measures_on_gpu and (r.experiment.measures or not r.specs) for r in wanted)
@@ -120,24 +121,6 @@ def run(
         raise typer.Exit(130) from None
     if not good:
         raise typer.Exit(1)
-
-
-def _plan(specs: Sequence[RunSpec]) -> None:
-    """Show what would be trained, and problems with its data; data that exist nowhere are refused."""
-    from moelab.data.documents import UnknownCorpus
-    from moelab.runs.dry_run import planned_runs, show
-    from moelab.runs.preflight import check_texts
-
-    trouble = ""
-    try:
-        check_texts(specs)
-    except UnknownCorpus:
-        raise
-    except ValueError as error:
-        trouble = str(error)
-    show(planned_runs(specs))
-    if trouble:
-        terminal.console().print(f"as things are, it would be refused: {trouble}", markup=False, highlight=False)
 
 
 def claims(
@@ -212,11 +195,3 @@ def power(
         f"paper's, or the smallest of interest where the paper gives no number; of two arms {SMALLEST:g} nats per "
         "token (--effect). The spread of a few seeds is itself uncertain, and with it these numbers."
     )
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to `moelab`."""
-    app.command(name="list", rich_help_panel=EXPERIMENTS)(list_)
-    app.command(rich_help_panel=EXPERIMENTS)(run)
-    app.command(rich_help_panel=EXPERIMENTS)(claims)
-    app.command(rich_help_panel=EXPERIMENTS)(power)

@@ -14,13 +14,11 @@ import typer
 
 from moelab import paths, terminal
 from moelab.cli._options import (
-    RUNS,
     Out,
     RunOrModel,
     check_choice,
     check_device,
     check_dtypes,
-    run_names,
     write_provenance,
 )
 from moelab.config.parallel import EXCHANGES
@@ -36,13 +34,7 @@ MODES = ("optimised", "baseline")
 
 
 def generate(
-    run: Annotated[
-        str,
-        typer.Argument(
-            help="id of a run, or the beginning of it, or a directory of a run or an exported model",
-            autocompletion=run_names,
-        ),
-    ],
+    run: RunOrModel,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text to continue; repeat for several")] = None,
     ids: Annotated[
         list[str] | None,
@@ -292,11 +284,3 @@ def export(
 def _check_new(command: str, directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{command}: {directory} exists; choose a new directory")
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to `moelab`."""
-    app.command(rich_help_panel=RUNS)(generate)
-    app.command(name="eval", rich_help_panel=RUNS)(eval_)
-    app.command(name="import", rich_help_panel=RUNS)(import_)
-    app.command(rich_help_panel=RUNS)(export)

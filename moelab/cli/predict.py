@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moelab import terminal
-from moelab.cli._options import SIMULATOR, AsJson, print_json
+from moelab.cli._options import AsJson, print_json
 
 
 def predict(
@@ -41,8 +41,3 @@ def predict(
     for row in near.itertuples():
         view.add_row(f"{row.router} {row.size}", f"{row.experts}", f"{row.times:.2f}", f"{row.gain:.3f}")
     terminal.console().print(view, highlight=False)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this command to `moelab`."""
-    app.command(rich_help_panel=SIMULATOR)(predict)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moelab import paths, terminal
-from moelab.cli._options import RUNS, AsJson, RunOrModel, check_device, check_dtypes, print_json
+from moelab.cli._options import AsJson, RunOrModel, check_device, check_dtypes, print_json
 from moelab.runs.store import RunStore
 
 
@@ -77,9 +77,3 @@ def conform(
         terminal.console().print(view, highlight=False)
     if any(check.passed is False for check in found):
         raise typer.Exit(1)
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to `moelab`."""
-    app.command(rich_help_panel=RUNS)(trace)
-    app.command(rich_help_panel=RUNS)(conform)

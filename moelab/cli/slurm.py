@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moelab import paths, terminal
 from moelab.cli._options import (
-    CLUSTER,
     SEVERAL_EXPERIMENTS,
     AsJson,
     Parameters,
@@ -26,6 +26,7 @@ from moelab.cli._options import (
     parse_parameters,
     print_json,
     run_names,
+    would_be_refused,
 )
 from moelab.runs.spec import closure
 from moelab.runs.store import RunStore
@@ -44,12 +45,6 @@ Again = Annotated[bool, typer.Option("--again", help="execute notebooks that hav
 Names = Annotated[
     list[str] | None, typer.Argument(help="experiments, runs or submissions, by the start of their names")
 ]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `moelab`."""
-    for function in (prepare, submit, sweep, status, logs, cancel):
-        app.command(rich_help_panel=CLUSTER)(function)
 
 
 def prepare(
@@ -228,7 +223,6 @@ def _submit(
     varied: Sequence[str] = (),
 ) -> None:
     """Submit notebooks and their runs; a dry run shows the scripts, or of a sweep a line for each point."""
-    from moelab.data.documents import UnknownCorpus
     from moelab.design.parameters import resolve
     from moelab.experiments import experiment
     from moelab.report.sweep import Sweep
@@ -240,14 +234,13 @@ def _submit(
     batches = {name: [resolve(experiment(name), given) for given in points] for name, points in wanted}
     requests = [request for batch in batches.values() for request in batch]
     measuring = [name for name, batch in batches.items() if any(r.scale in r.experiment.measures_on_gpu for r in batch)]
+    asked = [spec for request in requests for spec in request.trained]
+    check = partial(preflight.check, asked, cluster, measuring=measuring, publish=publish)
     trouble = ""
-    try:
-        asked = [spec for request in requests for spec in request.trained]
-        preflight.check(asked, cluster, measuring=measuring, publish=publish)
-    except ValueError as error:
-        if not dry_run or isinstance(error, UnknownCorpus):
-            raise
-        trouble = str(error)
+    if dry_run:
+        trouble = would_be_refused(check)
+    else:
+        check()
     for name, batch in batches.items():
         notebooks = [(request.values, request.trained) for request in batch]
         sweep = Sweep(tuple(varied), tuple(request.values for request in batch)) if varied else None
@@ -264,7 +257,7 @@ def _submit(
             if sweep:
                 _compare(name, sweep, publish, over=not plan.scripts)
     if trouble:
-        terminal.say(f"# as things are, it would be refused: {trouble}")
+        terminal.say(f"# {trouble}")
 
 
 def _compare(name: str, sweep: Sweep, publish: bool, *, over: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moelab import environment, paths, terminal
-from moelab.cli._options import EXPERIMENTS, check_choice, print_json
+from moelab.cli._options import check_choice, print_json
 
 if TYPE_CHECKING:
     from moelab.experiments.parts import Part
@@ -220,8 +220,3 @@ def _show_past(as_json: bool) -> None:
             escape(row["idea"]), row["scale"], str(row["seeds"]), f"{row['difference']:+.3f}", escape(row["verdict"])
         )
     console.print(view)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this command to `moelab`."""
-    app.command(name="try", rich_help_panel=EXPERIMENTS)(try_)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moelab import environment, paths
-from moelab.cli._options import EXPERIMENTS, AsJson, OwnProfile, print_json, run_names
+from moelab.cli._options import AsJson, OwnProfile, print_json, run_names
 
 
 def lab(
@@ -103,12 +103,3 @@ def doctor(
         good = report(rates)
     if not good:
         raise typer.Exit(1)
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to `moelab`."""
-    app.command(rich_help_panel=EXPERIMENTS)(browse)
-    options = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(context_settings=options, rich_help_panel=EXPERIMENTS)(lab)
-    app.command(rich_help_panel=EXPERIMENTS)(tensorboard)
-    app.command(rich_help_panel=EXPERIMENTS)(doctor)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moelab.files import write_bytes
+from moelab.files import read_lines, write_bytes
 
 FILE = "sessions.jsonl"
 
@@ -61,12 +61,5 @@ def _newest(folder: Path) -> int:
 
 def _read(folder: Path) -> list[dict[str, Any]]:
     """Return the sessions so far, without what is unreadable: a run trains without its history, too."""
-    sessions = []
-    for line in (folder / FILE).read_text(errors="replace").splitlines() if (folder / FILE).exists() else ():
-        try:
-            session = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(session, dict) and isinstance(session.get("step"), int):
-            sessions.append(session)
-    return sessions
+    lines = read_lines(folder / FILE)
+    return [session for session in lines if isinstance(session, dict) and isinstance(session.get("step"), int)]

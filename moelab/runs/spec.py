@@ -229,9 +229,9 @@ class RunSpec:
         return to_json(self)
 
     @classmethod
-    def from_json(cls, data: Any, where: str = "spec") -> Self:
-        """Return the spec that `to_json` wrote; a one-line ValueError for unknown fields or wrong types."""
-        return from_json(cls, data, where)
+    def from_json(cls, data: Any, where: str = "spec", *, known: bool = False) -> Self:
+        """Return the spec that `to_json` wrote; `known` and the ValueError are those of `moelab.config.from_json`."""
+        return from_json(cls, data, where, known=known)
 
 
 def closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:

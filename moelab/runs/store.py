@@ -76,12 +76,16 @@ class Run:
     path: Path
 
     @classmethod
-    def at(cls, path: Path) -> Self:
-        """Return the run in a directory; ValueError, one line, where its spec is missing or cannot be read."""
+    def at(cls, path: Path, *, known: bool = False) -> Self:
+        """Return the run in a directory; ValueError, one line, where its spec is missing or cannot be read.
+
+        Args:
+            known: leave out fields of the spec that this version does not know, to show the run and not to train it.
+        """
         file = path / "spec.json"
         if (record := read_json(file)) is None:
             raise ValueError(f"{path}: no spec.json there; was the run removed, or copied in part?")
-        return cls(RunSpec.from_json(record, where=str(file)), path)
+        return cls(RunSpec.from_json(record, where=str(file), known=known), path)
 
     @classmethod
     def files(cls, path: Path) -> Self:

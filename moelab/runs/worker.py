@@ -31,12 +31,10 @@ if TYPE_CHECKING:
 def main(path: Path) -> int:
     """Execute the run in a directory; return the process's exit code."""
     process.show_stacks_when_asked()
-    asked: list[int] = []
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(name, lambda number, _: asked.append(number))
+    asked = process.told_by(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def should_stop() -> bool:
-        return bool(asked) or process.launcher_gone()
+        return asked() or process.launcher_gone()
 
     try:
         run = Run.at(path)

@@ -19,6 +19,7 @@ from typing import Literal
 
 from moelab.config import from_json
 from moelab.engine.launch.launcher import RankFailed
+from moelab.files import read_lines
 from moelab.runs.store import Run
 
 ATTEMPTS = "attempts.jsonl"
@@ -76,58 +77,52 @@ class Limits:
 def history(run: Run) -> list[Attempt]:
     """Return a run's attempts that did not finish it, oldest first, without lines that a full disk cut short."""
     attempts = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (run.path / ATTEMPTS).read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                attempts.append(from_json(Attempt, json.loads(line), known=True))
+    for line in read_lines(run.path / ATTEMPTS):
+        with contextlib.suppress(ValueError):
+            attempts.append(from_json(Attempt, line, known=True))
     return attempts
 
 
-def decide(run: Run, attempt: Attempt, limits: Limits) -> tuple[bool, str]:
-    """Return whether to try again and, if not, the reason."""
+def why_not(run: Run, attempt: Attempt, limits: Limits) -> str:
+    """Return the reason not to try a run again after an attempt; an empty text if it is tried again."""
     started = f"started {attempt.restart + 1} times without finishing; last: "
     if attempt.kind == "restarts":
-        return False, started + (run.status.reason or "no reason known")
+        return started + (run.status.reason or "no reason known")
     if attempt.restart >= limits.restarts:
-        return False, started + attempt.reason
+        return started + attempt.reason
     earlier = [a for a in history(run) if a.job == attempt.job]
     if attempt.kind == "stopped":
         stops = 1 + sum(a.kind == "stopped" and a.checkpoint >= attempt.checkpoint for a in earlier)
         if stops < _STOPS:
-            return True, ""
+            return ""
         where = f"after step {attempt.checkpoint}" if attempt.checkpoint >= 0 else "of it"
-        return False, (
+        return (
             f"told to stop {stops} times before there was a new checkpoint {where}: the time limit less lead_s is too "
             f"short to start and go on; raise the profile's time; last: {attempt.reason}"
         )
-    last = earlier[-1] if earlier else None
-    if (
-        last is not None
-        and (last.kind, _reason_on_any_node(last)) == (attempt.kind, _reason_on_any_node(attempt))
-        and (attempt.kind == "failed" or last.checkpoint >= attempt.checkpoint)
-    ):
-        return False, f"failed twice the same way: {attempt.reason}"
+    for last in earlier[-1:]:
+        same = (last.kind, _reason_on_any_node(last)) == (attempt.kind, _reason_on_any_node(attempt))
+        if same and (attempt.kind == "failed" or last.checkpoint >= attempt.checkpoint):
+            return f"failed twice the same way: {attempt.reason}"
     count = 1 + sum(a.kind in ("failed", "killed") for a in earlier)
-    if count > limits.failures:
-        return False, f"failed {count} times; last: {attempt.reason}"
-    return True, ""
+    return f"failed {count} times; last: {attempt.reason}" if count > limits.failures else ""
 
 
 def record(run: Run, job: str, restart: int, kind: Kind, reason: str, node: str, limits: Limits) -> bool:
     """Write an attempt to the run's history and status, and return whether to try again."""
     attempt = Attempt(job, restart, kind, reason, newest_checkpoint(run), node, time.time())
-    again, why = decide(run, attempt, limits)
+    why = why_not(run, attempt, limits)
     try:
         with open(run.path / ATTEMPTS, "a") as f:
-            f.write(json.dumps(asdict(replace(attempt, again=again))) + "\n")
-        if not again:
+            f.write(json.dumps(asdict(replace(attempt, again=not why))) + "\n")
+        if why:
             run.move("give up", why)
         elif kind != "stopped":
             run.move("retry", f"{reason}; tried again")
     except OSError as error:  # a disk without room for one line: without a history there is no bound on retries
         print(f"{run.path}: {error}; not tried again", file=sys.stderr)
         return False
-    return again
+    return not why
 
 
 def newest_checkpoint(run: Run) -> int:

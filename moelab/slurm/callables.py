@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import submitit
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.launch.child import Child
 from moelab.engine.launch.launcher import RankFailed
-from moelab.engine.launch.process import FINISHED, STOPPED
+from moelab.engine.launch.process import FINISHED, STOPPED, told_by
 from moelab.runs.store import Run
 from moelab.runs.supervisor import supervise
 from moelab.slurm import attempt, queue
@@ -38,12 +35,9 @@ def begin() -> Callable[[], bool]:
     submitit's signal handlers, which are there by now, would requeue it; moelab decides that itself.
     """
     job = submitit.JobEnvironment()
-    asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, _: asked.append(number))  # no lock: it may interrupt its holder
     for left in job.paths.folder.glob(f"{job.job_id}_*.save_tmp"):
         left.unlink()  # left by an attempt that was killed; submitit does not overwrite it
-    return lambda: bool(asked)
+    return told_by(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -111,81 +105,13 @@ class ExecuteNotebook:
     def __call__(self, folder: str, part: str) -> None:
         """Execute the notebook `part` of the submission in `folder`; requeue the job if the notebook was killed."""
         stop = begin()
-        code = notebook(self.command, folder, part).wait_or_stop(stop, signal.SIGTERM)  # srun then ends the step
+        code = notebook(self.command, Path(folder), part).wait_or_stop(stop, signal.SIGTERM)  # srun then ends the step
         if code == FINISHED:
             return
         again = (code < 0 or code >= 128) and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < self.kills
         if again and queue.requeue(submitit.JobEnvironment().job_id):
             raise SystemExit(STOPPED)
         raise Failed(f"notebook {Path(folder).name}/{part}: exit code {code}; see its log")
-
-
-@dataclass
-class LocalBatch:
-    """Train runs and then execute notebooks in one job of submitit's local executor, which has no queue of its own.
-
-    Attributes:
-        runs: their directories; those that others require come first.
-        notebooks: names of their parts of the submission.
-        workers: number of runs that train at a time.
-        limits: how often to try a run.
-        folder: folder of the submission.
-        gpus: CUDA_VISIBLE_DEVICES of the process that submitted; None: not set, empty: no GPU. submitit sets its own.
-    """
-
-    runs: list[str]
-    notebooks: list[str]
-    workers: int
-    limits: attempt.Limits
-    folder: str
-    gpus: str | None = ""
-
-    def __call__(self) -> None:
-        """Train the runs, each after those it requires, then execute the notebooks, whatever became of the runs."""
-        stop = begin()
-        os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus or ""
-        if self.gpus is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        job = f"{queue.LOCAL}{submitit.JobEnvironment().job_id}"
-        trained: dict[str, Future[str]] = {}
-        with ThreadPoolExecutor(self.workers) as pool:
-            for path in self.runs:
-                trained[Path(path).name] = pool.submit(self._train, path, job, stop, trained)
-        failed = [id for id in (one.result() for one in trained.values()) if id]
-        for part in takewhile(lambda _: not stop(), self.notebooks):
-            process = notebook((sys.executable,), self.folder, part, Path(self.folder) / f"{part}.out")
-            if process.wait_or_stop(stop, signal.SIGINT):
-                failed.append(part)
-        if stop():
-            raise SystemExit(STOPPED)
-        if failed:
-            raise Failed(f"failed: {', '.join(failed)}; see moelab status")
-
-    def _train(self, path: str, job: str, stop: Callable[[], bool], trained: Mapping[str, Future[str]]) -> str:
-        """Train the run in a directory, as often as the limits allow.
-
-        Args:
-            trained: run id -> what this returns of it, of all that began before.
-
-        Returns:
-            the run's id if it is given up, else an empty text.
-        """
-        try:
-            run = Run.at(Path(path))
-        except (ValueError, OSError) as error:  # the other runs go on
-            print(error, file=sys.stderr)
-            return Path(path).name
-        wait([trained[spec.id] for spec in run.spec.requires() if spec.id in trained])
-        restart = 0
-        while not stop():
-            if (ended := train(run, stop, how="local")) is None:
-                return ""
-            if stop():
-                break
-            if not attempt.record(run, job, restart, *ended, self.limits):
-                return run.spec.id
-            restart += 1
-        return ""
 
 
 def train(run: Run, stop: Callable[[], bool], **launch: Any) -> tuple[attempt.Kind, str, str] | None:
@@ -202,6 +128,6 @@ def train(run: Run, stop: Callable[[], bool], **launch: Any) -> tuple[attempt.Ki
         return None if run.finished else attempt.judge(failure, run)
 
 
-def notebook(command: Sequence[str], folder: str, part: str, log: Path | None = None) -> Child:
-    """Start the process that executes a notebook of a submission."""
-    return Child([*command, "-m", "moelab.slurm.notebook_job", folder, part], log)
+def notebook(command: Sequence[str], folder: Path, part: str) -> Child:
+    """Start the process that executes a notebook of a submission; it writes into the log ``<part>.out``."""
+    return Child([*command, "-m", "moelab.slurm.notebook_job", str(folder), part], folder / f"{part}.out")

@@ -11,8 +11,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +24,32 @@ from moelab.slurm import queue
 from moelab.slurm.profiles import Profile, megabytes, minutes
 
 
-@dataclass(frozen=True)
-class Size:
-    """Describe what one run's job asks for. Runs of equal size and layout share an array.
+def size(spec: RunSpec, profile: Profile) -> dict[str, Any]:
+    """Return what a run's job asks Slurm for, as parameters of submitit.
 
-    Attributes:
-        nodes: number of nodes.
-        per_node: ranks per node.
-        gpus: GPUs per node.
-        cpus: cores per rank.
-        memory: MiB per node; 0 is the site's default.
+    Raises:
+        ValueError: one line; the run does not fit the profile's nodes.
     """
-
-    nodes: int
-    per_node: int
-    gpus: int
-    cpus: int
-    memory: int
-
-    @classmethod
-    def of(cls, spec: RunSpec, profile: Profile) -> Size:
-        """Return the size of a run's job.
-
-        Raises:
-            ValueError: one line; the run does not fit the profile's nodes.
-        """
-        layout = spec.parallel
-        per_node = min(layout.ranks_per_node, profile.gpus_per_node)
-        nodes = layout.ranks // per_node
-        run = f"{spec.title}: {layout.ranks} ranks in nodes of {layout.ranks_per_node}"
-        # Nodes with fewer ranks than the layout's are allowed unless the layout depends on the ranks of a node.
-        if per_node < layout.ranks_per_node and (
-            layout.hierarchical or per_node % layout.tensor or layout.ranks % per_node
-        ):
-            raise ValueError(
-                f"{run} do not fit profile {profile.name}'s nodes of {profile.gpus_per_node}; set its gpus_per_node"
-            )
-        if nodes > profile.nodes:
-            raise ValueError(f"{run} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
-        return cls(
-            nodes=nodes,
-            per_node=per_node,
-            gpus=per_node if spec.train.device == "cuda" else 0,
-            cpus=max(profile.cpus_per_rank, spec.train.threads),
-            memory=per_node * megabytes(profile.memory_per_rank, profile.name),
+    layout = spec.parallel
+    per_node = min(layout.ranks_per_node, profile.gpus_per_node)
+    nodes = layout.ranks // per_node
+    run = f"{spec.title}: {layout.ranks} ranks in nodes of {layout.ranks_per_node}"
+    # Nodes with fewer ranks than the layout's are allowed unless the layout depends on the ranks of a node.
+    if per_node < layout.ranks_per_node and (
+        layout.hierarchical or per_node % layout.tensor or layout.ranks % per_node
+    ):
+        raise ValueError(
+            f"{run} do not fit profile {profile.name}'s nodes of {profile.gpus_per_node}; set its gpus_per_node"
         )
+    if nodes > profile.nodes:
+        raise ValueError(f"{run} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
+    return {
+        "nodes": nodes,
+        "ntasks_per_node": per_node,
+        "cpus_per_task": max(profile.cpus_per_rank, spec.train.threads),
+        **_gpus(profile, per_node if spec.train.device == "cuda" else 0),
+        **_memory(profile, per_node),
+    }
 
 
 class Executor(submitit.SlurmExecutor):
@@ -102,64 +82,50 @@ class Executor(submitit.SlurmExecutor):
         return jobs[0].job_id.partition("_")[0]
 
 
-def for_runs(profile: Profile, size: Size, snapshot: Path | None, folder: Path, **parameters: Any) -> Executor:
-    """Return the executor of a run or of an array of runs.
+def for_runs(
+    profile: Profile, size: Mapping[str, Any], snapshot: Path | None, folder: Path, **parameters: Any
+) -> Executor:
+    """Return the executor of a run or of an array of runs of equal `size`.
 
     Args:
         parameters: further parameters of submitit (name, comment, dependency).
     """
-    return _executor(
-        profile,
-        snapshot,
-        folder,
-        time=profile.time,
-        nodes=size.nodes,
-        ntasks_per_node=size.per_node,
-        cpus_per_task=size.cpus,
-        gpus_per_node=_gpus(profile, size.gpus),
-        mem=f"{size.memory}M" if size.memory else None,
-        array_parallelism=profile.array_parallelism,
-        signal=f"USR1@{profile.lead_s}",  # the ranks react to USR1; submitit's USR2 prints stacks there
-        **parameters,
-    )
+    # The ranks react to USR1; submitit's USR2 prints stacks there.
+    own: dict[str, Any] = {
+        "time": profile.time,
+        "signal": f"USR1@{profile.lead_s}",
+        "array_parallelism": profile.array_parallelism,
+    }
+    return _executor(profile, snapshot, folder, **size, **own, **parameters)
 
 
 def for_notebook(profile: Profile, snapshot: Path | None, folder: Path, **parameters: Any) -> Executor:
     """Return the executor of a notebook's job."""
-    return _executor(
-        profile,
-        snapshot,
-        folder,
-        exports={environment.EXECUTOR.name: "read"},
-        time=profile.notebook_time,
-        cpus_per_task=profile.notebook_cpus,
-        gpus_per_node=_gpus(profile, profile.notebook_gpus),
-        mem=profile.notebook_memory or None,
-        **parameters,
-    )
+    own: dict[str, Any] = {
+        "exports": {environment.EXECUTOR.name: "read"},
+        "time": profile.notebook_time,
+        "mem": profile.notebook_memory,
+    }
+    own |= {"cpus_per_task": profile.notebook_cpus, **_gpus(profile, profile.notebook_gpus)}
+    return _executor(profile, snapshot, folder, **own, **parameters)
 
 
 def for_jupyter(profile: Profile, folder: Path) -> Executor:
     """Return the executor of JupyterLab, on one node with all its GPUs; it runs the checkout, not a snapshot."""
-    memory = profile.gpus_per_node * megabytes(profile.memory_per_rank, profile.name)
-    return _executor(
-        profile,
-        None,
-        folder,
-        job_name="moelab-lab",
-        comment="moelab lab",
-        time=profile.lab_time,
-        cpus_per_task=profile.cpus_per_rank * profile.gpus_per_node,
-        gpus_per_node=_gpus(profile, profile.gpus_per_node),
-        mem=f"{memory}M" if memory else None,
-        requeue=False,
-    )
+    ranks = profile.gpus_per_node
+    own: dict[str, Any] = {
+        "cpus_per_task": profile.cpus_per_rank * ranks,
+        **_gpus(profile, ranks),
+        **_memory(profile, ranks),
+    }
+    own |= {"job_name": "moelab-lab", "comment": "moelab lab", "time": profile.lab_time, "requeue": False}
+    return _executor(profile, None, folder, **own)
 
 
-def step(profile: Profile, *options: str) -> tuple[str, ...]:
+def step(profile: Profile, cores: int) -> tuple[str, ...]:
     """Return the srun command line, up to the interpreter, of a step of one task."""
-    arguments = ("--ntasks=1", "--nodes=1", "--export=ALL", *options, "--unbuffered", *profile.srun, *profile.container)
-    return ("srun", *arguments, interpreter(profile))
+    task = ("--ntasks=1", "--nodes=1", f"--cpus-per-task={cores}", "--export=ALL", "--unbuffered")
+    return ("srun", *task, *profile.srun, *profile.container, interpreter(profile))
 
 
 def interpreter(profile: Profile) -> str:
@@ -183,15 +149,14 @@ def _executor(
     # The driver stays outside the container: it calls srun. `exec`: signals to the batch script reach it.
     driver = sys.executable if profile.container else interpreter(profile)
     executor = Executor(folder, python=f"exec {shlex.quote(driver)}")
-    dependency = parameters.pop("dependency", "")
     extra = dict(argument.removeprefix("--").partition("=")[::2] for argument in profile.sbatch)
     parameters["comment"] = " ".join(filter(None, (extra.pop("comment", ""), parameters["comment"])))
     given = {
         # submitit calls sbatch without the user's SBATCH_ variables.
-        "partition": profile.partition or os.environ.get("SBATCH_PARTITION") or None,
-        "account": profile.account or os.environ.get("SBATCH_ACCOUNT") or None,
-        "qos": profile.qos or os.environ.get("SBATCH_QOS") or None,
-        "constraint": profile.constraint or None,
+        "partition": profile.partition or os.environ.get("SBATCH_PARTITION", ""),
+        "account": profile.account or os.environ.get("SBATCH_ACCOUNT", ""),
+        "qos": profile.qos or os.environ.get("SBATCH_QOS", ""),
+        "constraint": profile.constraint,
         # Whole minutes, since submitit multiplies them.
         "time": math.ceil(minutes(time, profile.name)),
         "setup": [*profile.setup, *_exports(profile, snapshot, exports or {})],
@@ -200,17 +165,15 @@ def _executor(
         "wckey": None,
         "nodes": 1,
         "ntasks_per_node": 1,
-        "dependency": dependency or None,
         "additional_parameters": {
             "signal": signal,
-            "open-mode": "append",  # a requeued job would start its log anew
             **({"requeue": True} if requeue else {"no-requeue": True}),  # a site's default may be either
-            **({"kill-on-invalid-dep": "yes"} if dependency.startswith("afterok") else {}),
+            **({"kill-on-invalid-dep": "yes"} if parameters.get("dependency", "").startswith("afterok") else {}),
             **{key: value or True for key, value in extra.items()},
         },
         **parameters,
     }
-    executor.update_parameters(**given)
+    executor.update_parameters(**{name: value for name, value in given.items() if value != ""})
     return executor
 
 
@@ -227,5 +190,12 @@ def _exports(profile: Profile, snapshot: Path | None, variables: dict[str, str])
     return [f"export {line}" for line in (*lines, *(f"{name}={shlex.quote(value)}" for name, _, value in pairs))]
 
 
-def _gpus(profile: Profile, count: int) -> str | None:
-    return (f"{profile.gpu_type}:{count}" if profile.gpu_type else str(count)) if count else None
+def _gpus(profile: Profile, count: int) -> dict[str, str]:
+    """Return the parameter for GPUs per node; none without GPUs."""
+    return {"gpus_per_node": f"{profile.gpu_type}:{count}".lstrip(":")} if count else {}
+
+
+def _memory(profile: Profile, ranks: int) -> dict[str, str]:
+    """Return the parameter for the memory of ranks on a node; none where the site's default counts."""
+    size = ranks * megabytes(profile.memory_per_rank, profile.name)
+    return {"mem": f"{size}M"} if size else {}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich.jupyter import JupyterMixin
 from submitit.core.utils import FailedJobError
 
 from moelab.lazy import pd
@@ -78,7 +79,7 @@ class RunJob:
             cancel([replace(self.row, job=self.job_id)], self.store)
 
 
-class Jobs(tuple[RunJob, ...]):
+class Jobs(tuple[RunJob, ...], JupyterMixin):
     """Hold the jobs of specs that were submitted together, in their order, and show the table of their states."""
 
     @classmethod
@@ -106,8 +107,5 @@ class Jobs(tuple[RunJob, ...]):
         if self:
             watch(lambda _: None, [job.run.spec.id for job in self], store=self[0].store)
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.overview._repr_mimebundle_(**options)
-
     def __rich__(self) -> Any:
-        return self.overview.table()
+        return self.overview

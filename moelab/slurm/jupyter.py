@@ -5,10 +5,9 @@ The command is `moelab lab --profile NAME`.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
-import json
 import os
-import secrets
 import signal
 import socket
 import time
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from moelab import paths
 from moelab.engine.launch.child import Child
+from moelab.files import read_json
 from moelab.slurm import executor, queue
 from moelab.slurm.callables import begin
 from moelab.slurm.profiles import Profile
@@ -30,28 +30,23 @@ class ServeJupyter:
     """Serve JupyterLab as a Slurm step.
 
     Attributes:
-        command: srun with its options, and the interpreter.
-        options: options of jupyterlab.
-        folder: folder that holds the token; the job writes the node's name beside it.
+        command: srun and jupyterlab with their options.
+        folder: the server writes its port and its token into a file below it that only its owner can read.
         everywhere: whether to listen on the node's address instead of its loopback.
     """
 
     command: tuple[str, ...]
-    options: tuple[str, ...]
     folder: str
     everywhere: bool
 
     def __call__(self) -> None:
         """Serve until the server ends or is stopped."""
         stop = begin()
-        folder = Path(self.folder)
-        (folder / "node").write_text(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
-        token = (folder / "token").read_text()
-        variables = {**os.environ, "JUPYTER_TOKEN": token, "JUPYTER_RUNTIME_DIR": self.folder}
+        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        variables = {**os.environ, "JUPYTER_RUNTIME_DIR": f"{self.folder}/{node}"}
         variables.pop("XDG_RUNTIME_DIR", None)
         address = f"--ServerApp.ip={socket.getfqdn() if self.everywhere else '127.0.0.1'}"
-        command = [*self.command, "-m", "jupyterlab", address, *self.options]
-        Child(command, environment=variables).wait_or_stop(stop, signal.SIGTERM)
+        Child([*self.command, address], environment=variables).wait_or_stop(stop, signal.SIGTERM)
 
 
 def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
@@ -71,21 +66,16 @@ def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
         raise ValueError(f"moelab lab --profile needs Slurm; profile {profile.name} has cluster: {profile.cluster}")
     console = Console(highlight=False, soft_wrap=True)
     folder = paths.home() / "lab" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
-    folder.mkdir(parents=True, mode=0o700)
-    token = secrets.token_hex(24)
-    (folder / "token").touch(mode=0o600)  # in a file that only its owner can read: everyone sees command lines
-    (folder / "token").write_text(token)
-    cores = profile.cpus_per_rank * profile.gpus_per_node
-    options = (f"--ServerApp.root_dir={notebooks}", "--no-browser", *arguments)
-    step = executor.step(profile, f"--cpus-per-task={cores}")
-    serve = ServeJupyter(step, options, str(folder), everywhere=profile.lab_address == "node")
+    folder.mkdir(parents=True, mode=0o700)  # the log, too, has the server's token
+    step = executor.step(profile, profile.cpus_per_rank * profile.gpus_per_node)
+    command = (*step, "-m", "jupyterlab", f"--ServerApp.root_dir={notebooks}", "--no-browser", *arguments)
+    serve = ServeJupyter(command, str(folder), everywhere=profile.lab_address == "node")
     job = executor.for_jupyter(profile, folder).queue(serve, [()])
     log = folder / f"{job}_0_log.out"
     console.print(f"job {job}: JupyterLab on {profile.name}; Ctrl-C ends it (log: {log})")
     try:
-        server = _wait(job, folder, console)
-        if server is not None:
-            console.print(*_directions(server, (folder / "node").read_text().strip(), token, profile), sep="\n")
+        if server := _server(job, folder, console):
+            console.print(*_directions(server, profile), sep="\n")
             while queue.retried(queue.state, job) in ("RUNNING", "SUSPENDED"):
                 time.sleep(5)
     except KeyboardInterrupt:
@@ -97,29 +87,27 @@ def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
     return 1
 
 
-def _wait(job: str, folder: Path, console: Console) -> dict | None:
-    """Return the record that the server writes when it is up; None when the job ended before."""
+def _server(job: str, folder: Path, console: Console) -> dict:
+    """Wait until the server is up, and return what it writes of itself, with its node; empty if its job ends before."""
     said = ""
     while True:
-        for file in folder.glob("jpserver-*.json"):
-            try:
-                return json.loads(file.read_text())
-            except ValueError:
-                pass  # being written
+        for file in folder.glob("*/jpserver-*.json"):
+            with contextlib.suppress(ValueError):  # it is being written
+                return {**read_json(file), "node": file.parent.name}
         state = queue.retried(queue.state, job)
         if state not in ("PENDING", "CONFIGURING", "RUNNING"):
-            return None
+            return {}
         if state != said:
             console.print(f"job {job}: {state.lower()}")
             said = state
         time.sleep(1)
 
 
-def _directions(server: dict, node: str, token: str, profile: Profile) -> list[str]:
-    port = server["port"]
-    user, login = getpass.getuser(), profile.login or socket.getfqdn()
+def _directions(server: dict, profile: Profile) -> list[str]:
+    port, node, user, login = server["port"], server["node"], getpass.getuser(), profile.login or socket.getfqdn()
     if profile.lab_address == "node":
         tunnel = f"ssh -N -L {port}:{node}:{port} {user}@{login}"
     else:
         tunnel = f"ssh -N -L {port}:127.0.0.1:{port} -J {user}@{login} {user}@{node}"
-    return [f"on your own machine:  {tunnel}", f"then open:            http://127.0.0.1:{port}/lab?token={token}"]
+    address = f"http://127.0.0.1:{port}/lab?token={server['token']}"
+    return [f"on your own machine:  {tunnel}", f"then open:            {address}"]

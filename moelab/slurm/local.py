@@ -1,64 +1,48 @@
-"""Run a submission without Slurm: as processes of this machine, through submitit's local executor.
+"""Run a submission without Slurm: one process of this machine trains its runs and then executes its notebooks.
 
-That executor starts each job at once. A submission is therefore one job, which trains `array_parallelism` runs at a
-time and then executes the notebooks. `moelab cancel` ends it as a whole.
+It goes on after the shell or notebook that started it has ended. submitit's local executor is no help: it starts each
+job at once, and sets it a time limit. `moelab cancel` ends the process as a whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
-import submitit
 
 from moelab import environment
-from moelab.config import from_json
 from moelab.engine.launch.child import Child
-from moelab.files import read_json, write_json
-from moelab.runs.spec import RunSpec
+from moelab.engine.launch.process import FAILED, FINISHED, STOPPED, told_by
 from moelab.runs.store import Run, RunStore
 from moelab.slurm import queue
-from moelab.slurm.attempt import Limits, history
-from moelab.slurm.callables import LocalBatch
+from moelab.slurm.attempt import Limits, history, record
+from moelab.slurm.callables import notebook, train
 from moelab.slurm.profiles import Profile
 from moelab.slurm.submission import Submission
 
-_YEAR_MIN = 365 * 24 * 60  # a local job has no time limit
+_MODULE = "moelab.slurm.local"
 
 
-def start(
-    submission: Submission,
-    profile: Profile,
-    specs: Mapping[str, Sequence[RunSpec]],
-    directories: Mapping[str, Sequence[Path]],
-) -> None:
-    """Start the job of a submission and write its id into the record."""
-    runs = [run for name, group in specs.items() for run in zip(group, directories[name], strict=True)]
-    cuda = any(spec.train.device == "cuda" for spec, _ in runs)
-    batch = LocalBatch(
-        [str(path) for _, path in sorted(runs, key=lambda run: run[0].depth)],
-        [part.name for part in submission.parts if part.values is not None],
-        1 if cuda else profile.array_parallelism,  # each run takes the first GPUs
-        Limits(profile.failures, profile.restarts),
-        str(submission.folder),
-        os.environ.get("CUDA_VISIBLE_DEVICES"),  # also where no run trains on one: notebooks measure on GPUs
-    )
-    write_json(submission.folder / "local.json", asdict(batch))
+def start(submission: Submission, profile: Profile, store: RunStore) -> None:
+    """Start the process of a submission and write its id into the record.
+
+    Of the profile it gets `array_parallelism`, the number of runs at a time, `failures` and `restarts`.
+    """
+    numbers = map(str, (profile.array_parallelism, profile.failures, profile.restarts))
+    command = [sys.executable, "-m", _MODULE, str(submission.folder), str(store.root), *numbers]
     places = os.pathsep.join(filter(None, (submission.snapshot, os.environ.get("PYTHONPATH"))))
     code = {"PYTHONPATH": places, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
-    # In a session of its own, the job does not get the signals of Ctrl-C, a notebook's interrupt or a closed terminal.
-    log = submission.folder / "local.out"
-    variables = {**os.environ, **code, environment.EXECUTOR.name: "read"}
-    if Child([sys.executable, "-m", "moelab.slurm.local", str(submission.folder)], log, variables).wait():
-        raise ValueError(f"the local job could not be started; see {log}")
-    id = read_json(submission.folder / "local.id.json")
+    # In a session of its own, it does not get the signals of Ctrl-C, a notebook's interrupt or a closed terminal.
+    process = Child(command, submission.folder / "local.out", {**os.environ, **code, environment.EXECUTOR.name: "read"})
     for part in submission.parts:
-        part.job = f"{queue.LOCAL}{id}"
+        part.job = f"{queue.LOCAL}{process.pid}"
     submission.write()
 
 
@@ -66,13 +50,12 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
     """Return the runs and notebooks of local submissions whose process is alive: (submission, part, index) -> job."""
     states = {}
     for submission in known:
-        if submission.cluster != "local" or not submission.parts or not _lives(submission):
-            continue
-        for part in submission.parts:
-            for index, run in enumerate(part.runs) if part.values is None else [(0, "")]:
+        first = submission.parts[0].job if submission.cluster == "local" and submission.parts else None
+        for part in submission.parts if first and _process(first, str(submission.folder)) else ():
+            for index, run in enumerate(part.runs if part.values is None else [None]):
                 if run:
                     own, given_up = Run.files(store.root / run), False
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, ValueError):
                         given_up = any(last.job == part.job and not last.again for last in history(own)[-1:])
                     over, works = own.finished or given_up, own.locked
                 else:
@@ -89,36 +72,75 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
 def cancel(ids: Collection[str]) -> list[str]:
     """Ask the local jobs among these to stop, with checkpoints, and return the ids of the others."""
     for id in ids:
-        if id.startswith(queue.LOCAL) and (process := _process(id, "submitit.local._local")):
+        if id.startswith(queue.LOCAL) and (process := _process(id)):
             process.terminate()
     return [id for id in ids if not id.startswith(queue.LOCAL)]
 
 
-def _lives(submission: Submission) -> bool:
-    return _process(submission.parts[0].job or "", str(submission.folder)) is not None
-
-
-def _process(id: str, word: str) -> psutil.Process | None:
-    """Return the process of a local job, if it is alive.
+def _process(id: str, folder: str = "") -> psutil.Process | None:
+    """Return the process of a local job, if it is alive; another one may have got the same process id.
 
     Args:
-        id: the job's id, which contains the process id.
-        word: an argument of its command line; another process that has got the same process id lacks it.
+        folder: of its submission, if that is known.
     """
     with contextlib.suppress(psutil.Error, ValueError):
         process = psutil.Process(int(id.removeprefix(queue.LOCAL)))
-        if process.status() != psutil.STATUS_ZOMBIE and word in process.cmdline():
+        if (
+            process.status() != psutil.STATUS_ZOMBIE
+            and _MODULE in (words := process.cmdline())
+            and folder in ("", *words)
+        ):
             return process
     return None
 
 
-def main(folder: Path) -> None:
-    """Start the job of the submission in a folder and write down its id."""
-    executor = submitit.AutoExecutor(folder, cluster="local")
-    executor.update_parameters(timeout_min=_YEAR_MIN, stderr_to_stdout=True)
-    batch = from_json(LocalBatch, read_json(folder / "local.json"), "local job")
-    write_json(folder / "local.id.json", int(executor.submit(batch).job_id))
+def main(folder: Path, store: RunStore, workers: int, limits: Limits) -> int:
+    """Train the runs of a submission, each after those it requires, then execute its notebooks; return the exit code.
+
+    Args:
+        workers: number of runs that train at a time; on GPUs one, since each takes the first of them.
+        limits: how often to try a run.
+    """
+    stop = told_by(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    submission = Submission.read(folder / "submission.json")
+    runs, failed = [], list[str]()
+    for id in (id for part in submission.parts if part.values is None for id in part.runs):
+        try:
+            runs.append(store.at(id))
+        except (ValueError, OSError) as error:  # the other runs go on
+            print(error, file=sys.stderr)
+            failed.append(id)
+    if any(run.spec.train.device == "cuda" for run in runs):
+        workers = 1
+    trained: dict[str, Future[bool]] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for run in sorted(runs, key=lambda run: run.spec.depth):
+            trained[run.spec.id] = pool.submit(_train, run, stop, limits, trained)
+    failed += [id for id, given_up in trained.items() if given_up.result()]
+    for part in takewhile(lambda _: not stop(), (part.name for part in submission.parts if part.values is not None)):
+        if notebook([sys.executable], folder, part).wait_or_stop(stop, signal.SIGINT):
+            failed.append(part)
+    if failed:
+        print(f"failed: {', '.join(failed)}; see moelab status", file=sys.stderr)
+    return STOPPED if stop() else FAILED if failed else FINISHED
+
+
+def _train(run: Run, stop: Callable[[], bool], limits: Limits, trained: Mapping[str, Future[bool]]) -> bool:
+    """Train a run, as often as the limits allow; return whether it is given up.
+
+    Args:
+        trained: run id -> what this returns of it, of all that began before.
+    """
+    wait([trained[spec.id] for spec in run.spec.requires() if spec.id in trained])
+    restart = 0
+    while not stop() and (ended := train(run, stop, how="local")) and not stop():
+        if not record(run, f"{queue.LOCAL}{os.getpid()}", restart, *ended, limits):
+            return True
+        restart += 1
+    return False
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    own, runs, *counts = sys.argv[1:]
+    at_a_time, failures, restarts = map(int, counts)
+    sys.exit(main(Path(own), RunStore(Path(runs)), at_a_time, Limits(failures, restarts)))

@@ -7,9 +7,7 @@ died. The last notebook of a sweep to end also publishes the comparison of all p
 
 from __future__ import annotations
 
-import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from moelab.experiments import experiment
@@ -42,7 +40,6 @@ def _execute(submission: Submission, name: str) -> int:
     folder = submission.folder
     part = next(part for part in submission.parts if part.name == name)
     (folder / f"{name}.json").unlink(missing_ok=True)  # written by an earlier attempt
-    ended = Outcome(job=os.environ.get("SLURM_JOB_ID"), node=os.environ.get("SLURMD_NODENAME"))
     try:
         result = notebooks.execute(
             experiment(submission.experiment),
@@ -55,12 +52,12 @@ def _execute(submission: Submission, name: str) -> int:
     except (notebooks.NotebookFailed, ValueError, OSError, KeyboardInterrupt) as error:
         cancelled = outcome(folder, name)  # written while it was executed
         reason = cancelled.error if cancelled else str(error) or "out of time; raise the profile's notebook_time"
-        set_outcome(folder, name, replace(ended, error=reason))
+        set_outcome(folder, name, Outcome(error=reason))
         print(reason, file=sys.stderr)
         return 1
     summary = read_json(result / SUMMARY)
     missing = summary["missing"]
-    set_outcome(folder, name, replace(ended, result=str(result), missing=tuple(missing)))
+    set_outcome(folder, name, Outcome(str(result), tuple(missing)))
     print(f"result: {result}" + (f"; without {', '.join(missing)}" if missing else ""))
     if submission.publish and (line := not_packed(summary)):
         print(line)

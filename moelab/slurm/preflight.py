@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from moelab.runs import preflight
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import RunStore
-from moelab.slurm.executor import Size
+from moelab.slurm import executor
 from moelab.slurm.profiles import Profile
 
 
@@ -37,7 +37,7 @@ def check(
         if specs and (line := profile.tight()):
             print(line, file=sys.stderr)
         for spec in preflight.unfinished(specs, store):
-            Size.of(spec, profile)
+            executor.size(spec, profile)
         gives_a_gpu = profile.notebook_gpus or any(a.startswith(("--gres=gpu", "--gpus")) for a in profile.sbatch)
         if measuring and not gives_a_gpu:
             raise ValueError(

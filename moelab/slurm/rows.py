@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from rich.jupyter import JupyterMixin
+from rich.text import Text
+
 from moelab.lazy import pd
-from moelab.terminal import duration, plain
+from moelab.terminal import duration, plain, table
 
 _COLORS = {
     **dict.fromkeys(("failed", "lost", "unreadable"), "red"),
@@ -56,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Overview:
+class Overview(JupyterMixin):
     """Hold all rows and, when Slurm did not answer, its error in `trouble`."""
 
     rows: tuple[Row, ...]
@@ -68,13 +72,7 @@ class Overview:
 
     def table(self) -> Any:
         """Return the rows as a rich table, or one line when there are none, for terminals and notebooks."""
-        from rich.text import Text
-
-        from moelab.terminal import table
-
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            counts[row.state] = counts.get(row.state, 0) + 1
+        counts = Counter(row.state for row in self.rows)
         title = ", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing submitted (by these names)"
         title += f" · {plain(self.trouble)}" if self.trouble else ""
         if not self.rows:
@@ -105,8 +103,4 @@ class Overview:
             )
         return view
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.table()._repr_mimebundle_(**{"include": [], "exclude": [], **options})
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield self.table()
+    __rich__ = table

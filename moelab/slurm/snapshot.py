@@ -1,7 +1,8 @@
 """Copy the code at submission, so that editing the checkout does not change the code of jobs in the queue.
 
-submitit's `RsyncSnapshot` needs rsync, copies only tracked files (not a new notebook), and makes a copy for each
-submission. Here equal code has one folder, named by the hash of its content.
+A copy holds all files of the code but hidden and compiled ones. submitit's `RsyncSnapshot` needs rsync, copies only
+tracked files (not a new notebook), and makes a copy for each submission. Here equal code has one folder, named by the
+hash of its content.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -31,23 +31,20 @@ def place(root: Path) -> Path | None:
     if checkout is None or (checkout / SNAPSHOT).exists():  # a snapshot: this is a job that submits
         return checkout
     content = hashlib.sha256(str(commit()).encode())
-    for name in _names(checkout):
+    for name in _files(checkout):
         content.update(f"{name}\0".encode() + hashlib.sha256((checkout / name).read_bytes()).digest())
     return root / content.hexdigest()[:12]
 
 
 def take(target: Path) -> None:
-    """Copy the checkout's code to its `place`, unless it is there: files that git does not ignore, and the commit.
-
-    Where git does not answer (a downloaded archive, a folder of another user), all files but hidden and compiled ones.
-    """
+    """Copy the checkout's code and its commit to its `place`, unless they are there."""
     checkout = paths.checkout()
     if target.exists() or checkout is None:
         if target != checkout:
             os.utime(target)  # `prune` counts the age from the last submission
         return
     with new_directory(target) as new:
-        for name in _names(checkout):
+        for name in _files(checkout):
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(checkout / name, new / name)
         # An installation maps kernels/ to moelab.kernels (pyproject.toml); in a plain folder a link does so.
@@ -64,18 +61,8 @@ def prune(root: Path, in_use: Collection[Path]) -> None:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def _names(checkout: Path) -> list[str]:
-    try:
-        listed = subprocess.run(
-            ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PARTS],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        names = listed.stdout.split("\0")
-    except (OSError, subprocess.CalledProcessError):
-        below = (
-            path.relative_to(checkout) for part in _PARTS for path in (checkout / part, *(checkout / part).rglob("*"))
-        )
-        names = [str(n) for n in below if not any(p.startswith(".") or p == "__pycache__" for p in n.parts)]
-    return sorted({n for n in names if n and (checkout / n).is_file()})
+def _files(checkout: Path) -> list[Path]:
+    """Return the files of the code, relative to the checkout; without hidden and compiled ones."""
+    parts = (checkout / name for name in _PARTS)
+    found = (path.relative_to(checkout) for part in parts for path in (part, *part.rglob("*")) if path.is_file())
+    return sorted(path for path in found if not any(name[0] == "." or name == "__pycache__" for name in path.parts))

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moelab import paths
-from moelab.config import from_json
-from moelab.files import read_json
-from moelab.runs.spec import RunSpec
 from moelab.runs.states import after
 from moelab.runs.store import Run, RunStore, ended
 from moelab.slurm import local, queue
@@ -31,7 +28,6 @@ from moelab.slurm.submission import (
     records,
     root,
     set_outcome,
-    submissions,
 )
 
 
@@ -94,7 +90,7 @@ def cancel(rows: Sequence[Row], store: RunStore | None = None) -> None:
     for row in rows:
         submission, _, part = row.id.partition("/")
         if part:
-            set_outcome(root() / submission, part, Outcome(error=CANCELLED, job=row.job))
+            set_outcome(root() / submission, part, Outcome(error=CANCELLED))
         elif row.state == "waiting":
             run = Run.files(store.root / row.id)
             if (status := run.recorded).state != "finished" and not run.locked:
@@ -190,40 +186,9 @@ def _waits_for(live: queue.Job) -> str:
     return reason
 
 
-@dataclass(frozen=True)
-class _Train:
-    seed: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class _Data:
-    context: int
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """Hold what a row shows of a spec. Making 2,000 `RunSpec` objects takes seconds, most of it for checks."""
-
-    train: _Train
-    data: _Data
-    model: dict[str, Any]
-    label: str = ""
-
-    @classmethod
-    def read(cls, path: Path) -> _Spec:
-        record = read_json(path / "spec.json")
-        if record is None:
-            raise ValueError(f"{path}: no spec.json there; was the run removed?")
-        spec = from_json(cls, record, str(path / "spec.json"), known=True)
-        title = spec.label or spec.model.get("name") or RunSpec.from_json(record).title
-        return replace(spec, label=f"{title} · seed {spec.train.seed}")
-
-
 def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bool, point: str = "") -> Row:
     live = job if job and job.live else None
-    spec = _Spec.read(path)
-    run = Run.files(path)
+    run = Run.at(path, known=True)
     status = run.recorded
     finished = status.state == "finished"
     if live and live.state == "RUNNING":
@@ -245,9 +210,10 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
     elif state == "stopped" and not live and (answered or status.reason == CANCELLED):
         reason += _AGAIN
     speed = status.tokens_per_s if state == "running" else None
+    spec = run.spec
     return Row(
         submission.experiment,
-        f"{spec.label} · {point}" if point else spec.label,
+        f"{spec.title} · seed {spec.train.seed}" + f" · {point}" * bool(point),
         path.name,
         state,
         # Without Slurm's answer, a run that stopped or failed may wait in the queue.
@@ -309,13 +275,7 @@ def log_of(name: str) -> Path:
     store = RunStore()
     submission, _, part = name.partition("/")
     if part:
-        logs = [
-            f"{p.job}_0_log.out" if record.cluster == "slurm" else f"{part}.out"
-            for record in submissions()
-            for p in record.parts
-            if (record.id, p.name) == (submission, part)
-        ]
-        matches = [path for log in logs if (path := root() / submission / log).exists()]
+        matches = list((root() / submission).glob(f"{part}.out"))
     else:
         logs = store.ids(file="log.txt")
         matches = [store.root / run / "log.txt" for run in logs if run.startswith(name) or run.endswith(f"-{name}")]

@@ -1,9 +1,9 @@
 """Record what was submitted: a folder per submission, whose `submission.json` names its jobs and their runs.
 
-    .moelab/submissions/<date>-<name>-<hash>/submission.json    runs and notebooks with their job ids
+    .moelab/submissions/<time>-<name>-<µs>/submission.json      runs and notebooks with their job ids
                                              12_submission.sh   the batch script of job (array) 12
                                              12_0_0_log.out     output of the driver of array task 12_0
-                                             notebook-0.json    outcome of a notebook
+                                             notebook-0.json    outcome of a notebook; its log is notebook-0.out
 
 The other files are submitit's. A job loads the callable that it runs from ``*_submitted.pkl``; moelab never reads
 ``*_result.pkl``.
@@ -128,14 +128,11 @@ class Outcome:
         result: the folder of what it published; empty where it failed.
         missing: ids of the runs without a result.
         error: one line, where it failed.
-        job, node: the job's id and node; None without Slurm.
     """
 
     result: str = ""
     missing: tuple[str, ...] = ()
     error: str = ""
-    job: str | None = None
-    node: str | None = None
 
 
 @dataclass(frozen=True)

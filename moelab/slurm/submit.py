@@ -7,30 +7,27 @@ recorded the job's id. `moelab.slurm.submission` describes the files.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from moelab import paths
-from moelab.config.parallel import ParallelConfig
 from moelab.report.sweep import Sweep
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import RunStore
 from moelab.slurm import executor, local, queue, snapshot
 from moelab.slurm.attempt import Limits
 from moelab.slurm.callables import ExecuteNotebook, TrainRun
-from moelab.slurm.executor import Executor, Size
+from moelab.slurm.executor import Executor
 from moelab.slurm.profiles import Profile
 from moelab.slurm.submission import Part, Submission, outcomes, root, submissions
 
 _ARRAY = 500  # the default of Slurm's MaxArraySize is 1001
 Jobs = Mapping[tuple[str, str, int], queue.Job]
-_Alike = tuple[Size | None, ParallelConfig | None, tuple[str, ...]]
-"""What the runs of an array share: size and layout of their jobs (None without Slurm), and the runs they wait for."""
 _Place = tuple[str, int, int]
 """Where a run is in the queue: its job or the placeholder of one (``@runs-0@``), its index in the array, and the number
 of the array's runs; 0 where the job is the run's own task."""
@@ -170,9 +167,7 @@ def _plan(
     needed = {run for _, runs in shown for run in runs if profile.cluster == "local"}
     todo = [spec for id, spec in wanted.items() if id not in done and (id not in queued or id in needed)]
 
-    seconds, rest = divmod(time.time_ns(), 10**9)
-    # Ids sort by time also where one second has several; the rest, in units of 60 ns, tells them apart.
-    id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(seconds))}-{name}-{(rest << 24) // 10**9:06x}"
+    id = datetime.now(UTC).strftime(f"%Y%m%d-%H%M%S-{name}-%f")
     code = snapshot.place(paths.home() / "snapshots")
     submission = Submission(
         id, name, profile.name, str(code) if code else None, cluster=profile.cluster, publish=publish
@@ -180,23 +175,24 @@ def _plan(
     plan = Plan(submission, len(done), len(wanted) - len(done) - len(todo), replaced=replaced)
     planned = {spec.id for spec in todo}
     plan.waiting.extend(spec for id, spec in wanted.items() if id not in done and id not in planned)
-    awaited = {run: (job.id, 0, 0) for run, job in queued.items() if not job.local}
-    for (size, layout, needs), group in _groups(todo, profile, done):
+    awaited = {run: (job.id, 0, 0) for run, job in queued.items() if not job.local and run not in done}
+    for group in _groups(todo, profile, done):
         part = Part(f"runs-{len(plan.specs)}", None, [spec.id for spec in group])
         plan.specs[part.name] = group
-        if size is None or layout is None:
+        if profile.cluster == "local":
             plan.add(part)
             continue
+        size = executor.size(group[0], profile)
         call = TrainRun(
             executor.interpreter(profile),
             (*profile.srun, *profile.container),
-            size.per_node,
+            size["ntasks_per_node"],
             Limits(profile.failures, profile.restarts),
             spare_nodes=not _chooses_nodes(profile),
-            parallel=layout,
+            parallel=group[0].parallel,
         )
         given = {"job_name": name, "comment": queue.comment(id, part.name)}
-        given["dependency"] = _dependency("afterok", needs, awaited)
+        given["dependency"] = _dependency("afterok", [run.id for run in group[0].requires()], awaited)
         plan.add(part, executor.for_runs(profile, size, code, submission.folder, **given), call)
         awaited |= {spec.id: (f"@{part.name}@", index, len(group)) for index, spec in enumerate(group)}
     for values, runs in shown:
@@ -206,8 +202,8 @@ def _plan(
             continue
         given = {"job_name": f"{name}-notebook", "comment": queue.comment(id, part.name)}
         # afterany: the notebook starts even if runs failed, and shows the others.
-        given["dependency"] = _dependency("afterany", [run for run in runs if run not in done], awaited)
-        step = executor.step(profile, f"--cpus-per-task={profile.notebook_cpus}")
+        given["dependency"] = _dependency("afterany", runs, awaited)
+        step = executor.step(profile, profile.notebook_cpus)
         job = executor.for_notebook(profile, code, submission.folder, **given)
         plan.add(part, job, ExecuteNotebook(step, profile.failures))
     return plan
@@ -224,18 +220,17 @@ def _queue(plan: Plan, profile: Profile, store: RunStore) -> None:
     if submission.snapshot:
         snapshot.take(Path(submission.snapshot))
     submission.write()  # before anything is queued, so that every job belongs to a known submission
-    directories = {name: [store.run(spec).path for spec in specs] for name, specs in plan.specs.items()}
+    directories = {name: [(str(store.run(spec).path),) for spec in specs] for name, specs in plan.specs.items()}
     if submission.cluster == "local":
-        local.start(submission, profile, plan.specs, directories)
+        local.start(submission, profile, store)
         return
     ids: dict[str, str] = {}
     try:
         for part in submission.parts:
             queued = plan.executors[part.name]
-            if waits := queued.parameters["dependency"]:
+            if waits := queued.parameters.get("dependency"):
                 queued.update_parameters(dependency=re.sub(r"@([a-z]+-\d+)@", lambda found: ids[found[1]], waits))
-            alone = [(str(submission.folder), part.name)]
-            arguments = alone if part.values is not None else [(str(path),) for path in directories[part.name]]
+            arguments = directories.get(part.name, [(str(submission.folder), part.name)])
             ids[part.name] = part.job = queued.queue(plan.calls[part.name], arguments)
     except queue.SlurmError as error:
         before = f"; queued before: {', '.join(ids.values())}; submit again for the rest" if ids else ""
@@ -270,14 +265,14 @@ def _dependency(kind: str, runs: Sequence[str], awaited: Mapping[str, _Place]) -
     return ":".join([kind, *names]) if names else ""
 
 
-def _groups(specs: Sequence[RunSpec], profile: Profile, done: set[str]) -> list[tuple[_Alike, list[RunSpec]]]:
+def _groups(specs: Sequence[RunSpec], profile: Profile, done: set[str]) -> list[list[RunSpec]]:
     """Group runs of equal size and layout that wait for the same runs, at most `_ARRAY` each."""
-    alike: dict[_Alike, list[RunSpec]] = {}
+    alike: dict[object, list[RunSpec]] = {}
     for spec in specs:
+        job = (str(executor.size(spec, profile)), spec.parallel) if profile.cluster == "slurm" else None
         needs = tuple(run.id for run in spec.requires() if run.id not in done)
-        job = (Size.of(spec, profile), spec.parallel) if profile.cluster == "slurm" else (None, None)
-        alike.setdefault((*job, needs), []).append(spec)
-    return [(key, group[i : i + _ARRAY]) for key, group in alike.items() for i in range(0, len(group), _ARRAY)]
+        alike.setdefault((job, needs), []).append(spec)
+    return [group[i : i + _ARRAY] for group in alike.values() for i in range(0, len(group), _ARRAY)]
 
 
 def _notebook_queued(

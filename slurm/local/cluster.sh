@@ -2,16 +2,14 @@
 # A real Slurm on this machine, for development and tests: four pretend nodes with (up to) eight pretend GPUs each.
 #
 #   slurm/local/cluster.sh up                 start it (about a second)
-#   slurm/local/cluster.sh up --accounting    the same with slurmdbd on a database of its own: accounts, QoS, sacct
 #   eval "$(slurm/local/cluster.sh env)"      let this shell's sbatch, squeue, moelab submit talk to it
 #   slurm/local/cluster.sh status             nodes and jobs
 #   slurm/local/cluster.sh down               cancel its jobs and stop it
 #   slurm/local/cluster.sh start NAME         start a part that died: slurmctld, or a node (node1)
 #
 # All its files are in MOELAB_SLURM_DIR (.moelab/slurm), all its ports at MOELAB_SLURM_PORT (17800) and the few above; a Slurm that
-# is installed or running on this machine is neither read nor changed. Without --accounting, sacct has nothing to say here.
+# is installed or running on this machine is neither read nor changed. It keeps no accounts: sacct has nothing to say here.
 # Needs Debian's or Ubuntu's packages: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
-# For accounting, too: slurmdbd mariadb-server-core mariadb-client-core
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 dir=$(realpath -m "${MOELAB_SLURM_DIR:-$here/../../.moelab/slurm}")
@@ -25,17 +23,10 @@ ours() { [ "$(cat "/proc/${1:-none}/comm" 2>/dev/null)" = "$2" ] && grep -zqxF "
 alive() { local name; name=$(basename "$1"); ours "$(cat "$1" 2>/dev/null)" "${name%%.*}"; }  # FILE with a pid, named by the daemon
 idle() { timeout 5 sinfo -h -p debug -o %D -t idle 2>/dev/null; }
 
-need() {  # TOOL... PACKAGES
-  local packages=${*: -1} tool
-  for tool in "${@:1:$#-1}"; do
-    command -v "$tool" >/dev/null || { echo "$tool is not installed: apt-get install --no-install-recommends $packages" >&2; exit 1; }
-  done
-}
-
 fill() {  # the templates, into the files Slurm reads
   for file in "$@"; do
     sed -e "s#@HERE@#$here#g; s#@DIR@#$dir#g; s#@USER@#$(id -un)#g; s#@PLUGINS@#$(echo /usr/lib/*/slurm-wlm)#g; s#@NODES@#$nodes#g; s#@GPUS@#$gpus#g; s#@DEVICES@#$devices#g" \
-        -e "s#@CPUS@#$cpus#g; s#@MEMORY@#$memory#g; s#@PORT@#$port#g; s#@FIRST@#$((port + 1))#g; s#@LAST@#$((port + nodes))#g; s#@DBDPORT@#$((port + nodes + 1))#g" \
+        -e "s#@CPUS@#$cpus#g; s#@MEMORY@#$memory#g; s#@PORT@#$port#g; s#@FIRST@#$((port + 1))#g; s#@LAST@#$((port + nodes))#g" \
         "$here/$file" > "$dir/etc/$file"
   done
 }
@@ -43,22 +34,19 @@ fill() {  # the templates, into the files Slurm reads
 start() {  # each daemon goes to the background and writes its pid file
   case $1 in
     slurmctld) slurmctld ;;
-    slurmdbd) MYSQL_UNIX_PORT=$dir/run/db.sock slurmdbd ;;
-    mariadbd)  # on a socket of its own, no port
-      mariadbd --no-defaults --user="$(id -un)" --datadir="$dir/db" --socket="$dir/run/db.sock" --skip-networking \
-        --pid-file="$dir/run/mariadbd.pid" --log-error="$dir/log/mariadbd.log" >/dev/null 2>&1 </dev/null & ;;
     *) mkdir -p "$dir/spool/$1"; slurmd -N "$1" -d "$(command -v slurmstepd)" ;;
   esac
 }
 
 up() {
-  local accounting=${1:-}
-  case $accounting in "" | --accounting) ;; *) echo "up takes --accounting or nothing, not $accounting" >&2; exit 2 ;; esac
-  need slurmctld slurmd munged sbatch "slurmctld slurmd slurm-client munge"
-  [ -z "$accounting" ] || need slurmdbd mariadbd mariadb-install-db mariadb "slurmdbd mariadb-server-core mariadb-client-core"
+  local tool n
+  for tool in slurmctld slurmd munged sbatch; do
+    command -v "$tool" >/dev/null && continue
+    echo "$tool is not installed: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge" >&2
+    exit 1
+  done
   if alive "$dir/run/slurmctld.pid"; then echo "already up: $dir"; return; fi
-  local last=$((port + nodes)) n
-  for n in $(seq "$port" $((last + (${#accounting} > 0)))); do
+  for n in $(seq "$port" $((port + nodes))); do
     ! (exec 3<>"/dev/tcp/127.0.0.1/$n") 2>/dev/null || { echo "port $n is in use; MOELAB_SLURM_PORT names the first of others" >&2; exit 1; }
   done
   trap 'down; echo "not up; what was started is stopped, see $dir/log" >&2' EXIT
@@ -69,36 +57,12 @@ up() {
   [ -f "$dir/etc/munge.key" ] || mungekey --create --keyfile="$dir/etc/munge.key"
   munged --key-file="$dir/etc/munge.key" --socket="$dir/run/munge.sock" --pid-file="$dir/run/munged.pid" \
          --seed-file="$dir/run/munge.seed" --log-file="$dir/log/munged.log"
-  [ -z "$accounting" ] || account
   start slurmctld
   for n in $(seq $nodes); do start "node$n"; done
   for _ in $(seq 600); do [ "$(idle)" = $nodes ] && break; sleep 0.1; done
   [ "$(idle)" = $nodes ] || { echo "not all nodes came up; see $dir/log" >&2; exit 1; }
   trap - EXIT
-  echo "up: $nodes nodes, $gpus pretend GPUs each${accounting:+, with accounting}; eval \"\$(slurm/local/cluster.sh env)\""
-}
-
-account() {  # a database, slurmdbd on it, and in it this user with the account "moelab" and the QoS "normal" and "long"
-  fill accounting.conf slurmdbd.conf
-  chmod 600 "$dir/etc/slurmdbd.conf"
-  echo "Include $dir/etc/accounting.conf" >> "$dir/etc/slurm.conf"
-  [ -d "$dir/db/mysql" ] || mariadb-install-db --no-defaults --datadir="$dir/db" --user="$(id -un)" --skip-test-db \
-    --auth-root-authentication-method=socket --auth-root-socket-user="$(id -un)" > "$dir/log/mariadb-install.log" 2>&1
-  start mariadbd
-  # slurmdbd would make its database itself, but after that its first connection is broken (MariaDB's client 11.8.9: "exceeds maximum
-  # allowed number of columns (=0)").
-  wait_for mariadb --no-defaults -S "$dir/run/db.sock" -u root -e "create database if not exists slurm_acct_db"
-  start slurmdbd
-  wait_for sacctmgr -n show cluster
-  sacctmgr -i -Q add cluster moelab >/dev/null || true  # each of these says no when it is there already
-  sacctmgr -i -Q add qos long >/dev/null || true
-  sacctmgr -i -Q add account moelab >/dev/null || true
-  sacctmgr -i -Q add user "$(id -un)" account=moelab qos=normal,long defaultqos=normal >/dev/null || true
-}
-
-wait_for() {  # COMMAND that succeeds once what it talks to is up
-  for _ in $(seq 600); do "$@" >/dev/null 2>&1 && return; sleep 0.1; done
-  echo "no answer: $*; see $dir/log" >&2; exit 1
+  echo "up: $nodes nodes, $gpus pretend GPUs each; eval \"\$(slurm/local/cluster.sh env)\""
 }
 
 stop() {  # by the pid in a file of ours; a daemon that does not go in eight seconds is killed
@@ -115,7 +79,7 @@ down() {
     timeout 5 squeue -h -o %A | sort -u | xargs -r timeout 5 scancel -f || true
     for _ in $(seq 150); do [ -z "$(timeout 5 squeue -h 2>/dev/null)" ] && break; sleep 0.1; done
   fi
-  for file in "$dir"/run/slurmd.*.pid "$dir"/run/{slurmctld,slurmdbd,mariadbd,munged}.pid; do stop "$file"; done
+  for file in "$dir"/run/slurmd.*.pid "$dir"/run/{slurmctld,munged}.pid; do stop "$file"; done
 }
 
 status() {
@@ -125,9 +89,8 @@ status() {
 }
 
 case ${1:-} in
-  up) up "${2:-}" ;;
-  down | status) "$1" ;;
+  up | down | status) "$1" ;;
   start) start "${2:?which: slurmctld or node1..node$nodes}" ;;
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
-  *) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -161,7 +161,6 @@ def test_the_peer_of_a_moe_has_the_same_layers_and_as_many_weights():
 
     assert matrices(peer.model) == matrices(model)
     assert len(peer.turns(PROMPTS[:2], 4)) == 4
-    assert 1 <= peer.distinct_experts(PROMPTS[:2], 4) <= 2 and peer.distinct_experts(PROMPTS[:1], 4) == 1
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def test_what_is_tried_again(tiny_spec, workshop):
     def after(*earlier: Attempt, now: Attempt, failures: int = 3, restarts: int = 10) -> bool:
         lines = [json.dumps(a.__dict__) for a in earlier]
         (run.path / attempt.ATTEMPTS).write_text("".join(f"{line}\n" for line in lines) + '{"cut sho')
-        return attempt.decide(run, now, Limits(failures, restarts))[0]
+        return not attempt.why_not(run, now, Limits(failures, restarts))
 
     assert after(now=_attempt("stopped"))
     assert after(now=_attempt("failed")), "once may be chance"

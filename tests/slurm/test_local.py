@@ -1,35 +1,34 @@
-"""Submit without Slurm: the same commands, records and jobs, on submitit's local executor."""
+"""Submit without Slurm: the same commands, records and jobs, in a process of this machine."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
-import submitit
 from submitit.core.utils import FailedJobError
 from typer.testing import CliRunner
 
 from moelab import paths
 from moelab.cli import app
 from moelab.engine.launch.child import Child
+from moelab.engine.launch.process import FAILED, STOPPED
 from moelab.files import read_json
 from moelab.lab import Lab
 from moelab.runs import branching
 from moelab.runs.execute import execute
 from moelab.runs.store import Run, RunStore
-from moelab.slurm import attempt, callables, local, preflight, queue, submit
+from moelab.slurm import attempt, local, preflight, queue, submit
 from moelab.slurm.jobs import RunJob
 from moelab.slurm.profiles import Profile
 from moelab.slurm.status import log_of, overview
-from moelab.slurm.submission import Outcome, set_outcome, submissions
+from moelab.slurm.submission import Outcome, Part, Submission, set_outcome, submissions
 from tests.conftest import until
 
 pytestmark = pytest.mark.multiprocess
@@ -57,7 +56,7 @@ def test_jobs_are_submitits_but_for_the_truth_of_the_run(lab, tiny_spec, monkeyp
     jobs = lab.submit([tiny_spec, bad], cluster="local")
     good, failed = jobs
     assert good.job_id.startswith("local-") and not good.done()
-    assert psutil.Process(int(good.job_id.removeprefix("local-"))).environ()["PYTHONPATH"].endswith(f":{own}")
+    assert driver(good.job_id).environ()["PYTHONPATH"].endswith(f":{own}")
     assert lab.submit([tiny_spec], cluster="local")[0].job_id == good.job_id, "nothing is queued twice"
     jobs.wait()
     assert good.done() and good.state == "finished" and good.result() == good.run.result
@@ -67,16 +66,10 @@ def test_jobs_are_submitits_but_for_the_truth_of_the_run(lab, tiny_spec, monkeyp
     with pytest.raises(FailedJobError, match="failed twice the same way"):
         failed.result()
     assert list(jobs.frame()["state"]) == ["finished", "failed"]
-    # What submitit pickled says nothing about a run: without it all stays as it is.
-    (folder,) = (record.folder for record in submissions())
-    for pickle in folder.glob("*.pkl"):
-        pickle.write_bytes(b"not a pickle")
-    assert good.result() == good.run.result and failed.state == "failed"
 
 
 def driver(job: str) -> psutil.Process:
-    (child,) = psutil.Process(int(job.removeprefix("local-"))).children()
-    return child
+    return psutil.Process(int(job.removeprefix("local-")))
 
 
 def test_a_run_that_is_stopped_or_cancelled_goes_on_when_it_is_submitted_again(lab, tiny_spec, tmp_path):
@@ -95,7 +88,7 @@ def test_a_run_that_is_stopped_or_cancelled_goes_on_when_it_is_submitted_again(l
         assert (job.state, job.done()) == ("stopped", True) and attempt.newest_checkpoint(job.run) > step
         return attempt.newest_checkpoint(job.run)
 
-    first = ended_after(30, lambda job: driver(job.job_id).send_signal(signal.SIGUSR2))  # submitit's
+    first = ended_after(30, lambda job: driver(job.job_id).send_signal(signal.SIGUSR2))
     ended_after(first + 10, lambda job: job.cancel())
     (again,) = lab.submit([spec], cluster="local")
     assert len(ids | {again.job_id}) == 3
@@ -105,22 +98,25 @@ def test_a_run_that_is_stopped_or_cancelled_goes_on_when_it_is_submitted_again(l
     assert losses(again.run) == losses(alone) and again.result()["validation_loss"] == alone.result["validation_loss"]
 
 
+def process(lab: Lab, *parts: Part, workers: int = 2) -> int:
+    """What the process of a submission with these parts does; its exit code."""
+    record = Submission("20260101-000000-x-000001", "x", "processes", None, list(parts), cluster="local")
+    record.write()
+    return local.main(record.folder, lab.store, workers, attempt.Limits(1, 1))
+
+
 def test_a_run_whose_spec_is_unreadable_leaves_the_others_alone(lab, tiny_spec, monkeypatch, capsys):
     specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(3)]
     runs = [lab.store.run(spec) for spec in specs]
     (runs[0].path / "spec.json").write_text('{"train": {')
     (runs[1].path / "spec.json").unlink()
     trained = []
-    monkeypatch.setattr(callables, "train", lambda run, *_, **__: trained.append(run.spec))
-    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
-    batch = callables.LocalBatch([str(run.path) for run in runs], [], 2, attempt.Limits(1, 1), "")
-    monkeypatch.setattr(callables, "begin", lambda: lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # submitit's
-    batch.gpus = "GPU-3"
-    with pytest.raises(callables.Failed, match=f"^failed: {runs[0].spec.id}, {runs[1].spec.id}; see moelab status"):
-        batch()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-3", "the user's"
-    assert trained == [specs[2]] and "spec.json: not valid JSON" in capsys.readouterr().err
+    monkeypatch.setattr(local, "train", lambda run, *_, **__: trained.append(run.spec))
+    monkeypatch.setattr(local, "told_by", lambda *_: lambda: False)
+    assert process(lab, Part("runs-0", None, [run.spec.id for run in runs])) == FAILED
+    said = capsys.readouterr().err
+    assert f"failed: {runs[0].spec.id}, {runs[1].spec.id}; see moelab status" in said
+    assert trained == [specs[2]] and "spec.json: not valid JSON" in said
 
 
 def test_a_run_waits_for_those_that_it_requires_and_for_no_other(lab, tiny_spec, monkeypatch):
@@ -138,28 +134,22 @@ def test_a_run_waits_for_those_that_it_requires_and_for_no_other(lab, tiny_spec,
             assert begun.wait(60), "the branch waits for a run that it does not need"
         ended.append(run.spec.id)
 
-    monkeypatch.setattr(callables, "train", stand_in)
-    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
-    monkeypatch.setattr(callables, "begin", lambda: lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the job sets
-    folders = [str(lab.store.run(spec).path) for spec in (other, trunk, branch)]
-    callables.LocalBatch(folders, [], 2, attempt.Limits(1, 1), "")()
+    monkeypatch.setattr(local, "train", stand_in)
+    monkeypatch.setattr(local, "told_by", lambda *_: lambda: False)
+    assert process(lab, Part("runs-0", None, [lab.store.run(spec).spec.id for spec in (branch, other, trunk)])) == 0
     assert ended == [trunk.id, branch.id, other.id]
 
 
-def test_a_local_job_that_is_cancelled_begins_no_further_notebook(lab, tmp_path, monkeypatch):
+def test_a_local_job_that_is_cancelled_begins_no_further_notebook(lab, monkeypatch):
     begun = []
 
-    def notebook(command, folder, part, log):
+    def notebook(command, folder, part):
         begun.append(part)
-        return Child([sys.executable, "-S", "-c", "raise SystemExit(1)"], log)
+        return Child([sys.executable, "-S", "-c", "raise SystemExit(1)"])
 
-    monkeypatch.setattr(callables, "notebook", notebook)
-    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
-    monkeypatch.setattr(callables, "begin", lambda: lambda: bool(begun))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the job sets
-    with pytest.raises(SystemExit):
-        callables.LocalBatch([], ["notebook-0", "notebook-1"], 1, attempt.Limits(1, 1), str(tmp_path))()
+    monkeypatch.setattr(local, "notebook", notebook)
+    monkeypatch.setattr(local, "told_by", lambda *_: lambda: bool(begun))
+    assert process(lab, *(Part(f"notebook-{i}", None, [], {"a": i}) for i in range(2))) == STOPPED
     assert begun == ["notebook-0"]
 
 
@@ -183,7 +173,7 @@ def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
 
 def test_what_is_over_says_so_while_its_local_job_goes_on(lab, tiny_spec, monkeypatch):
     monkeypatch.setattr(local, "start", lambda *_: None)
-    monkeypatch.setattr(local, "_lives", lambda _: True)
+    monkeypatch.setattr(local, "_process", MagicMock())
     specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(2)]
     ask = lambda: submit.submit("x", [({"a": 1}, specs), ({"a": 2}, specs)], PROFILE)  # noqa: E731
     record = ask().submission

@@ -126,7 +126,7 @@ def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatc
     by_run = [rows[run.spec.id] for run in runs]
     assert [row.state for row in by_run] == ["waiting", "unreadable", "unreadable", "waiting"], "a torn status is none"
     assert "spec.json: not valid JSON" in by_run[1].reason
-    assert "was the run removed?" in by_run[2].reason and "submission.json" in rows["20260103-000000-x-abe"].reason
+    assert "was the run removed" in by_run[2].reason and "submission.json" in rows["20260103-000000-x-abe"].reason
     assert rows[f"{record.id}/notebook-0"].state == "unreadable"
     assert all("\n" not in row.reason for row in rows.values())
     done = CliRunner().invoke(app, ["cancel", "--all"], catch_exceptions=False)
@@ -136,6 +136,19 @@ def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatc
     plan = submit.submit("x", [({}, [run.spec for run in runs])], profiles.load("local"), with_notebooks=False)
     assert [len(group) for group in plan.specs.values()] == [4]
     assert RunStore().at(runs[1].spec.id).spec == runs[1].spec
+
+
+def test_a_spec_of_a_newer_version_is_shown_or_named(submitted):
+    """It may have fields that this version does not know, or values that it does not allow."""
+    runs, *_ = submitted
+    for run, (part, name, value) in zip(runs, (("model", "new", 1), ("train", "dtype", "fp4")), strict=False):
+        spec = run.spec.to_json()
+        write_json(run.path / "spec.json", {**spec, "newer": {"a": 1}, part: {**spec[part], name: value}})
+    known, unknown, *_ = status.overview().rows
+    assert (known.what, known.state) == ("tiny · seed 0", "lost")
+    assert unknown.state == "unreadable" and "train.dtype must be" in unknown.reason and "spec.json" in unknown.reason
+    with pytest.raises(ValueError, match="unknown field"):
+        RunStore().at(runs[0].spec.id)  # to train it would make another run
 
 
 ODD = [None, True, 1e300, "x", [], [1], {"a": 1}]
@@ -440,5 +453,5 @@ def test_logs_are_found_by_the_beginning_of_an_id(submitted):
         status.log_of("tiny")
     with pytest.raises(ValueError, match="no log of 'nothing'"):
         status.log_of("nothing")
-    (record.folder / "8_0_log.out").write_text("cell 1")
+    (record.folder / "notebook-0.out").write_text("cell 1")
     assert status.log_of(f"{record.id}/notebook-0").read_text() == "cell 1"

@@ -20,7 +20,6 @@ from moelab.files import read_json, write_json
 from moelab.runs.branching import token_budgets
 from moelab.runs.store import RunStore
 from moelab.slurm import callables, executor, profiles, queue, snapshot, status, submission, submit
-from moelab.slurm.executor import Size
 from moelab.slurm.queue import Job
 
 pytestmark = pytest.mark.usefixtures("workshop")
@@ -38,8 +37,9 @@ def test_a_job_is_sized_by_the_layout(tiny_spec):
     profile = profiles.load("a100")
     train = replace(tiny_spec.train, device="cuda", batch_size=32, micro_batch=1)
     big = replace(tiny_spec, train=train, parallel=ParallelConfig(data=32, expert=2))
-    size = Size.of(big, profile)
-    assert size == Size(nodes=4, per_node=8, gpus=8, cpus=8, memory=8 * 100 * 1024)
+    size = executor.size(big, profile)
+    each = {"ntasks_per_node": 8, "gpus_per_node": "a100:8", "cpus_per_task": 8, "mem": "819200M"}
+    assert size == {"nodes": 4, **each}
     named = {"job_name": "x", "comment": "moelab a runs-0"}
     text = executor.for_runs(profile, size, Path("/w/code"), Path("/w"), **named).script(6)
     assert {"nodes=4", "ntasks-per-node=8", "gpus-per-node=a100:8", "mem=819200M", "cpus-per-task=8"} <= _lines(text)
@@ -47,13 +47,13 @@ def test_a_job_is_sized_by_the_layout(tiny_spec):
     assert "export NCCL_SOCKET_IFNAME='^lo,docker'" in text
     assert "export PYTHONPATH=/w/code" in text and "export PYTHONSAFEPATH=1" in text
     assert text.splitlines()[-1].startswith("exec ") and text.endswith("-m submitit.core._submit /w\n")
-    single = Size.of(tiny_spec, profile)
-    assert (single.nodes, single.per_node, single.gpus) == (1, 1, 0)
-    smaller = Size.of(big, replace(profile, gpus_per_node=4))
-    assert (smaller.nodes, smaller.per_node, smaller.gpus) == (8, 4, 4)
+    single = executor.size(tiny_spec, replace(profile, memory_per_rank=""))
+    assert single == {"nodes": 1, "ntasks_per_node": 1, "cpus_per_task": 8}
+    smaller = executor.size(big, replace(profile, gpus_per_node=4, gpu_type=""))
+    assert smaller == {"nodes": 8, **each, "ntasks_per_node": 4, "gpus_per_node": "4", "mem": "409600M"}
     hierarchical = replace(big, parallel=replace(big.parallel, exchange="hierarchical"))
     with pytest.raises(ValueError, match="do not fit profile a100's nodes of 4"):
-        Size.of(hierarchical, replace(profile, gpus_per_node=4))
+        executor.size(hierarchical, replace(profile, gpus_per_node=4))
 
 
 def test_containers_setup_and_further_arguments(tiny_spec):
@@ -162,7 +162,7 @@ def test_the_notebook_and_the_submission_ask_for_the_same_runs():
         assert {spec.id for spec in request.specs} == wanted, chosen.name
 
 
-def test_a_snapshot_is_the_code_with_its_commit_and_made_once_with_and_without_git(tmp_path, monkeypatch):
+def test_a_snapshot_is_the_code_with_its_commit_and_made_once(tmp_path, monkeypatch):
     place = snapshot.place(tmp_path)
     snapshot.take(place)
     assert (place / "moelab" / "kernels" / "gating.py").exists() and (place / "notebooks").is_dir()
@@ -174,7 +174,7 @@ def test_a_snapshot_is_the_code_with_its_commit_and_made_once_with_and_without_g
     env = {**os.environ, "PYTHONPATH": str(place), "PYTHONSAFEPATH": "1"}
     out = subprocess.check_output([sys.executable, "-c", probe], env=env, cwd=paths.checkout(), text=True)
     assert out.count(f"{place}/") == 2, "not the checkout, which may be edited"
-    checkout = tmp_path / "moelab-main"  # a downloaded archive has no `.git`
+    checkout = tmp_path / "moelab-main"  # a downloaded archive, without `.git`
     for name in ("moelab/a.py", "moelab/__pycache__/a.pyc", "moelab/.hidden", "kernels/b.py", "results/c.json"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text(name)

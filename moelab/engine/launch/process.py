@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -116,6 +116,14 @@ def show_stacks_when_asked() -> None:
     """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+
+def told_by(*signals: signal.Signals) -> Callable[[], bool]:
+    """Handle these signals from now on, and return the function that says whether one has come."""
+    came: list[int] = []
+    for one in signals:
+        signal.signal(one, lambda number, _: came.append(number))  # no lock: it may interrupt its holder
+    return lambda: bool(came)
 
 
 def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | None = None) -> Place:
