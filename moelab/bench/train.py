@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,8 +55,15 @@ BARE = "dense, bare loop"
 DEFAULT = ", PyTorch's products"
 """Ends the name of a candidate with PyTorch's own library of fp32 products."""
 SEQUENCES = 32
+SETTLING_STEPS = 20
+"""Steps after which a process's heap has its size, and each step takes as long as later ones."""
 TURN_S = 600.0
 """Time limit of a turn in a process of its own."""
+
+
+def warm_up_rounds(steps: int) -> int:
+    """Return how many rounds of so many steps pass before the heap has settled."""
+    return math.ceil(SETTLING_STEPS / max(1, steps))
 
 
 def training_loop(

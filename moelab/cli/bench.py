@@ -64,7 +64,7 @@ def bench_train(
         dtypes=dtype or ["fp32", "bf16"],
         steps=steps,
         threads=threads,
-        timing=Timing(rounds, device, "cpu" if cpu_time else "wall", warm_up=1, budget_s=600),
+        timing=Timing(rounds, device, "cpu" if cpu_time else "wall", warm_up=train.warm_up_rounds(steps), budget_s=600),
         out=out,
         sequences=sequences,
     )

@@ -12,12 +12,8 @@ from moelab.design import titles
 WAITING = {
     ("ladder", "cpu"),
     ("learning-rate", "full"),
-    ("scaling", "cpu"),
-    ("scaling", "full"),
     ("seeds", "full"),
     ("start", "cpu"),
-    ("top2-vs-residual", "cpu"),
-    ("top2-vs-residual", "full"),
     ("zero-shot", "cpu"),
     ("zero-shot", "full"),
 }
