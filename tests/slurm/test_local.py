@@ -53,11 +53,12 @@ def test_jobs_are_submitits_but_for_the_truth_of_the_run(lab, tiny_spec, monkeyp
     monkeypatch.setattr(preflight, "check", lambda *_: None)  # as if the text went away after the submission
     monkeypatch.setenv("PYTHONPATH", own := "/packages/of/the/user")
     bad = replace(tiny_spec, data=replace(tiny_spec.data, corpus="folder:/nowhere/at/all"))
-    jobs = lab.submit([tiny_spec, bad], cluster="local")
-    good, failed = jobs
-    assert good.job_id.startswith("local-") and not good.done()
-    assert driver(good.job_id).environ()["PYTHONPATH"].endswith(f":{own}")
-    assert lab.submit([tiny_spec], cluster="local")[0].job_id == good.job_id, "nothing is queued twice"
+    with lab.store.run(tiny_spec).lock():  # the job waits for it, so it has not ended here
+        jobs = lab.submit([tiny_spec, bad], cluster="local")
+        good, failed = jobs
+        assert good.job_id.startswith("local-") and not good.done()
+        assert driver(good.job_id).environ()["PYTHONPATH"].endswith(f":{own}")
+        assert lab.submit([tiny_spec], cluster="local")[0].job_id == good.job_id, "nothing is queued twice"
     jobs.wait()
     assert good.done() and good.state == "finished" and good.result() == good.run.result
     assert good.result() == read_json(good.run.path / "result.json") and "step 24 of 24" in good.stdout()
