@@ -55,15 +55,15 @@ BARE = "dense, bare loop"
 DEFAULT = ", PyTorch's products"
 """Ends the name of a candidate with PyTorch's own library of fp32 products."""
 SEQUENCES = 32
-SETTLING_STEPS = 20
-"""Steps after which a process's heap has its size, and each step takes as long as later ones."""
+WARM_UP_STEPS = 20
+"""Steps of a process that are not timed: its heap grows in the first ones, by measurement in up to 20 (`LOG.md`)."""
 TURN_S = 600.0
 """Time limit of a turn in a process of its own."""
 
 
 def warm_up_rounds(steps: int) -> int:
-    """Return how many rounds of so many steps pass before the heap has settled."""
-    return math.ceil(SETTLING_STEPS / max(1, steps))
+    """Return how many rounds, of `steps` steps each, have at least `WARM_UP_STEPS` steps together."""
+    return math.ceil(WARM_UP_STEPS / max(1, steps))
 
 
 def training_loop(
@@ -111,7 +111,7 @@ def side_by_side(
     """
     torch.set_num_threads(config.threads)
     made = {name: training_loop(model, config, model.context) for name, model in models.items()}
-    times = turns(made, steps, Timing(rounds=rounds, device=config.device, warm_up=1))
+    times = turns(made, steps, Timing(rounds=rounds, device=config.device, warm_up=warm_up_rounds(steps)))
     return {name: [config.batch_size * models[name].context / t for t in times[name]] for name in models}
 
 

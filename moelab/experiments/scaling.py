@@ -52,9 +52,6 @@ AGAINST = tuple((moe, dense) for moe, base, larger in PAIRS for dense in (base, 
 TIMED = ("smoke", "cpu", "full", "gpu")
 """Scales at which training speeds are measured beside the runs."""
 
-ALONG_CURVES = ("smoke", "full")
-"""Scales at which the cost to an equal loss is read along the curves; others have budgets with decays of their own."""
-
 EQUAL_SIZE = "dense-equivalent-4-5x"
 NOT_SWEPT = "6.7B's rate is not swept: if it could end lower, the MoE looks better than it is."
 BOTH_PAIRS = (
@@ -251,7 +248,7 @@ def flops_headline(times: pd.DataFrame) -> str:
     moe, dense = str(part["pair"].iloc[0]).split(" − ")
     paper = part["paper"].iloc[0]
     theirs = "" if pd.isna(paper) else f" (paper {paper:.1f})"
-    return f"To equal loss, {dense} needs {ratio_interval(part['times'])[0]:.1f} times {moe}'s FLOPs{theirs}"
+    return f"For equal loss, {dense} needs {ratio_interval(part['times'])[0]:.1f} times {moe}'s FLOPs{theirs}"
 
 
 def _seeds(rows: pd.DataFrame) -> str:

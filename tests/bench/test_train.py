@@ -76,6 +76,11 @@ def test_advice_follows_every_round(fp32, bf16, use):
     assert train.advice(found[:1]) == []
 
 
+@pytest.mark.parametrize(("steps", "rounds"), [(1, 20), (3, 7), (10, 2), (20, 1), (50, 1)])
+def test_no_timed_step_is_among_the_first_ones(steps, rounds):
+    assert train.warm_up_rounds(steps) == rounds
+
+
 def test_side_by_side_returns_a_speed_each_round():
     model = ModelConfig(2, 32, 1, vocab=100, context=16)  # fewer ids than the text has
     speeds = train.side_by_side({"a": model, "b": model}, TrainConfig(batch_size=2), steps=1, rounds=2)

@@ -150,7 +150,7 @@ def test_a_dense_models_cost_to_equal_loss_beside_the_papers():
     said = scaling.equal_loss_headline(times)
     assert said == "6.7B over 1.3B+MoE-128, cost to equal loss: 2.4 in time (paper 6.2) (2 seeds)"
     said = scaling.flops_headline(times.assign(at="training FLOPs"))
-    assert said == "To equal loss, 6.7B needs 2.4 times 1.3B+MoE-128's FLOPs (paper 6.2)"
+    assert said == "For equal loss, 6.7B needs 2.4 times 1.3B+MoE-128's FLOPs (paper 6.2)"
 
 
 def test_claims_on_a_model_whose_rate_is_not_swept_say_so():
